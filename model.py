@@ -1,0 +1,308 @@
+"""GVE: any mix of text, image and video -> one unit vector (arXiv 2510.27571, sections 4 and A.7).
+
+The embedder is Qwen2.5-VL without its language-model head. An item becomes one chat turn that ends in `<|endoftext|>`; the embedding
+is the last hidden state at that token, L2-normalised in float32. Only LoRA weights on the language model are trained.
+
+    from model import GVE
+    gve = GVE.from_pretrained("mini/prober")                    # or Qwen/Qwen2.5-VL-3B-Instruct, a LoRA folder, a merged folder
+    v = gve.embed([{"video": "a.mp4"}, {"text": "a red ball falls", "image": "b.png"}])       # (2, D) float32
+
+    python model.py                                             # prints the sizes of mini/base with LoRA, in seconds
+
+Legend: B batch, T tokens, D embedding dim (hidden size), V vision tokens after merging, P patches before merging.
+"""
+
+import importlib.metadata
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from peft import LoraConfig, PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
+from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLModel, Qwen2_5_VLProcessor
+
+from data import DEFAULT_INSTRUCTION, END, Collator
+
+# Table 9: r 16, alpha 32, dropout 0.1 on q, k, v, up, gate, down of the language model; o_proj is not in the list. The expression has to
+# name the language model, because the vision tower's MLP uses the same three projection names.
+LORA = dict(r=16, lora_alpha=32, lora_dropout=0.1, bias="none", task_type="FEATURE_EXTRACTION",
+            target_modules=r".*language_model\.layers\.\d+\.(self_attn\.[qkv]_proj|mlp\.(up|gate|down)_proj)")
+
+# What the checkpoints were trained on, as a chat template: video, image, text in that order, and the pooled token at the very end.
+CHAT_TEMPLATE = """{%- if messages[0].role != 'system' %}{{- '<|im_start|>system\\n""" + DEFAULT_INSTRUCTION + """<|im_end|>\\n' }}{%- endif %}
+{%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n' }}
+{%- if message.content is string %}{{- message.content }}{%- else %}
+{%- for part in message.content if part.type == 'video' %}{{- '<|vision_start|><|video_pad|><|vision_end|>' }}{%- endfor %}
+{%- for part in message.content if part.type == 'image' %}{{- '<|vision_start|><|image_pad|><|vision_end|>' }}{%- endfor %}
+{%- for part in message.content if part.type == 'text' %}{{- part.text }}{%- endfor %}
+{%- endif %}{{- '<|im_end|>\\n' }}{%- endfor %}
+{{- '<|im_start|>assistant\\n""" + END + """' }}"""
+
+
+def last_token_pool(hidden, attention_mask):
+    """Return the hidden state at each row's last attended token, whatever the padding side (section A.7: the pooled token is the last).
+
+    hidden (B, T, D); attention_mask (B, T) of 0 and 1 -> (B, D)
+    """
+    last = hidden.shape[1] - 1 - attention_mask.flip(1).argmax(1)  # (B,) argmax finds the first 1 from the right
+    return hidden[torch.arange(len(hidden), device=hidden.device), last]
+
+
+def mrope_positions(token_types, attention_mask, image_grid_thw=None, video_grid_thw=None, second_per_grid_ts=None, *,
+                    tokens_per_second=2, merge_size=2):
+    """Compute Qwen2.5-VL's three-axis rotary positions without a loop over tokens and without a host sync.
+
+    Text counts up by one on all three axes. A vision block that starts at position p puts its token (i, y, x) at
+    (p + floor(i * s * tokens_per_second), p + y, p + x), and text goes on at the block's largest position plus one. This is the rule of
+    transformers 4.51.3; later versions truncate s to whole seconds or let the text begin inside the video's time range.
+    # PAPER: "1.0 FPS" and 8 frames per clip of any length exclude each other; s is the true time between two temporal grids.
+
+    token_types (B, T): 0 text, 1 image, 2 video; attention_mask (B, T); grids (n, 3) in patches (t, h, w), in the order in which the
+    blocks appear row by row; second_per_grid_ts (n_videos,) s in seconds, float32 -> (3, B, T) int64, 0 on padding
+    """
+    B, T = token_types.shape
+    device = token_types.device
+    vision = (token_types > 0) & attention_mask.bool()
+    start = vision & ~F.pad(vision, (1, 0))[:, :-1]  # (B, T) first token of each block; blocks never touch (<|vision_end|> between)
+    grid = torch.ones(B, T, 3, dtype=torch.long, device=device)
+    rate = torch.ones(B, T, device=device)  # temporal positions per temporal grid; an image has one grid, so its rate is never used
+    for kind, grids in ((1, image_grid_thw), (2, video_grid_thw)):
+        if grids is None:
+            continue
+        of_kind = vision & (token_types == kind)
+        block = (start & of_kind).flatten().long().cumsum(0).view(B, T) - 1  # (B, T) which row of `grids` a token belongs to
+        block = block.clamp(0, len(grids) - 1)
+        grid = torch.where(of_kind[..., None], grids.to(device)[block], grid)
+        if kind == 2:
+            seconds = torch.as_tensor(second_per_grid_ts, dtype=torch.float32, device=device)
+            rate = torch.where(of_kind, seconds[block], rate)
+    t, h, w = grid[..., 0], grid[..., 1] // merge_size, grid[..., 2] // merge_size
+    column = torch.arange(T, device=device).expand(B, T)
+    first = torch.where(start, column, 0).cummax(1).values  # (B, T) column where the current block began
+    i = column - first  # index inside the block
+    time = (i // (h * w) * rate * tokens_per_second).long()
+    extent = torch.stack([((t - 1) * rate * tokens_per_second).long(), h - 1, w - 1]).amax(0) + 1
+    advance = torch.where(vision, torch.where(start, extent, 0), attention_mask.long())  # a whole block advances at its first token
+    base = advance.cumsum(1) - advance
+    base_of_block = base.gather(1, first)
+    inside = torch.stack([time, i % (h * w) // w, i % w])  # (3, B, T)
+    return torch.where(vision, base_of_block + inside, base) * attention_mask.long()
+
+
+class GVE(nn.Module):
+    """Qwen2.5-VL as an embedder. `backbone` is transformers' Qwen2_5_VLModel (wrapped by PEFT when it carries LoRA)."""
+
+    def __init__(self, backbone, processor, base="", info=None):
+        super().__init__()
+        self.backbone = backbone
+        self.processor = processor
+        self.base = base  # what the adapter sits on: a folder or a hub id
+        self.info = info or {}  # the checkpoint's gve.json
+
+    @classmethod
+    def from_pretrained(cls, path, *, dtype=None, device=None, lora=False, base=None):
+        """Load a Qwen2.5-VL checkpoint, a LoRA adapter on one, or a merged folder; local folder or hub id, safetensors only.
+
+        path: str or Path. dtype: torch dtype or its name, default bfloat16 on CUDA and float32 elsewhere. device: default CPU.
+        lora: True or a dict of LoraConfig fields adds a fresh, trainable adapter; an adapter folder's own weights are then trainable.
+        base: overrides the adapter's own record of its base model.
+        Raises ValueError when files are missing or a tensor finds no place.
+        """
+        device = torch.device(device or "cpu")
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+        path = str(path)
+        is_adapter = (Path(path) / "adapter_config.json").is_file() or _hub_has_adapter(path)
+        base = find_base(base or PeftConfig.from_pretrained(path).base_model_name_or_path, path) if is_adapter else path
+        try:
+            processor = Qwen2_5_VLProcessor.from_pretrained(path)
+        except (OSError, ValueError, TypeError, ImportError) as error:  # transformers raises any of these for absent or partial files
+            raise ValueError(f"{path}: no usable processor (preprocessor_config.json or processor_config.json, tokenizer.json): "
+                             f"{str(error).splitlines()[0]}") from error
+        backbone = load_backbone(base, dtype)
+        backbone.requires_grad_(False)
+        if is_adapter:
+            backbone = _attach_adapter(backbone, path, trainable=bool(lora))
+        elif lora:
+            config = LoraConfig(**{**LORA, **(lora if isinstance(lora, dict) else {})}, base_model_name_or_path=str(base))
+            backbone = get_peft_model(backbone, config)  # LoRA weights in float32 over a bfloat16 base (autocast_adapter_dtype)
+            backbone.peft_config["default"].base_model_name_or_path = str(base)
+        info = Path(path) / "gve.json"
+        return cls(backbone, processor, base, json.loads(info.read_text()) if info.is_file() else {}).to(device).eval()
+
+    @property
+    def core(self):
+        """The Qwen2_5_VLModel inside, with LoRA layers in place where there are any."""
+        return self.backbone.get_base_model() if hasattr(self.backbone, "peft_config") else self.backbone
+
+    @property
+    def dim(self):
+        return self.core.config.text_config.hidden_size
+
+    @property
+    def device(self):
+        return next(self.parameters()).device
+
+    def lora_parameters(self):
+        """Return {name: tensor} of what is trained: the LoRA weights and nothing else."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def positions(self, batch):
+        """M-RoPE positions (3, B, T) of a collated batch."""
+        config = self.core.config.vision_config
+        return mrope_positions(batch["mm_token_type_ids"], batch["attention_mask"], batch.get("image_grid_thw"), batch.get("video_grid_thw"),
+                               batch.get("second_per_grid_ts"), tokens_per_second=config.tokens_per_second,
+                               merge_size=config.spatial_merge_size)
+
+    def inputs_embeds(self, batch):
+        """Token embeddings (B, T, D) with vision features in place. The vision tower is frozen, so it runs without a graph."""
+        core, ids = self.core, batch["input_ids"]
+        with torch.no_grad():
+            embeds = core.get_input_embeddings()(ids)  # (B, T, D)
+            for token, pixels, grid, encode in ((core.config.image_token_id, "pixel_values", "image_grid_thw", core.get_image_features),
+                                                (core.config.video_token_id, "pixel_values_videos", "video_grid_thw",
+                                                 core.get_video_features)):
+                if pixels in batch:
+                    features = torch.cat(encode(batch[pixels], batch[grid]).pooler_output)  # (V, D)
+                    place = (ids == token)[..., None]
+                    assert place.sum() == len(features), f"{int(place.sum())} placeholders for {len(features)} features"
+                    embeds = embeds.masked_scatter(place, features.to(embeds.dtype))
+        return embeds
+
+    def forward(self, batch):
+        """Embed a collated batch (data.Collator) -> (B, D) unit vectors, float32 (float64 for a float64 model)."""
+        hidden = self.core.language_model(inputs_embeds=self.inputs_embeds(batch), attention_mask=batch["attention_mask"],
+                                          position_ids=self.positions(batch), use_cache=False).last_hidden_state  # (B, T, D)
+        pooled = last_token_pool(hidden, batch["attention_mask"])  # (B, D)
+        return F.normalize(pooled if pooled.dtype == torch.float64 else pooled.float(), dim=-1)
+
+    @torch.inference_mode()
+    def embed(self, items, instruction=None, *, batch_size=32, frames=8, max_tokens=200, max_length=8192):
+        """Embed items (data.py) -> (n, D) float32 on the CPU. The first undecodable item raises; embed.encode goes on instead.
+
+        instruction: system turn, default "You are a helpful assistant."; frames: per video, even; max_tokens: vision tokens per frame.
+        """
+        if isinstance(items, dict):
+            raise ValueError("embed takes a list of items, not one item")
+        collate = Collator(self.processor, frames=frames, max_tokens=max_tokens, max_length=max_length)
+        out = [self(to_device(collate(items[i : i + batch_size], instruction), self.device)).float().cpu()
+               for i in range(0, len(items), batch_size)]
+        return torch.cat(out) if out else torch.empty(0, self.dim)
+
+    def save_pretrained(self, folder, *, merge=False, info=None):
+        """Write a checkpoint folder that is valid for Hugging Face at its root; every file appears whole under its name or not at all.
+
+        merge=False writes the LoRA adapter in PEFT's layout, merge=True full weights with LoRA folded in (as ForConditionalGeneration,
+        lm_head included, so that any Qwen2.5-VL loader takes them). info: dict for gve.json.
+        """
+        folder = Path(folder)
+        part = folder.with_name(folder.name + ".part")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        if merge or not hasattr(self.backbone, "peft_config"):
+            full = Qwen2_5_VLForConditionalGeneration.from_pretrained(self.base, dtype=next(self.core.parameters()).dtype)
+            full.model.load_state_dict(_merged_state(self.backbone))
+            full.save_pretrained(part)
+        else:
+            self.backbone.save_pretrained(part, safe_serialization=True)
+            (part / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+        self.processor.chat_template = CHAT_TEMPLATE
+        self.processor.save_pretrained(part)
+        versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
+        self.info = {**self.info, **(info or {}), "base": str(self.base), "dim": self.dim, "versions": versions}
+        (part / "gve.json").write_text(json.dumps(self.info, indent=1) + "\n")
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in sorted(part.iterdir()):
+            os.replace(file, folder / file.name)
+        part.rmdir()
+
+
+def to_device(batch, device):
+    """Move a batch's tensors, leaving everything else as it is."""
+    return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+
+
+def find_base(base, adapter):
+    """Find an adapter's base: a path from here, from the adapter's folder or from this repository, else a hub id."""
+    for root in (Path(), Path(adapter), Path(__file__).resolve().parent):
+        if (root / base / "config.json").is_file():
+            return str(root / base)
+    if base.count("/") != 1 or base.startswith((".", "/")):
+        raise ValueError(f"{adapter}/adapter_config.json: base_model_name_or_path {base!r} is neither a checkpoint folder nor a hub id")
+    return base
+
+
+def load_backbone(path, dtype):
+    """Load Qwen2_5_VLModel strictly: a tensor that is missing, or has no place (lm_head aside), is an error. No remote code runs."""
+    if os.path.exists(path) and not (Path(path) / "config.json").is_file():
+        raise ValueError(f"{path}: not a checkpoint folder (no config.json or adapter_config.json)")
+    try:
+        model, report = Qwen2_5_VLModel.from_pretrained(path, dtype=dtype, use_safetensors=True, output_loading_info=True)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be loaded as a Qwen2.5-VL checkpoint: {str(error).splitlines()[0]}") from error
+    missing, extra = set(report["missing_keys"]), {k for k in report["unexpected_keys"] if not k.startswith("lm_head.")}
+    wrong = {str(k) for k in report["mismatched_keys"]}
+    if missing or extra or wrong:
+        raise ValueError(f"{path}: weights do not fit Qwen2.5-VL: missing {sorted(missing)[:3]}, without a place {sorted(extra)[:3]}, "
+                         f"of another shape {sorted(wrong)[:3]}")
+    return model
+
+
+def _attach_adapter(backbone, path, trainable):
+    """Put an adapter folder's LoRA weights on a backbone and check that each one found its place."""
+    config = PeftConfig.from_pretrained(path)
+    config.inference_mode = not trainable
+    model = get_peft_model(backbone, config)
+    file = Path(path) / "adapter_model.safetensors"
+    if not file.is_file():
+        from huggingface_hub import hf_hub_download
+        file = hf_hub_download(path, "adapter_model.safetensors")
+    tensors = load_file(str(file))
+    # Adapters trained on ForConditionalGeneration carry one more "model."; before transformers 4.52 the language model had no own level.
+    tensors = {_adapter_key(k): v for k, v in tensors.items()}
+    expected = set(get_peft_model_state_dict(model))
+    if set(tensors) != expected:
+        raise ValueError(f"{path}: adapter does not fit its base: without a place {sorted(set(tensors) - expected)[:3]}, "
+                         f"missing {sorted(expected - set(tensors))[:3]}")
+    set_peft_model_state_dict(model, tensors)
+    return model
+
+
+def _adapter_key(key):
+    key = key.removeprefix("base_model.model.").removeprefix("model.")
+    return "base_model.model." + ("language_model." if key.startswith("layers.") else "") + key
+
+
+def _hub_has_adapter(path):
+    """True if `path` is a hub id whose repository holds an adapter; a local folder never asks the network."""
+    if os.path.exists(path):
+        return False
+    from transformers.utils import cached_file
+    return cached_file(path, "adapter_config.json", _raise_exceptions_for_missing_entries=False,
+                       _raise_exceptions_for_connection_errors=False) is not None
+
+
+def _merged_state(backbone):
+    """The state dict of the plain model with W + scaling * B A in place of each LoRA layer; the model itself is left as it is."""
+    if not hasattr(backbone, "peft_config"):
+        return backbone.state_dict()
+    state = {}
+    for name, module in backbone.get_base_model().named_modules():
+        if hasattr(module, "lora_A"):
+            weight = module.base_layer.weight
+            state[name + ".weight"] = (weight.float() + module.get_delta_weight("default").float()).to(weight.dtype)
+    for name, tensor in backbone.get_base_model().state_dict().items():
+        if ".lora_" not in name:
+            state.setdefault(name.replace(".base_layer", ""), tensor)
+    return state
+
+
+if __name__ == "__main__":
+    gve = GVE.from_pretrained(sys.argv[1] if len(sys.argv) > 1 else "mini/base", lora=True)
+    trained, total = sum(p.numel() for p in gve.lora_parameters().values()), sum(p.numel() for p in gve.parameters())
+    print(f"dim {gve.dim}; {total:,} parameters, {trained:,} trained in {len(gve.lora_parameters())} LoRA tensors")
