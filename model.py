@@ -69,8 +69,8 @@ def mrope_positions(token_types, attention_mask, image_grid_thw=None, video_grid
     device = token_types.device
     vision = (token_types > 0) & attention_mask.bool()
     start = vision & ~F.pad(vision, (1, 0))[:, :-1]  # (B, T) first token of each block; blocks never touch (<|vision_end|> between)
-    grid = torch.ones(B, T, 3, dtype=torch.long, device=device)
-    rate = torch.ones(B, T, device=device)  # temporal positions per temporal grid; an image has one grid, so its rate is never used
+    grid = torch.full((B, T, 3), merge_size, device=device)  # so that text divides by 1 below
+    rate = torch.ones(B, T, device=device)  # seconds per temporal grid; an image has one grid, so its rate is never used
     for kind, grids in ((1, image_grid_thw), (2, video_grid_thw)):
         if grids is None:
             continue
