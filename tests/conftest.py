@@ -105,3 +105,29 @@ def media(tmp_path_factory):
     for i, frame in enumerate(moving_square(10, seed=7)):
         Image.fromarray(frame).save(folder / "frames" / f"{i:03d}.jpg", quality=95)
     return folder
+
+
+def write_mixture(media):
+    """A mixture of three sources over the media folder; 7 and 5 rows at batch 4 leave batches of 3 and of 1. -> path of mixture.json"""
+    import json
+    words = ["red ball", "blue square rolls", "a green one", "two of them", "night", "the camera pans left", "snow"]
+    names = "abcd"
+    rows = {
+        "t2v": [{"query": {"text": w}, "positive": {"video": f"{names[i % 4]}.mp4"},
+                 "negatives": [{"video": f"{names[(i + 1) % 4]}.mp4"}], "id": str(i)} for i, w in enumerate(words)],
+        "ti2v": [{"query": {"text": w, "image": {"video": f"{names[i % 4]}.mp4", "time": 0.3 * i}}, "positive":
+                  {"video": {"path": f"{names[(i + 2) % 4]}.mp4", "start": 0.1 * i}}} for i, w in enumerate(words[:5])],
+        "t2t": [{"query": {"text": w}, "positive": {"text": w[::-1]}} for w in words],
+    }
+    for name, lines in rows.items():
+        (media / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
+    mixture = [{"name": "t2v", "task": "T2V", "path": "t2v.jsonl", "negatives": 1, "batch_size": 4, "instruction": "Find the video."},
+               {"name": "ti2v", "task": "TI2V", "path": "ti2v.jsonl", "batch_size": 4},
+               {"name": "t2t", "task": "T2T", "path": "t2t.jsonl", "batch_size": 4, "samples": 9}]
+    (media / "mixture.json").write_text(json.dumps(mixture))
+    return media / "mixture.json"
+
+
+@pytest.fixture(scope="session")
+def mixture(media):
+    return write_mixture(media)

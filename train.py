@@ -1,0 +1,343 @@
+"""Train GVE up the Modality Pyramid (arXiv 2510.27571, section 4 and A.8): one visible loop, one process or many under torchrun.
+
+    python train.py                                                        # --preset mini, minutes on 2 cores, after `python -m mini render`
+    torchrun --nproc-per-node 2 train.py                                   # the same numbers from two ranks
+    torchrun --nproc-per-node 8 train.py --preset gve-3b --data DIR        # DIR/mixture.json and its files (data.py's formats)
+
+Every step draws one source. At each curriculum epoch's start the prober Psi_t measures how well each source's pairs already agree,
+R_k = mean cosine of N_p positive pairs, and sources are drawn by P(k) = softmax(R_k / sigma_t) while sigma grows from 0.1 to 1.0: the
+well-aligned levels (text, images) come first, composed video queries last. What a run did is in <out>/log.jsonl, one JSON line per event.
+
+Legend: K sources, G global batch, B this rank's rows, N hard negatives, D embedding dim.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from data import Collator, Sampler, Steps, load_mixture, parse_flags
+from embed import encode
+from kernels.infonce import info_nce_dist
+from model import GVE, to_device
+
+# Figure 5, bottom up. # PAPER: the figure leaves out I2T and T2TI, which Tables 6 and 7 hold; both are level two here.
+LEVELS = (("T2T", "T2I"), ("TI2I", "TI2T", "TI2TI", "I2I", "I2T", "T2TI"), ("T2V", "I2V", "V2V"), ("TI2V", "TV2V"))
+LEVEL = {task: level for level, tasks in enumerate(LEVELS, 1) for task in tasks}
+
+PAPER = dict(data="data", lr=3e-5, weight_decay=0.1, epochs=3, temperature=0.03, seed=42, dtype="bfloat16", batch_scale=32.0,
+             checkpointing=True, micro_batch=32, workers=4, probe_pairs=256)  # Table 9; N_p is not given there
+PRESETS = {
+    "mini": dict(base="mini/base", prober="mini/prober", data="runs/mini", mixture="runs/mini/train/mixture.json", out="runs/gve-mini"),
+    "gve-3b": dict(PAPER, base="Qwen/Qwen2.5-VL-3B-Instruct", out="runs/gve-3b"),
+    "gve-7b": dict(PAPER, base="Qwen/Qwen2.5-VL-7B-Instruct", out="runs/gve-7b"),
+}
+
+
+@dataclasses.dataclass
+class Flags:
+    preset: str = field(default="mini", metadata={"help": "defaults of the other flags", "choices": list(PRESETS)})
+    base: str = field(default="", metadata={"help": "checkpoint to start from: Qwen2.5-VL, or a LoRA folder to go on with"})
+    data: str = field(default="", metadata={"help": "folder of the training data; media may lie anywhere under it"})
+    mixture: str = field(default="", metadata={"help": "mixture file; empty: DATA/mixture.json"})
+    root: list[str] = field(default_factory=list, metadata={"help": "more folders that media may lie in"})
+    out: str = field(default="", metadata={"help": "checkpoint folder to write"})
+    prober: str = field(default="", metadata={"help": "Psi_1, the prober of the first epoch: any checkpoint; empty: the starting checkpoint"})
+    schedule: str = field(default="pyramid", metadata={"help": "how sources are drawn", "choices":
+                          ["pyramid", "proportional", "uniform", "staged"]})
+    epochs: int = field(default=3, metadata={"help": "curriculum epochs; together they are one pass over the data"})
+    steps: int = field(default=0, metadata={"help": "optimiser steps in all; 0: sum over sources of ceil(samples / global batch)"})
+    sigma_min: float = field(default=0.1, metadata={"help": "sigma of the first epoch"})
+    sigma_max: float = field(default=1.0, metadata={"help": "sigma of the last epoch"})
+    probe_pairs: int = field(default=32, metadata={"help": "N_p, positive pairs per source for R_k"})
+    batch_scale: float = field(default=1.0, metadata={"help": "global batch of a source = its batch_size x this"})
+    micro_batch: int = field(default=64, metadata={"help": "items per forward"})
+    lr: float = field(default=2e-3, metadata={"help": "peak learning rate of AdamW, cosine to zero"})
+    warmup: float = field(default=0.05, metadata={"help": "share of the steps with rising learning rate (not given in the paper)"})
+    weight_decay: float = field(default=0.1, metadata={"help": "AdamW's weight decay"})
+    clip: float = field(default=1.0, metadata={"help": "largest gradient norm, 0 = no limit (not given in the paper)"})
+    dropout: float = field(default=0.1, metadata={"help": "LoRA dropout"})
+    temperature: float = field(default=0.03, metadata={"help": "tau of the loss"})
+    margin: float = field(default=0.1, metadata={"help": "cosine above the positive's from which a negative counts as false; -1 = off"})
+    symmetric: bool = field(default=True, metadata={"help": "add the candidate-to-query direction to the loss"})
+    frames: int = field(default=8, metadata={"help": "frames per video, even"})
+    max_tokens: int = field(default=200, metadata={"help": "vision tokens per video frame"})
+    max_length: int = field(default=8192, metadata={"help": "tokens per item; the tail of longer texts is cut"})
+    dtype: str = field(default="float32", metadata={"help": "of the frozen base; LoRA stays float32 over bfloat16", "choices":
+                       ["float32", "bfloat16", "float64"]})
+    checkpointing: bool = field(default=False, metadata={"help": "recompute activations in backward (gradient checkpointing)"})
+    workers: int = field(default=1, metadata={"help": "decoding processes per rank"})
+    log_every: int = field(default=10, metadata={"help": "steps between log lines"})
+    seed: int = field(default=42, metadata={"help": "of everything random"})
+    device: str = field(default="", metadata={"help": "cpu or cuda; empty: cuda where there is one"})
+
+
+# ---- the pyramid (section 4.3) ----
+
+def sigma(epoch, epochs, low=0.1, high=1.0):
+    """Temperature of the source distribution in curriculum epoch 0..epochs-1: linear from low to high (a single epoch: low)."""
+    return low if epochs == 1 else low + (high - low) * epoch / (epochs - 1)
+
+
+def source_probabilities(schedule, relevance, sigma_t, sizes, levels, progress=0.0):
+    """Return P (K,) over sources: `pyramid` softmax(R_k / sigma_t), `proportional` to size (GVE-s), `uniform`, or `staged`.
+
+    relevance R (K,) cosines or None; sizes (K,) pairs; levels (K,) 1..4; progress in [0, 1): how far the run is. `staged` walks the
+    levels one after the other, each for its share of the pairs, proportional to size inside.
+    """
+    sizes, levels = np.asarray(sizes, float), np.asarray(levels)
+    if schedule == "pyramid":
+        z = np.asarray(relevance, float) / sigma_t
+        weight = np.exp(z - z.max())
+    elif schedule == "staged":
+        ends = np.cumsum([sizes[levels == level].sum() for level in range(1, 5)]) / sizes.sum()
+        weight = sizes * (levels == 1 + np.searchsorted(ends, progress, side="right"))
+    else:
+        weight = sizes if schedule == "proportional" else np.ones(len(sizes))
+    return weight / weight.sum()
+
+
+def probe(gve, sources, flags, rank=0, world=1):
+    """Measure R_k under a prober: mean cosine of N_p positive pairs per source -> (R (K,), standard error (K,)). Ranks share the work."""
+    sums = torch.zeros(len(sources), 3, dtype=torch.float64)
+    for k, source in enumerate(sources):
+        rows = np.random.default_rng([flags.seed, k]).permutation(len(source.rows))[: flags.probe_pairs][rank::world]
+        queries, positives = [], []
+        for row in rows:
+            with contextlib.suppress(ValueError, FileNotFoundError):  # an unusable row is listed when training meets it
+                query, positive, _ = source.load(int(row), roots(flags))
+                queries.append(query)
+                positives.append(positive)
+        options = dict(batch_size=flags.micro_batch, workers=flags.workers, frames=flags.frames, max_tokens=flags.max_tokens,
+                       max_length=flags.max_length)
+        cosine = (encode(gve, queries, source.instruction, **options)[0] * encode(gve, positives, **options)[0]).sum(1).double()
+        cosine = cosine[~cosine.isnan()]
+        sums[k] = torch.stack([cosine.sum(), (cosine**2).sum(), torch.tensor(float(len(cosine)))])
+    if world > 1:
+        sums = sums.to(gve.device)
+        dist.all_reduce(sums)
+    total, squares, n = sums.cpu().T
+    if (n == 0).any():
+        raise ValueError(f"source {sources[int((n == 0).nonzero()[0])].name}: none of {flags.probe_pairs} probed pairs can be used")
+    mean = total / n
+    return mean.numpy(), ((squares / n - mean**2).clamp(min=0) / (n - 1).clamp(min=1)).sqrt().numpy()
+
+
+# ---- the loop's parts ----
+
+def roots(flags):
+    return [flags.data, *flags.root]
+
+
+def reduce_sum(parameters, extra):
+    """Sum gradients and a vector of scalars over all ranks with one flat all-reduce; returns the summed vector (float64).
+
+    Each rank's gradient is its part of the gradient of the *global* mean loss, so parts are added, never averaged.
+    """
+    for p in parameters:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    if not dist.is_initialized():
+        return extra
+    flat = torch.cat([p.grad.flatten() for p in parameters] + [extra.to(parameters[0].dtype)])
+    dist.all_reduce(flat)
+    for p in parameters:
+        p.grad.copy_(flat[: p.numel()].view_as(p))
+        flat = flat[p.numel():]
+    return flat.double()
+
+
+def embed_parts(gve, batches):
+    """Embed a list of collated micro-batches with their graphs -> (rows, D); no rows give an empty tensor that takes part in backward."""
+    if not batches:
+        return torch.zeros(0, gve.dim, device=gve.device, dtype=torch.float64 if gve.core.dtype == torch.float64 else torch.float32,
+                           requires_grad=True)
+    return torch.cat([gve(to_device(batch, gve.device)) for batch in batches])
+
+
+def curve_sums(q, p, n, p_ids, n_ids):
+    """Sums for the paper's curves (Figures 9, 10) over this rank's rows and candidates -> (5,): scores, their number, positives,
+    positive minus hardest negative, rows. A candidate with the positive's content is no negative."""
+    scores, ids = q @ torch.cat([p, n]).T, torch.cat([p_ids, n_ids]).to(q.device)  # (B, B + N)
+    positive = (q * p).sum(1)
+    hardest = scores.masked_fill(ids == ids[: len(q), None], -1).amax(1) if scores.numel() else positive
+    return torch.stack([scores.sum(), scores.new_tensor(scores.numel()), positive.sum(), (positive - hardest).sum(),
+                        scores.new_tensor(len(q))])
+
+
+def learning_rate(step, steps, peak, warmup):
+    """Linear warm-up over a share of the steps, then cosine to zero."""
+    rise = max(1, round(warmup * steps))
+    return peak * (step + 1) / rise if step < rise else peak * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+
+
+def peak_memory(device):
+    """Peak GiB: of the GPU where there is one, else of this process."""
+    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def commit():
+    """The checked-out commit, for the record; None outside a git checkout."""
+    found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    return found.stdout.strip() or None
+
+
+def pyramid_table(sources, sampler, relevance, error, p, steps):
+    """The walk up the pyramid as text: R_k, P(k), expected steps and passes so far, per source and per level."""
+    lines = [f"{'level':>5} {'task':<6} {'source':<24} {'R_k':>7} {'+-':>6} {'P(k)':>7} {'steps':>7} {'passes':>7}"]
+    order = sorted(range(len(sources)), key=lambda k: (LEVEL[sources[k].task], k))
+    for level in range(1, 5):
+        members = [k for k in order if LEVEL[sources[k].task] == level]
+        for k in members:
+            r = f"{relevance[k]:7.3f} {error[k]:6.3f}" if relevance is not None else f"{'-':>7} {'-':>6}"
+            lines.append(f"{level:>5} {sources[k].task:<6} {sources[k].name:<24} {r} {p[k]:7.3f} {p[k] * steps:7.1f} "
+                         f"{sampler.drawn[k] / sampler.rows[k]:7.2f}")
+        if members:
+            lines.append(f"{level:>5} {'all':<6} {'':<24} {'':>7} {'':>6} {p[members].sum():7.3f} {p[members].sum() * steps:7.1f}")
+    return "\n".join(lines)
+
+
+# ---- the run ----
+
+def main(flags):
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    kind = flags.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
+    if world > 1:
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    mixture = flags.mixture or f"{flags.data}/mixture.json"
+    if not os.path.isfile(mixture):
+        raise ValueError(f"{mixture}: no such mixture" + ("; run `python -m mini render` first" if flags.preset == "mini" else ""))
+
+    sources = load_mixture(mixture)
+    sampler = Sampler(sources, flags.batch_scale, flags.seed)
+    sizes, levels = [s.samples for s in sources], [LEVEL[s.task] for s in sources]
+    steps = flags.steps or sum(math.ceil(size / batch) for size, batch in zip(sizes, sampler.batch, strict=True))
+    torch.manual_seed(flags.seed)  # LoRA starts equal on every rank
+    gve = GVE.from_pretrained(flags.base, dtype=flags.dtype, device=device, lora={"lora_dropout": flags.dropout})
+    if flags.checkpointing:
+        gve.core.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    parameters = list(gve.lora_parameters().values())
+    optimizer = torch.optim.AdamW(parameters, lr=flags.lr, weight_decay=flags.weight_decay, fused=kind == "cuda")
+    collate = Collator(gve.processor, frames=flags.frames, max_tokens=flags.max_tokens, max_length=flags.max_length)
+    torch.manual_seed(flags.seed + rank)  # dropout differs between ranks
+
+    out, log_file = Path(flags.out), None
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        log_file = open(out / "log.jsonl", "w")
+
+    def log(event, **values):
+        if log_file:
+            log_file.write(json.dumps({"event": event, "time": round(time.time(), 3), **values}) + "\n")
+            log_file.flush()
+
+    def say(text):
+        if rank == 0:
+            tqdm.write(text)
+
+    config = dataclasses.asdict(flags)
+    log("start", config=config, commit=commit(), world=world, steps=steps, torch=torch.__version__, trained=sum(p.numel() for p in parameters),
+        sources={s.name: {"task": s.task, "samples": s.samples, "rows": len(s.rows)} for s in sources})
+    say(f"{len(sources)} sources, {sum(sizes):,} pairs, {steps} steps on {world} x {device.type}, {sum(p.numel() for p in parameters):,} "
+        f"trained parameters -> {out}")
+
+    bar = tqdm(total=steps, desc="train", disable=rank != 0, dynamic_ncols=True)
+    bad_rows, seen, waited, since, step, last = set(), 0, 0.0, time.perf_counter(), 0, {}
+    for epoch in range(flags.epochs):
+        # -- where on the pyramid are we: probe, then draw this epoch's batches --
+        last_step = round((epoch + 1) * steps / flags.epochs)
+        sigma_t, relevance, error = sigma(epoch, flags.epochs, flags.sigma_min, flags.sigma_max), None, None
+        if flags.schedule == "pyramid":
+            prober = GVE.from_pretrained(flags.prober, dtype=flags.dtype, device=device) if epoch == 0 and flags.prober else gve
+            relevance, error = probe(prober, sources, flags, rank, world)
+            del prober
+        plan, share = [], np.zeros(len(sources))
+        for s in range(step, last_step):
+            p = source_probabilities(flags.schedule, relevance, sigma_t, sizes, levels, s / steps)
+            share += p / (last_step - step)
+            plan.append(sampler.draw(s, p))
+        say(f"\nepoch {epoch + 1}/{flags.epochs}, sigma {sigma_t:.2f}, schedule {flags.schedule}\n"
+            + pyramid_table(sources, sampler, relevance, error, share, len(plan)))
+        log("epoch", epoch=epoch, step=step, sigma=sigma_t, schedule=flags.schedule, P={s.name: round(float(v), 5) for s, v in
+            zip(sources, share, strict=True)}, level_P={level: round(float(sum(v for v, lv in zip(share, levels, strict=True) if lv == level)), 5)
+            for level in range(1, 5)}, passes={s.name: round(d / n, 3) for s, d, n in zip(sources, sampler.drawn, sampler.rows, strict=True)},
+            **({} if relevance is None else {"R": {s.name: round(float(r), 5) for s, r in zip(sources, relevance, strict=True)},
+                                             "R_error": {s.name: round(float(e), 5) for s, e in zip(sources, error, strict=True)}}))
+        loader = torch.utils.data.DataLoader(
+            Steps(plan, sources, collate, rank=rank, world=world, micro_batch=flags.micro_batch, roots=roots(flags)), batch_size=None,
+            num_workers=flags.workers, pin_memory=kind == "cuda")
+
+        gve.train()
+        clock = time.perf_counter()
+        for batch in loader:
+            waited += time.perf_counter() - clock
+            # -- forward: queries, positives, hard negatives --
+            q, p, n = (embed_parts(gve, batch[part]) for part in ("query", "positive", "negative"))  # (B, D), (B, D), (N, D)
+            p_ids, n_ids = batch["p_ids"].to(device), batch["n_ids"].to(device)
+            # -- loss: this rank's share of the global mean, Eq. (1) in both directions --
+            loss = info_nce_dist(q, p, 1 / flags.temperature, n=n, p_ids=p_ids, n_ids=n_ids,
+                                 margin=None if flags.margin < 0 else flags.margin, symmetric=flags.symmetric)
+            # -- backward, and one sum over ranks --
+            loss.backward()
+            with torch.no_grad():
+                extra = torch.cat([loss.detach().double()[None], curve_sums(q, p, n, p_ids, n_ids).double()])
+            loss_sum, scores, n_scores, positives, gaps, rows = reduce_sum(parameters, extra).tolist()
+            norm = float(torch.nn.utils.clip_grad_norm_(parameters, flags.clip or math.inf))
+            if not math.isfinite(loss_sum) or not math.isfinite(norm):
+                raise FloatingPointError(f"step {step}: loss {loss_sum}, gradient norm {norm}; source {sources[batch['source']].name}, rows "
+                                         f"{batch['rows'].tolist()}; nothing was saved over the last checkpoint in {out}")
+            # -- step --
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, steps, flags.lr, flags.warmup)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            # -- log --
+            step, seen = step + 1, seen + rows
+            for reason in batch["bad"]:
+                if reason not in bad_rows:
+                    bad_rows.add(reason)
+                    tqdm.write(f"replaced an unusable row: {reason}", file=sys.stderr)
+            if step % flags.log_every == 0 or step == steps:
+                elapsed = time.perf_counter() - since
+                last = {"loss": loss_sum, "score": scores / n_scores, "positive": positives / rows, "gap": gaps / rows, "lr":
+                        optimizer.param_groups[0]["lr"], "grad_norm": norm, "items_per_s": seen / elapsed, "waiting": waited / elapsed,
+                        "memory_gib": peak_memory(device), "bad_rows": len(bad_rows)}
+                log("step", step=step, epoch=epoch, source=sources[batch["source"]].name, **{k: round(v, 6) for k, v in last.items()})
+                seen, waited, since = 0, 0.0, time.perf_counter()
+            bar.update()
+            bar.set_postfix(loss=f"{loss_sum:.3f}", source=sources[batch["source"]].name, refresh=False)
+            clock = time.perf_counter()
+        if rank == 0:  # the adapter is whole at every moment: files are written beside it and renamed
+            gve.save_pretrained(out, info={"config": config, "step": step, "seed": flags.seed, "commit": commit(), "metrics": last, "data":
+                                {s.name: {"samples": s.samples, "rows": len(s.rows), "drawn": d} for s, d in
+                                 zip(sources, sampler.drawn, strict=True)}})
+        since = time.perf_counter()  # saving and probing are not training time
+    bar.close()
+    log("end", step=step, passes={s.name: round(d / n, 3) for s, d, n in zip(sources, sampler.drawn, sampler.rows, strict=True)},
+        bad_rows=sorted(bad_rows))
+    say(f"\ntrained {step} steps; {len(bad_rows)} unusable rows replaced; checkpoint and log in {out}")
+    if world > 1:
+        dist.destroy_process_group()
+    return gve
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_flags(Flags, doc=__doc__, presets=PRESETS))
+    except (ValueError, FileNotFoundError, FloatingPointError) as problem:
+        sys.exit(f"error: {problem}")
