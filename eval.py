@@ -3,7 +3,7 @@
     python eval.py --ckpt runs/gve-mini                     mini-UVRB after `python -m mini render`, about a minute on 2 cores
     python eval.py --ckpt DIR_OR_HUB_ID --uvrb DIR          the released benchmark
     python eval.py --tables runs/base/results.json runs/gve-mini/results.json      several results in the same two tables
-    python eval.py --published                              Table 2 recomputed from Table 1: agrees to 0.0011 but for two misprints
+    python eval.py --published                              Table 2 recomputed from Table 1: two misprints, else within 0.0011
 
 Writes <out>/results.json, complete or not at all, and one line per dataset to <out>/log.jsonl. Nothing here is random.
 
@@ -60,9 +60,9 @@ class Flags:
 def ranks(queries, corpus, positives, pools=None, *, block=2**26):
     """Rank every query's positives by cosine in float32, ties in corpus order.
 
-    queries (N, D), corpus (M, D), any float dtype; positives: N lists of corpus indices; pools: None to rank the whole corpus, or N lists
-    of the corpus indices to rank, positives included. Returns N ascending lists of the positives' ranks from 1; a positive above another
-    counts as a place, as in trec_eval. About `block` scores exist at a time.
+    queries (N, D), corpus (M, D), any float dtype; positives: N lists of corpus indices; pools: None to rank the whole corpus, or
+    N lists of the indices to rank, positives included. Returns N ascending lists of the positives' ranks from 1, where other
+    positives take up places too, as in trec_eval. About `block` scores exist at a time.
     """
     queries, corpus = (F.normalize(x.float(), dim=-1) for x in (queries, corpus))
     assert queries.isfinite().all() and corpus.isfinite().all(), "a NaN would compare false and so rank first"
@@ -80,7 +80,7 @@ def ranks(queries, corpus, positives, pools=None, *, block=2**26):
 def metrics(ranks):
     """Average the retrieval metrics over queries: {"R@1", "hit@1", ..., "P@1", "MRR", "nDCG@10", "MdR"}.
 
-    ranks: N non-empty ascending lists, the rank from 1 of each positive. R@k is strict recall: positives found over all P of them;
+    ranks: N non-empty ascending lists, each positive's rank from 1. R@k is strict recall: positives found over all P of them;
     hit@k, any positive found, is often sold as recall. MRR and MdR, the median rank, look at the first positive.
     """
     def mean(of):
@@ -118,7 +118,7 @@ def ceiling(metric, counts):
 def score(bench, queries, corpus, lost_queries=(), lost_corpus=()):
     """Score one dataset: its entry of results.json.
 
-    bench: uvrb.Bench; queries (N, D), corpus (M, D); lost_*: indices without a vector (missing or damaged media). A query is scored
+    bench: uvrb.Bench; queries (N, D), corpus (M, D); lost_*: indices without a vector, media missing or damaged. A query counts
     only if it and all its positives have one; lost distractors leave the ranking. "complete": the score may enter an average.
     """
     metric, lost_corpus = uvrb.DATASETS[bench.name].metric, set(lost_corpus)
@@ -171,7 +171,7 @@ def evaluate(gve, benches, flags, report):
 
 
 def fingerprint(folder):
-    """SHA-256 over a checkpoint folder's safetensors files, None for a hub id: equal weights, equal print. About a second per GB."""
+    """SHA-256 over a checkpoint folder's safetensors files, None for a hub id: equal weights, equal print. A second per GB."""
     digest, files = hashlib.sha256(), sorted(Path(folder).glob("*.safetensors"))
     for path in files:
         with open(path, "rb") as file:
@@ -183,8 +183,9 @@ def protocol(gve, flags):
     """Everything that a score depends on besides the benchmark's files."""
     return {
         "checkpoint": flags.ckpt, "sha256": fingerprint(flags.ckpt), "base": str(gve.base), "base_sha256": fingerprint(gve.base),
-        "step": gve.info.get("step"), "commit": gve.info.get("commit"), "frames": flags.frames, "max_tokens": flags.max_tokens,
-        "max_length": inspect.signature(encode).parameters["max_length"].default, "similarity": "cosine, float32", "ties": TIES,
+        "step": gve.info.get("step"), "commit": gve.info.get("commit"), "similarity": "cosine, float32", "ties": TIES,
+        "frames": flags.frames, "max_tokens": flags.max_tokens,
+        "max_length": inspect.signature(encode).parameters["max_length"].default,
         "prompt": "queries: their dataset's prompt as system turn; corpus: the default system turn",
         "dtype": str(next(gve.core.parameters()).dtype).removeprefix("torch."), "device": str(gve.device),
         "batch_size": flags.batch_size, "torch": torch.__version__, "transformers": transformers.__version__,
@@ -253,7 +254,7 @@ def print_tables(results):
 
 
 def disagreements(paper):
-    """Recompute Table 1's AVG and Table 2 from Table 1's cells: {(table, model, column): (printed, computed)} where they differ."""
+    """Recompute Table 1's AVG and Table 2 from Table 1's cells: {(table, model, column): (printed, computed)} that differ."""
     found = {}
     for model, cells in paper["table1"].items():
         means, table2 = uvrb.abilities(cells), paper["table2"][model]
