@@ -87,7 +87,9 @@ def _read_av(path, choose, reason):
         with av.open(path) as file:
             kept = {i: f.to_ndarray(format="rgb24") for i, f in enumerate(file.decode(video=0)) if i in set(indices.tolist())}
         return np.stack([kept[i] for i in indices.tolist()]), n, fps
-    except (av.FFmpegError, IndexError, KeyError) as error:
+    except MediaError:
+        raise
+    except (av.FFmpegError, ValueError, IndexError, KeyError) as error:  # ValueError: metadata that is not UTF-8
         raise MediaError(f"{path}: not a readable video (decord: {reason}; PyAV: {error})") from error
 
 

@@ -40,7 +40,7 @@ class Batches(torch.utils.data.Dataset):
         return (self.collate.batch(samples) if samples else None), good, failed
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def encode(gve, items, instruction=None, *, batch_size=32, workers=0, frames=8, max_tokens=200, max_length=8192, desc=None):
     """Embed resolved items -> (vectors (n, D) float32 on the CPU, {index: reason} of the items that failed; their rows are NaN).
 
@@ -81,16 +81,20 @@ def top_k(queries, corpus, k, *, block=65536, query_block=1024):
     k = min(k, len(corpus))
     scores, indices = torch.empty(len(queries), k), torch.empty(len(queries), k, dtype=torch.int64)
     for row in range(0, len(queries), query_block):
-        q = torch.as_tensor(queries[row : row + query_block]).float()
+        q = _tensor(queries[row : row + query_block]).float()
         best_s, best_i = q.new_empty(len(q), 0), torch.empty(len(q), 0, dtype=torch.int64, device=q.device)
         for start in range(0, len(corpus), block):
-            c = torch.as_tensor(corpus[start : start + block]).to(q)
+            c = _tensor(corpus[start : start + block]).to(q)
             s, i = _top(q @ c.T, min(k, len(c)))
             # Earlier blocks stand first, so a stable sort keeps corpus order among equal scores.
             best_s, order = torch.cat([best_s, s], 1).sort(dim=1, descending=True, stable=True)
             best_s, best_i = best_s[:, :k], torch.cat([best_i, i + start], 1).gather(1, order)[:, :k]
         scores[row : row + len(q)], indices[row : row + len(q)] = best_s.cpu(), best_i.cpu()
     return scores, indices
+
+
+def _tensor(x):
+    return torch.from_numpy(np.array(x)) if isinstance(x, np.ndarray) else torch.as_tensor(x)  # a copy: memory maps are read-only
 
 
 def _top(scores, k):

@@ -117,6 +117,8 @@ class GVE(nn.Module):
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         path = str(path)
+        if not os.path.exists(path) and (path.count("/") != 1 or path.startswith((".", "/"))):
+            raise ValueError(f"{path}: neither a checkpoint folder nor a hub id (owner/name)")
         is_adapter = (Path(path) / "adapter_config.json").is_file() or _hub_has_adapter(path)
         base = find_base(base or PeftConfig.from_pretrained(path).base_model_name_or_path, path) if is_adapter else path
         try:
@@ -181,7 +183,7 @@ class GVE(nn.Module):
         pooled = last_token_pool(hidden, batch["attention_mask"])  # (B, D)
         return F.normalize(pooled if pooled.dtype == torch.float64 else pooled.float(), dim=-1)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def embed(self, items, instruction=None, *, batch_size=32, frames=8, max_tokens=200, max_length=8192):
         """Embed items (data.py) -> (n, D) float32 on the CPU. The first undecodable item raises; embed.encode goes on instead.
 

@@ -317,7 +317,7 @@ def main(flags):
                 last = {"loss": loss_sum, "score": scores / n_scores, "positive": positives / rows, "gap": gaps / rows, "lr":
                         optimizer.param_groups[0]["lr"], "grad_norm": norm, "items_per_s": seen / elapsed, "waiting": waited / elapsed,
                         "memory_gib": peak_memory(device), "bad_rows": len(bad_rows)}
-                log("step", step=step, epoch=epoch, source=sources[batch["source"]].name, **{k: round(v, 6) for k, v in last.items()})
+                log("step", step=step, epoch=epoch, source=sources[batch["source"]].name, rows=int(rows), **{k: round(v, 6) for k, v in last.items()})
                 seen, waited, since = 0, 0.0, time.perf_counter()
             bar.update()
             bar.set_postfix(loss=f"{loss_sum:.3f}", source=sources[batch["source"]].name, refresh=False)

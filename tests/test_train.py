@@ -80,3 +80,116 @@ def test_the_run_held_the_uneven_cases(one_and_many):
     assert {x["source"] for x in steps} == {"t2v", "ti2v", "t2t"}
     sizes = [b for x in one_and_many[1]["log"] if x["event"] == "end" for b in x["passes"].values()]
     assert max(sizes) > 1  # some source was exhausted: its short last batch was drawn
+    rows = {(x["source"], x["rows"]) for x in steps}
+    assert ("ti2v", 1) in rows and ("t2v", 3) in rows, rows  # fewer rows than ranks, and hard negatives in a short batch
+
+
+def go(*words):
+    """The command in this process: importing torch and transformers anew for each case would take minutes."""
+    return train.main(train.parse_flags(train.Flags, list(map(str, words)), presets=train.PRESETS))
+
+
+def weights(folder):
+    return load_file(Path(folder) / "adapter_model.safetensors")
+
+
+def test_the_same_run_twice_is_bit_identical_with_dropout(tiny, mixture, tmp_path):
+    for name in "ab":
+        go(*flags_for(tiny, mixture, tmp_path / name, "--steps", "4", "--schedule", "uniform"))
+    a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    other = tmp_path / "c"
+    go(*flags_for(tiny, mixture, other, "--steps", "4", "--schedule", "uniform", "--dropout", "0"))
+    assert any(not torch.equal(a[k], v) for k, v in weights(other).items())  # dropout was at work
+
+
+def test_only_lora_moves_and_in_bfloat16_at_3e_5_every_lora_tensor_does(tiny, mixture, tmp_path):
+    start = train.GVE.from_pretrained(tiny, dtype="bfloat16").state_dict()
+    torch.manual_seed(42)
+    fresh = {n: p.detach().clone() for n, p in
+             train.GVE.from_pretrained(tiny, dtype="bfloat16", lora={"lora_dropout": 0.1}).lora_parameters().items()}
+    gve = go(*flags_for(tiny, mixture, tmp_path, "--dtype", "bfloat16", "--lr", "3e-5", "--steps", "3", "--warmup", "0"))
+    frozen = {n.removeprefix("backbone.base_model.model.").replace(".base_layer", ""): p for n, p in gve.named_parameters() if ".lora_" not in n}
+    assert len(frozen) == len(start)
+    for name, tensor in frozen.items():
+        assert torch.equal(tensor, start["backbone." + name.removeprefix("backbone.")]), name
+    moved = gve.lora_parameters()
+    assert moved.keys() == fresh.keys() and all(p.dtype == torch.float32 for p in moved.values())
+    still = [n for n in moved if torch.equal(moved[n], fresh[n])]
+    assert not still, still
+
+
+def test_a_nan_loss_stops_with_its_rows_and_keeps_the_last_checkpoint(tiny, mixture, tmp_path):
+    go(*flags_for(tiny, mixture, tmp_path, "--steps", "2"))
+    before = {f.name: f.read_bytes() for f in tmp_path.iterdir() if f.name != "log.jsonl"}
+    with pytest.raises(FloatingPointError, match=r"step 1: loss nan.*source \w+, rows \[\d"):
+        go(*flags_for(tiny, mixture, tmp_path, "--steps", "4", "--lr", "1e30", "--warmup", "0"))
+    assert before == {f.name: f.read_bytes() for f in tmp_path.iterdir() if f.name != "log.jsonl"}
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--frames", "7"], "even"), (["--preset", "gve-3b", "--data", "nowhere"], "no such mixture"),
+    (["--data", "nowhere", "--mixture", ""], "python -m mini render"), (["--base", "nowhere/at/all"], "nowhere/at/all"),
+    (["--prober", "nowhere/at/all"], "nowhere/at/all")])
+def test_wrong_values_are_named(tiny, mixture, tmp_path, words, message):
+    with pytest.raises(ValueError, match=message):
+        go(*([] if "--data" in words else flags_for(tiny, mixture, tmp_path)), *words)
+
+
+def test_the_command_ends_with_one_line_for_a_wrong_flag_or_value():
+    done = run("train.py", "--lr-rate", "1")
+    assert done.returncode == 2 and "unrecognized arguments: --lr-rate" in done.stderr and "Traceback" not in done.stderr
+    done = run("train.py", "--data", "nowhere", "--mixture", "nowhere/m.json")
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: nowhere/m.json: no such mixture")
+
+
+def test_damaged_clips_are_replaced_counted_and_listed(tiny, media, mixture, tmp_path, capsys):
+    lines = (media / "t2v.jsonl").read_text().splitlines()
+    (media / "bad.mp4").write_bytes(b"bad")
+    lines[3] = json.dumps({"query": {"text": "x"}, "positive": {"video": "bad.mp4"}, "negatives": [{"video": "a.mp4"}]})
+    (media / "hurt.jsonl").write_text("\n".join(lines))
+    (media / "hurt.json").write_text(json.dumps([{"name": "hurt", "task": "T2V", "path": "hurt.jsonl", "negatives": 1, "batch_size": 4}]))
+    go(*flags_for(tiny, media / "hurt.json", tmp_path, "--steps", "4"))
+    assert "1 unusable rows replaced" in capsys.readouterr().out
+    end = [json.loads(x) for x in open(tmp_path / "log.jsonl")][-1]
+    assert len(end["bad_rows"]) == 1 and "hurt.jsonl:4" in end["bad_rows"][0] and "bad.mp4" in end["bad_rows"][0]
+
+
+def test_log_and_checkpoint_hold_what_the_record_needs(one_and_many):
+    log = one_and_many[1]["log"]
+    assert [x["event"] for x in log] == ["start"] + ["epoch"] * 0 + [x["event"] for x in log[1:]]
+    curves = {"loss", "score", "positive", "gap", "lr", "grad_norm", "items_per_s", "waiting", "memory_gib", "rows", "source", "epoch"}
+    assert all(curves <= x.keys() for x in log if x["event"] == "step")
+    epochs = [x for x in log if x["event"] == "epoch"]
+    assert [x["sigma"] for x in epochs] == [0.1, 0.55, 1.0]
+    assert all(abs(sum(x["P"].values()) - 1) < 1e-3 and abs(sum(x["level_P"].values()) - 1) < 1e-3 for x in epochs)
+
+
+# PAPER.md section 6 [CALC]: P for R = .3 / .5 / .7.
+@pytest.mark.parametrize("sigma_t, expected", [(0.1, [0.02, 0.12, 0.87]), (0.55, [0.22, 0.32, 0.46]), (1.0, [0.27, 0.33, 0.40])])
+def test_source_probabilities_of_the_paper(sigma_t, expected):
+    p = train.source_probabilities("pyramid", [0.3, 0.5, 0.7], sigma_t, [1, 1, 1], [1, 2, 3])
+    assert np.abs(p - expected).max() < 0.006 and abs(p.sum() - 1) < 1e-12
+
+
+def test_sigma_and_the_other_schedules():
+    assert [train.sigma(t, 3) for t in range(3)] == pytest.approx([0.1, 0.55, 1.0]) and train.sigma(0, 1) == 0.1
+    sizes, levels = [100, 300, 400, 200], [1, 1, 3, 4]
+    assert train.source_probabilities("proportional", None, 1, sizes, levels).tolist() == pytest.approx([0.1, 0.3, 0.4, 0.2])
+    assert train.source_probabilities("uniform", None, 1, sizes, levels).tolist() == [0.25] * 4
+    staged = [train.source_probabilities("staged", None, 1, sizes, levels, t).tolist() for t in (0.0, 0.39, 0.4, 0.79, 0.8, 0.999)]
+    assert staged[0] == staged[1] == pytest.approx([0.25, 0.75, 0, 0]) and staged[2] == staged[3] == [0, 0, 1, 0]
+    assert staged[4] == staged[5] == [0, 0, 0, 1]
+
+
+def test_presets_hold_table_9():
+    for name in ("gve-3b", "gve-7b"):
+        flags = train.parse_flags(train.Flags, ["--preset", name], presets=train.PRESETS)
+        assert (flags.lr, flags.weight_decay, flags.epochs, flags.temperature, flags.seed, flags.dtype, flags.checkpointing, flags.frames,
+                flags.dropout, flags.batch_scale) == (3e-5, 0.1, 3, 0.03, 42, "bfloat16", True, 8, 0.1, 32.0)
+
+
+def test_learning_rate_rises_then_falls_as_a_cosine():
+    rates = [train.learning_rate(s, 100, 1.0, 0.1) for s in range(100)]
+    assert rates[9] == 1.0 and rates[0] == pytest.approx(0.1) and rates[55] == pytest.approx(0.5) and rates[-1] < 1e-3
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
