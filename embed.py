@@ -1,7 +1,7 @@
-"""Vectors for any number of items, and exact top-k over them (arXiv 2510.27571, section 4.1: cosine of normalised embeddings, no re-ranking).
+"""Vectors for any number of items, and exact top-k over them (arXiv 2510.27571, section 4.1: cosines, no re-ranking).
 
     python embed.py items.jsonl --ckpt runs/gve-mini --out runs/vectors      # one item per line, an "id" beside it if you like
-    -> runs/vectors/vectors.npy (n, D) float32, NaN rows where an item failed; runs/vectors/items.jsonl, one line per item with its fate
+    -> runs/vectors/vectors.npy (n, D) float32, NaN where an item failed, and items.jsonl, one line per item with its fate
 
 Legend: N queries, M corpus items, D embedding dim, n items.
 """
@@ -50,7 +50,8 @@ def encode(gve, items, instruction=None, *, batch_size=32, workers=0, frames=8, 
     first = {}
     for i, item in enumerate(items):
         first.setdefault(content_id(item), i)
-    keys = sorted(first.values(), key=lambda i: (bool(items[i].get("video")), bool(items[i].get("image")), len(items[i].get("text") or "")))
+    kind = [("video" in item, "image" in item, len(item.get("text") or "")) for item in items]
+    keys = sorted(first.values(), key=lambda i: kind[i])
     order = [keys[i : i + batch_size] for i in range(0, len(keys), batch_size)]
     collate = Collator(gve.processor, frames=frames, max_tokens=max_tokens, max_length=max_length)
     loader = torch.utils.data.DataLoader(Batches(items, order, collate, instruction), batch_size=None, num_workers=workers)
@@ -75,7 +76,7 @@ def encode(gve, items, instruction=None, *, batch_size=32, workers=0, frames=8, 
 def top_k(queries, corpus, k, *, block=65536, query_block=1024):
     """Find each query's k best corpus rows by inner product, exactly, ties by corpus order.
 
-    queries (N, D), corpus (M, D), any float dtype, tensors or memory-mapped arrays -> (scores (N, k) float32, indices (N, k) int64).
+    queries (N, D), corpus (M, D), any float dtype, tensors or memory maps -> (scores (N, k) float32, indices (N, k) int64).
     The corpus is read in blocks, so extra memory is query_block x block floats whatever M is.
     """
     k = min(k, len(corpus))
@@ -98,7 +99,7 @@ def _tensor(x):
 
 
 def _top(scores, k):
-    """topk with ties by column. torch.topk breaks them arbitrarily, also at its edge: only rows with a tie there pay for a full sort."""
+    """topk with ties by column. torch.topk breaks them arbitrarily, also at its edge: rows with a tie there pay for a sort."""
     s, i = scores.topk(k, dim=1)
     i, order = i.sort(dim=1)
     s, order = s.gather(1, order).sort(dim=1, descending=True, stable=True)
@@ -115,7 +116,7 @@ class Flags:
     ckpt: str = dataclasses.field(default="runs/gve-mini", metadata={"help": "checkpoint folder or hub id"})
     out: str = dataclasses.field(default="runs/vectors", metadata={"help": "folder to write"})
     instruction: str = dataclasses.field(default="", metadata={"help": "system turn for every item; empty: the default one"})
-    root: list[str] = dataclasses.field(default_factory=list, metadata={"help": "folders that media may lie in, beside the file's own"})
+    root: list[str] = dataclasses.field(default_factory=list, metadata={"help": "more folders that media may lie in"})
     batch_size: int = dataclasses.field(default=32, metadata={"help": "items per forward"})
     workers: int = dataclasses.field(default=2, metadata={"help": "decoding processes"})
     frames: int = dataclasses.field(default=8, metadata={"help": "frames per video, even"})
@@ -134,8 +135,8 @@ def main(path, flags):
             failed[i] = f"{path}:{number}: {error}"
             items.append({"text": " "})  # holds the place; its vector is blanked below
     gve = GVE.from_pretrained(flags.ckpt, device=flags.device)
-    vectors, more = encode(gve, items, flags.instruction or None, batch_size=flags.batch_size, workers=flags.workers, frames=flags.frames,
-                           max_tokens=flags.max_tokens, desc="encode")
+    vectors, more = encode(gve, items, flags.instruction or None, batch_size=flags.batch_size, workers=flags.workers,
+                           frames=flags.frames, max_tokens=flags.max_tokens, desc="encode")
     failed = {**{i: f"{path}:{rows[i][0]}: {reason}" for i, reason in more.items()}, **failed}
     vectors[list(failed)] = torch.nan
     out = Path(flags.out)

@@ -1,6 +1,6 @@
 """GVE: any mix of text, image and video -> one unit vector (arXiv 2510.27571, sections 4 and A.7).
 
-The embedder is Qwen2.5-VL without its language-model head. An item becomes one chat turn that ends in `<|endoftext|>`; the embedding
+The embedder is Qwen2.5-VL without its language-model head. An item becomes one chat turn that ends in `<|endoftext|>`; its vector
 is the last hidden state at that token, L2-normalised in float32. Only LoRA weights on the language model are trained.
 
     from model import GVE
@@ -28,13 +28,14 @@ from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLModel, Qw
 
 from data import DEFAULT_INSTRUCTION, END, Collator
 
-# Table 9: r 16, alpha 32, dropout 0.1 on q, k, v, up, gate, down of the language model; o_proj is not in the list. The expression has to
-# name the language model, because the vision tower's MLP uses the same three projection names.
+# Table 9: r 16, alpha 32, dropout 0.1 on q, k, v, up, gate, down of the language model; o_proj is not in the list. The expression
+# has to name the language model, because the vision tower's MLP has the same three projection names.
 LORA = dict(r=16, lora_alpha=32, lora_dropout=0.1, bias="none", task_type="FEATURE_EXTRACTION",
             target_modules=r".*language_model\.layers\.\d+\.(self_attn\.[qkv]_proj|mlp\.(up|gate|down)_proj)")
 
-# What the checkpoints were trained on, as a chat template: video, image, text in that order, and the pooled token at the very end.
-CHAT_TEMPLATE = """{%- if messages[0].role != 'system' %}{{- '<|im_start|>system\\n""" + DEFAULT_INSTRUCTION + """<|im_end|>\\n' }}{%- endif %}
+# What the checkpoints were trained on, as a chat template: video, image, text in that order, the pooled token at the very end.
+CHAT_TEMPLATE = """{%- if messages[0].role != 'system' %}
+{{- '<|im_start|>system\\n""" + DEFAULT_INSTRUCTION + """<|im_end|>\\n' }}{%- endif %}
 {%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n' }}
 {%- if message.content is string %}{{- message.content }}{%- else %}
 {%- for part in message.content if part.type == 'video' %}{{- '<|vision_start|><|video_pad|><|vision_end|>' }}{%- endfor %}
@@ -45,7 +46,7 @@ CHAT_TEMPLATE = """{%- if messages[0].role != 'system' %}{{- '<|im_start|>system
 
 
 def last_token_pool(hidden, attention_mask):
-    """Return the hidden state at each row's last attended token, whatever the padding side (section A.7: the pooled token is the last).
+    """Return the hidden state at each row's last attended token, whatever the padding side (section A.7).
 
     hidden (B, T, D); attention_mask (B, T) of 0 and 1 -> (B, D)
     """
@@ -58,17 +59,17 @@ def mrope_positions(token_types, attention_mask, image_grid_thw=None, video_grid
     """Compute Qwen2.5-VL's three-axis rotary positions without a loop over tokens and without a host sync.
 
     Text counts up by one on all three axes. A vision block that starts at position p puts its token (i, y, x) at
-    (p + floor(i * s * tokens_per_second), p + y, p + x), and text goes on at the block's largest position plus one. This is the rule of
-    transformers 4.51.3; later versions truncate s to whole seconds or let the text begin inside the video's time range.
+    (p + floor(i * s * tokens_per_second), p + y, p + x), and text goes on at the block's largest position plus one. This is
+    transformers 4.51.3's rule; later versions truncate s to whole seconds or let the text begin inside the video's time range.
     # PAPER: "1.0 FPS" and 8 frames per clip of any length exclude each other; s is the true time between two temporal grids.
 
-    token_types (B, T): 0 text, 1 image, 2 video; attention_mask (B, T); grids (n, 3) in patches (t, h, w), in the order in which the
-    blocks appear row by row; second_per_grid_ts (n_videos,) s in seconds, float32 -> (3, B, T) int64, 0 on padding
+    token_types (B, T): 0 text, 1 image, 2 video; attention_mask (B, T); grids (n, 3) in patches (t, h, w), ordered as the blocks
+    appear row by row; second_per_grid_ts (n_videos,) s in seconds, float32 -> (3, B, T) int64, 0 on padding
     """
     B, T = token_types.shape
     device = token_types.device
     vision = (token_types > 0) & attention_mask.bool()
-    start = vision & ~F.pad(vision, (1, 0))[:, :-1]  # (B, T) first token of each block; blocks never touch (<|vision_end|> between)
+    start = vision & ~F.pad(vision, (1, 0))[:, :-1]  # (B, T) first tokens: blocks never touch
     grid = torch.full((B, T, 3), merge_size, device=device)  # so that text divides by 1 below
     rate = torch.ones(B, T, device=device)  # seconds per temporal grid; an image has one grid, so its rate is never used
     for kind, grids in ((1, image_grid_thw), (2, video_grid_thw)):
@@ -87,7 +88,7 @@ def mrope_positions(token_types, attention_mask, image_grid_thw=None, video_grid
     i = column - first  # index inside the block
     time = (i // (h * w) * rate * tokens_per_second).long()
     extent = torch.stack([((t - 1) * rate * tokens_per_second).long(), h - 1, w - 1]).amax(0) + 1
-    advance = torch.where(vision, torch.where(start, extent, 0), attention_mask.long())  # a whole block advances at its first token
+    advance = torch.where(vision, torch.where(start, extent, 0), attention_mask.long())  # blocks advance at their first token
     base = advance.cumsum(1) - advance
     base_of_block = base.gather(1, first)
     inside = torch.stack([time, i % (h * w) // w, i % w])  # (3, B, T)
@@ -109,7 +110,7 @@ class GVE(nn.Module):
         """Load a Qwen2.5-VL checkpoint, a LoRA adapter on one, or a merged folder; local folder or hub id, safetensors only.
 
         path: str or Path. dtype: torch dtype or its name, default bfloat16 on CUDA and float32 elsewhere. device: default CPU.
-        lora: True or a dict of LoraConfig fields adds a fresh, trainable adapter; an adapter folder's own weights are then trainable.
+        lora: True or a dict of LoraConfig fields adds a fresh, trainable adapter; an adapter folder's own becomes trainable.
         base: overrides the adapter's own record of its base model.
         Raises ValueError when files are missing or a tensor finds no place.
         """
@@ -123,7 +124,7 @@ class GVE(nn.Module):
         base = find_base(base or PeftConfig.from_pretrained(path).base_model_name_or_path, path) if is_adapter else path
         try:
             processor = Qwen2_5_VLProcessor.from_pretrained(path)
-        except (OSError, ValueError, TypeError, ImportError) as error:  # transformers raises any of these for absent or partial files
+        except (OSError, ValueError, TypeError, ImportError) as error:  # transformers raises any of these for absent files
             raise ValueError(f"{path}: no usable processor (preprocessor_config.json or processor_config.json, tokenizer.json): "
                              f"{str(error).splitlines()[0]}") from error
         backbone = load_backbone(base, dtype)
@@ -157,18 +158,18 @@ class GVE(nn.Module):
     def positions(self, batch):
         """M-RoPE positions (3, B, T) of a collated batch."""
         config = self.core.config.vision_config
-        return mrope_positions(batch["mm_token_type_ids"], batch["attention_mask"], batch.get("image_grid_thw"), batch.get("video_grid_thw"),
-                               batch.get("second_per_grid_ts"), tokens_per_second=config.tokens_per_second,
-                               merge_size=config.spatial_merge_size)
+        return mrope_positions(batch["mm_token_type_ids"], batch["attention_mask"], batch.get("image_grid_thw"),
+                               batch.get("video_grid_thw"), batch.get("second_per_grid_ts"),
+                               tokens_per_second=config.tokens_per_second, merge_size=config.spatial_merge_size)
 
     def inputs_embeds(self, batch):
         """Token embeddings (B, T, D) with vision features in place. The vision tower is frozen, so it runs without a graph."""
         core, ids = self.core, batch["input_ids"]
+        kinds = ((core.config.image_token_id, core.get_image_features, "pixel_values", "image_grid_thw"),
+                 (core.config.video_token_id, core.get_video_features, "pixel_values_videos", "video_grid_thw"))
         with torch.no_grad():
             embeds = core.get_input_embeddings()(ids)  # (B, T, D)
-            for token, pixels, grid, encode in ((core.config.image_token_id, "pixel_values", "image_grid_thw", core.get_image_features),
-                                                (core.config.video_token_id, "pixel_values_videos", "video_grid_thw",
-                                                 core.get_video_features)):
+            for token, encode, pixels, grid in kinds:
                 if pixels in batch:
                     features = torch.cat(encode(batch[pixels], batch[grid]).pooler_output)  # (V, D)
                     place = (ids == token)[..., None]
@@ -187,7 +188,7 @@ class GVE(nn.Module):
     def embed(self, items, instruction=None, *, batch_size=32, frames=8, max_tokens=200, max_length=8192):
         """Embed items (data.py) -> (n, D) float32 on the CPU. The first undecodable item raises; embed.encode goes on instead.
 
-        instruction: system turn, default "You are a helpful assistant."; frames: per video, even; max_tokens: vision tokens per frame.
+        instruction: system turn, default "You are a helpful assistant."; frames per video, even; max_tokens per frame.
         """
         if isinstance(items, dict):
             raise ValueError("embed takes a list of items, not one item")
@@ -197,10 +198,10 @@ class GVE(nn.Module):
         return torch.cat(out) if out else torch.empty(0, self.dim)
 
     def save_pretrained(self, folder, *, merge=False, info=None):
-        """Write a checkpoint folder that is valid for Hugging Face at its root; every file appears whole under its name or not at all.
+        """Write a checkpoint folder, valid for Hugging Face at its root; every file appears whole under its name or not at all.
 
-        merge=False writes the LoRA adapter in PEFT's layout, merge=True full weights with LoRA folded in (as ForConditionalGeneration,
-        lm_head included, so that any Qwen2.5-VL loader takes them). info: dict for gve.json.
+        merge=False writes the LoRA adapter in PEFT's layout, merge=True full weights with LoRA folded in (as
+        ForConditionalGeneration, so that any Qwen2.5-VL loader takes them). info: dict for gve.json.
         """
         folder = Path(folder)
         part = folder.with_name(folder.name + ".part")
@@ -235,12 +236,12 @@ def find_base(base, adapter):
         if (root / base / "config.json").is_file():
             return str(root / base)
     if base.count("/") != 1 or base.startswith((".", "/")):
-        raise ValueError(f"{adapter}/adapter_config.json: base_model_name_or_path {base!r} is neither a checkpoint folder nor a hub id")
+        raise ValueError(f"{adapter}/adapter_config.json: base {base!r} is neither a checkpoint folder nor a hub id")
     return base
 
 
 def load_backbone(path, dtype):
-    """Load Qwen2_5_VLModel strictly: a tensor that is missing, or has no place (lm_head aside), is an error. No remote code runs."""
+    """Load Qwen2_5_VLModel strictly: a missing tensor, or one without a place (lm_head aside), is an error. No remote code."""
     if os.path.exists(path) and not (Path(path) / "config.json").is_file():
         raise ValueError(f"{path}: not a checkpoint folder (no config.json or adapter_config.json)")
     try:
@@ -250,8 +251,8 @@ def load_backbone(path, dtype):
     missing, extra = set(report["missing_keys"]), {k for k in report["unexpected_keys"] if not k.startswith("lm_head.")}
     wrong = {str(k) for k in report["mismatched_keys"]}
     if missing or extra or wrong:
-        raise ValueError(f"{path}: weights do not fit Qwen2.5-VL: missing {sorted(missing)[:3]}, without a place {sorted(extra)[:3]}, "
-                         f"of another shape {sorted(wrong)[:3]}")
+        raise ValueError(f"{path}: weights do not fit Qwen2.5-VL: missing {sorted(missing)[:3]}, without a place "
+                         f"{sorted(extra)[:3]}, of another shape {sorted(wrong)[:3]}")
     return model
 
 
@@ -265,7 +266,7 @@ def _attach_adapter(backbone, path, trainable):
         from huggingface_hub import hf_hub_download
         file = hf_hub_download(path, "adapter_model.safetensors")
     tensors = load_file(str(file))
-    # Adapters trained on ForConditionalGeneration carry one more "model."; before transformers 4.52 the language model had no own level.
+    # Adapters on ForConditionalGeneration carry one more "model."; before transformers 4.52 the language model had no own level.
     tensors = {_adapter_key(k): v for k, v in tensors.items()}
     expected = set(get_peft_model_state_dict(model))
     if set(tensors) != expected:

@@ -1,18 +1,19 @@
 """Train GVE up the Modality Pyramid (arXiv 2510.27571, section 4 and A.8): one visible loop, one process or many under torchrun.
 
-    python train.py                                                        # --preset mini, minutes on 2 cores, after `python -m mini render`
-    torchrun --nproc-per-node 2 train.py                                   # the same numbers from two ranks
-    torchrun --nproc-per-node 8 train.py --preset gve-3b --data DIR        # DIR/mixture.json and its files (data.py's formats)
+    python train.py                                                     # --preset mini, minutes on 2 cores
+    torchrun --nproc-per-node 2 train.py                                # the same from two ranks
+    torchrun --nproc-per-node 8 train.py --preset gve-3b --data DIR     # DIR/mixture.json and its files (data.py's formats)
 
-Every step draws one source. At each curriculum epoch's start the prober Psi_t measures how well each source's pairs already agree,
-R_k = mean cosine of N_p positive pairs, and sources are drawn by P(k) = softmax(R_k / sigma_t) while sigma grows from 0.1 to 1.0: the
-well-aligned levels (text, images) come first, composed video queries last. What a run did is in <out>/log.jsonl, one JSON line per event.
+Every step draws one source. At each curriculum epoch's start the prober Psi_t measures how well each source's pairs agree,
+R_k = mean cosine of N_p positive pairs, and sources are drawn by P(k) = softmax(R_k / sigma_t) while sigma grows from 0.1 to 1.0:
+well-aligned sources come first, the others catch up. What a run did is in <out>/log.jsonl, one JSON line per event.
 
 Legend: K sources, G global batch, B this rank's rows, N hard negatives, D embedding dim.
 """
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -28,7 +29,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import Collator, Sampler, Steps, load_mixture, parse_flags
+from data import Collator, Steps, load_mixture, parse_flags
 from embed import encode
 from kernels.infonce import info_nce_dist
 from model import GVE, to_device
@@ -40,7 +41,8 @@ LEVEL = {task: level for level, tasks in enumerate(LEVELS, 1) for task in tasks}
 PAPER = dict(data="data", lr=3e-5, weight_decay=0.1, epochs=3, temperature=0.03, seed=42, dtype="bfloat16", batch_scale=32.0,
              checkpointing=True, micro_batch=32, workers=4, probe_pairs=256)  # Table 9; N_p is not given there
 PRESETS = {
-    "mini": dict(base="mini/base", prober="mini/prober", data="runs/mini", mixture="runs/mini/train/mixture.json", out="runs/gve-mini"),
+    "mini": dict(base="mini/base", prober="mini/prober", data="runs/mini", mixture="runs/mini/train/mixture.json",
+                 out="runs/gve-mini"),
     "gve-3b": dict(PAPER, base="Qwen/Qwen2.5-VL-3B-Instruct", out="runs/gve-3b"),
     "gve-7b": dict(PAPER, base="Qwen/Qwen2.5-VL-7B-Instruct", out="runs/gve-7b"),
 }
@@ -54,23 +56,23 @@ class Flags:
     mixture: str = field(default="", metadata={"help": "mixture file; empty: DATA/mixture.json"})
     root: list[str] = field(default_factory=list, metadata={"help": "more folders that media may lie in"})
     out: str = field(default="", metadata={"help": "checkpoint folder to write"})
-    prober: str = field(default="", metadata={"help": "Psi_1, the prober of the first epoch: any checkpoint; empty: the starting checkpoint"})
+    prober: str = field(default="", metadata={"help": "Psi_1, the first epoch's prober: any checkpoint; empty: the starting one"})
     schedule: str = field(default="pyramid", metadata={"help": "how sources are drawn", "choices":
                           ["pyramid", "proportional", "uniform", "staged"]})
     epochs: int = field(default=3, metadata={"help": "curriculum epochs; together they are one pass over the data"})
-    steps: int = field(default=0, metadata={"help": "optimiser steps in all; 0: sum over sources of ceil(samples / global batch)"})
+    steps: int = field(default=0, metadata={"help": "optimiser steps; 0: sum over sources of ceil(samples / global batch)"})
     sigma_min: float = field(default=0.1, metadata={"help": "sigma of the first epoch"})
     sigma_max: float = field(default=1.0, metadata={"help": "sigma of the last epoch"})
     probe_pairs: int = field(default=32, metadata={"help": "N_p, positive pairs per source for R_k"})
     batch_scale: float = field(default=1.0, metadata={"help": "global batch of a source = its batch_size x this"})
     micro_batch: int = field(default=64, metadata={"help": "items per forward"})
     lr: float = field(default=2e-3, metadata={"help": "peak learning rate of AdamW, cosine to zero"})
-    warmup: float = field(default=0.05, metadata={"help": "share of the steps with rising learning rate (not given in the paper)"})
+    warmup: float = field(default=0.05, metadata={"help": "share of the steps with rising rate (not given in the paper)"})
     weight_decay: float = field(default=0.1, metadata={"help": "AdamW's weight decay"})
     clip: float = field(default=1.0, metadata={"help": "largest gradient norm, 0 = no limit (not given in the paper)"})
     dropout: float = field(default=0.1, metadata={"help": "LoRA dropout"})
     temperature: float = field(default=0.03, metadata={"help": "tau of the loss"})
-    margin: float = field(default=0.1, metadata={"help": "cosine above the positive's from which a negative counts as false; -1 = off"})
+    margin: float = field(default=0.1, metadata={"help": "a negative this far above the positive (cosine) is false; -1: off"})
     symmetric: bool = field(default=True, metadata={"help": "add the candidate-to-query direction to the loss"})
     frames: int = field(default=8, metadata={"help": "frames per video, even"})
     max_tokens: int = field(default=200, metadata={"help": "vision tokens per video frame"})
@@ -84,8 +86,6 @@ class Flags:
     device: str = field(default="", metadata={"help": "cpu or cuda; empty: cuda where there is one"})
 
 
-# ---- the pyramid (section 4.3) ----
-
 def sigma(epoch, epochs, low=0.1, high=1.0):
     """Temperature of the source distribution in curriculum epoch 0..epochs-1: linear from low to high (a single epoch: low)."""
     return low if epochs == 1 else low + (high - low) * epoch / (epochs - 1)
@@ -94,8 +94,8 @@ def sigma(epoch, epochs, low=0.1, high=1.0):
 def source_probabilities(schedule, relevance, sigma_t, sizes, levels, progress=0.0):
     """Return P (K,) over sources: `pyramid` softmax(R_k / sigma_t), `proportional` to size (GVE-s), `uniform`, or `staged`.
 
-    relevance R (K,) cosines or None; sizes (K,) pairs; levels (K,) 1..4; progress in [0, 1): how far the run is. `staged` walks the
-    levels one after the other, each for its share of the pairs, proportional to size inside.
+    relevance R (K,) cosines or None; sizes (K,) pairs; levels (K,) 1..4; progress in [0, 1): how far the run is. `staged` walks
+    the levels one after the other, each for its share of the pairs, proportional to size inside.
     """
     sizes, levels = np.asarray(sizes, float), np.asarray(levels)
     if schedule == "pyramid":
@@ -109,15 +109,46 @@ def source_probabilities(schedule, relevance, sigma_t, sizes, levels, progress=0
     return weight / weight.sum()
 
 
+class Sampler:
+    """Draw single-source global batches. What is drawn depends on seed, step and probabilities alone: every rank draws the same.
+
+    A source's rows come without replacement and are reshuffled when exhausted (the last batch of a pass may be short).
+    Replaying `draw` over the first n steps restores the position of step n.
+    """
+
+    def __init__(self, sources, batch_scale=1.0, seed=42):
+        self.sources, self.seed = sources, seed
+        self.rows = [min(s.samples, len(s)) for s in sources]  # (K,) distinct rows of one pass
+        self.batch = [max(1, round(s.batch_size * batch_scale)) for s in sources]  # (K,) G of each source
+        self.drawn = [0] * len(sources)  # (K,) rows drawn so far
+        self.order = functools.lru_cache(2 * len(sources))(self._order)
+
+    def _order(self, k, epoch):
+        subset = np.random.default_rng([self.seed, k]).permutation(len(self.sources[k]))[: self.rows[k]]
+        return np.random.default_rng([self.seed, k, epoch]).permutation(subset)
+
+    def passes(self):
+        """How often each source's rows have been drawn so far (K,)."""
+        return [drawn / rows for drawn, rows in zip(self.drawn, self.rows, strict=True)]
+
+    def draw(self, step, probabilities):
+        """Draw step's batch under probabilities (K,) -> (source number, row numbers (<= G,) int64)."""
+        k = int(np.random.default_rng([self.seed, step]).choice(len(self.sources), p=probabilities))
+        epoch, at = divmod(self.drawn[k], self.rows[k])
+        rows = self.order(k, epoch)[at : at + self.batch[k]]
+        self.drawn[k] += len(rows)
+        return k, rows
+
+
 def probe(gve, sources, flags, rank=0, world=1):
-    """Measure R_k under a prober: mean cosine of N_p positive pairs per source -> (R (K,), standard error (K,)). Ranks share the work."""
+    """Measure R_k, the mean cosine of N_p positive pairs per source -> (R (K,), standard error (K,)); ranks share the work."""
     sums = torch.zeros(len(sources), 3, dtype=torch.float64)
     for k, source in enumerate(sources):
-        rows = np.random.default_rng([flags.seed, k]).permutation(len(source.rows))[: flags.probe_pairs][rank::world]
+        rows = np.random.default_rng([flags.seed, k]).permutation(len(source))[: flags.probe_pairs][rank::world]
         queries, positives = [], []
         for row in rows:
-            with contextlib.suppress(ValueError, FileNotFoundError):  # an unusable row is listed when training meets it
-                query, positive, _ = source.load(int(row), roots(flags))
+            with contextlib.suppress(ValueError):  # an unusable row is listed when training meets it
+                query, positive, *_ = source.load(int(row), roots(flags))
                 queries.append(query)
                 positives.append(positive)
         options = dict(batch_size=flags.micro_batch, workers=flags.workers, frames=flags.frames, max_tokens=flags.max_tokens,
@@ -130,12 +161,11 @@ def probe(gve, sources, flags, rank=0, world=1):
         dist.all_reduce(sums)
     total, squares, n = sums.cpu().T
     if (n == 0).any():
-        raise ValueError(f"source {sources[int((n == 0).nonzero()[0])].name}: none of {flags.probe_pairs} probed pairs can be used")
+        empty = [source.name for source, count in zip(sources, n, strict=True) if count == 0]
+        raise ValueError(f"sources {empty}: none of {flags.probe_pairs} probed pairs can be used; try `python data.py check`")
     mean = total / n
     return mean.numpy(), ((squares / n - mean**2).clamp(min=0) / (n - 1).clamp(min=1)).sqrt().numpy()
 
-
-# ---- the loop's parts ----
 
 def roots(flags):
     return [flags.data, *flags.root]
@@ -160,10 +190,10 @@ def reduce_sum(parameters, extra):
 
 
 def embed_parts(gve, batches):
-    """Embed a list of collated micro-batches with their graphs -> (rows, D); no rows give an empty tensor that takes part in backward."""
+    """Embed a list of collated micro-batches with their graphs -> (rows, D); no rows: an empty tensor that joins in backward."""
     if not batches:
-        return torch.zeros(0, gve.dim, device=gve.device, dtype=torch.float64 if gve.core.dtype == torch.float64 else torch.float32,
-                           requires_grad=True)
+        dtype = torch.float64 if gve.core.dtype == torch.float64 else torch.float32
+        return torch.zeros(0, gve.dim, device=gve.device, dtype=dtype, requires_grad=True)
     return torch.cat([gve(to_device(batch, gve.device)) for batch in batches])
 
 
@@ -180,12 +210,16 @@ def curve_sums(q, p, n, p_ids, n_ids):
 def learning_rate(step, steps, peak, warmup):
     """Linear warm-up over a share of the steps, then cosine to zero."""
     rise = max(1, round(warmup * steps))
-    return peak * (step + 1) / rise if step < rise else peak * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+    if step < rise:
+        return peak * (step + 1) / rise
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
 
 
 def peak_memory(device):
     """Peak GiB: of the GPU where there is one, else of this process."""
-    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def commit():
@@ -203,13 +237,11 @@ def pyramid_table(sources, sampler, relevance, error, p, steps):
         for k in members:
             r = f"{relevance[k]:7.3f} {error[k]:6.3f}" if relevance is not None else f"{'-':>7} {'-':>6}"
             lines.append(f"{level:>5} {sources[k].task:<6} {sources[k].name:<24} {r} {p[k]:7.3f} {p[k] * steps:7.1f} "
-                         f"{sampler.drawn[k] / sampler.rows[k]:7.2f}")
+                         f"{sampler.passes()[k]:7.2f}")
         if members:
-            lines.append(f"{level:>5} {'all':<6} {'':<24} {'':>7} {'':>6} {p[members].sum():7.3f} {p[members].sum() * steps:7.1f}")
+            lines.append(f"{level:>5} {'all':<6} {'':<39} {p[members].sum():7.3f} {p[members].sum() * steps:7.1f}")
     return "\n".join(lines)
 
-
-# ---- the run ----
 
 def main(flags):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -221,7 +253,8 @@ def main(flags):
         torch.cuda.set_device(device)
     mixture = flags.mixture or f"{flags.data}/mixture.json"
     if not os.path.isfile(mixture):
-        raise ValueError(f"{mixture}: no such mixture" + ("; run `python -m mini render` first" if flags.preset == "mini" else ""))
+        hint = "; run `python -m mini render` first" if flags.preset == "mini" else ""
+        raise ValueError(f"{mixture}: no such mixture{hint}")
 
     sources = load_mixture(mixture)
     sampler = Sampler(sources, flags.batch_scale, flags.seed)
@@ -246,15 +279,18 @@ def main(flags):
             log_file.write(json.dumps({"event": event, "time": round(time.time(), 3), **values}) + "\n")
             log_file.flush()
 
+    def named(values):
+        return None if values is None else {s.name: round(float(v), 5) for s, v in zip(sources, values, strict=True)}
+
     def say(text):
         if rank == 0:
             tqdm.write(text)
 
     config = dataclasses.asdict(flags)
-    log("start", config=config, commit=commit(), world=world, steps=steps, torch=torch.__version__, trained=sum(p.numel() for p in parameters),
-        sources={s.name: {"task": s.task, "samples": s.samples, "rows": len(s.rows)} for s in sources})
-    say(f"{len(sources)} sources, {sum(sizes):,} pairs, {steps} steps on {world} x {device.type}, {sum(p.numel() for p in parameters):,} "
-        f"trained parameters -> {out}")
+    trained = sum(p.numel() for p in parameters)
+    log("start", config=config, commit=commit(), world=world, steps=steps, torch=torch.__version__, trained=trained,
+        sources={s.name: {"task": s.task, "samples": s.samples, "rows": len(s)} for s in sources})
+    say(f"{len(sources)} sources, {sum(sizes):,} pairs, {steps} steps on {world} x {kind}, {trained:,} trained weights -> {out}")
 
     bar = tqdm(total=steps, desc="train", disable=rank != 0, dynamic_ncols=True)
     bad_rows, seen, waited, since, step, last = set(), 0, 0.0, time.perf_counter(), 0, {}
@@ -273,22 +309,19 @@ def main(flags):
             plan.append(sampler.draw(s, p))
         say(f"\nepoch {epoch + 1}/{flags.epochs}, sigma {sigma_t:.2f}, schedule {flags.schedule}\n"
             + pyramid_table(sources, sampler, relevance, error, share, len(plan)))
-        log("epoch", epoch=epoch, step=step, sigma=sigma_t, schedule=flags.schedule, P={s.name: round(float(v), 5) for s, v in
-            zip(sources, share, strict=True)}, level_P={level: round(float(sum(v for v, lv in zip(share, levels, strict=True) if lv == level)), 5)
-            for level in range(1, 5)}, passes={s.name: round(d / n, 3) for s, d, n in zip(sources, sampler.drawn, sampler.rows, strict=True)},
-            **({} if relevance is None else {"R": {s.name: round(float(r), 5) for s, r in zip(sources, relevance, strict=True)},
-                                             "R_error": {s.name: round(float(e), 5) for s, e in zip(sources, error, strict=True)}}))
-        loader = torch.utils.data.DataLoader(
-            Steps(plan, sources, collate, rank=rank, world=world, micro_batch=flags.micro_batch, roots=roots(flags)), batch_size=None,
-            num_workers=flags.workers, pin_memory=kind == "cuda")
+        log("epoch", epoch=epoch, step=step, sigma=sigma_t, schedule=flags.schedule, R=named(relevance), R_error=named(error),
+            P=named(share), passes=named(sampler.passes()),
+            level_P={level: round(float(share[np.array(levels) == level].sum()), 5) for level in range(1, 5)})
+        rows = Steps(plan, sources, collate, rank=rank, world=world, micro_batch=flags.micro_batch, roots=roots(flags))
+        loader = torch.utils.data.DataLoader(rows, batch_size=None, num_workers=flags.workers, pin_memory=kind == "cuda")
 
         gve.train()
         clock = time.perf_counter()
         for batch in loader:
-            waited += time.perf_counter() - clock
+            waited, source = waited + time.perf_counter() - clock, sources[batch["source"]]
             # -- forward: queries, positives, hard negatives --
             q, p, n = (embed_parts(gve, batch[part]) for part in ("query", "positive", "negative"))  # (B, D), (B, D), (N, D)
-            p_ids, n_ids = batch["p_ids"].to(device), batch["n_ids"].to(device)
+            p_ids, n_ids = batch["positive_ids"].to(device), batch["negative_ids"].to(device)
             # -- loss: this rank's share of the global mean, Eq. (1) in both directions --
             loss = info_nce_dist(q, p, 1 / flags.temperature, n=n, p_ids=p_ids, n_ids=n_ids,
                                  margin=None if flags.margin < 0 else flags.margin, symmetric=flags.symmetric)
@@ -299,7 +332,7 @@ def main(flags):
             loss_sum, scores, n_scores, positives, gaps, rows = reduce_sum(parameters, extra).tolist()
             norm = float(torch.nn.utils.clip_grad_norm_(parameters, flags.clip or math.inf))
             if not math.isfinite(loss_sum) or not math.isfinite(norm):
-                raise FloatingPointError(f"step {step}: loss {loss_sum}, gradient norm {norm}; source {sources[batch['source']].name}, rows "
+                raise FloatingPointError(f"step {step}: loss {loss_sum}, gradient norm {norm}; source {source.name}, rows "
                                          f"{batch['rows'].tolist()}; nothing was saved over the last checkpoint in {out}")
             # -- step --
             for group in optimizer.param_groups:
@@ -314,22 +347,22 @@ def main(flags):
                     tqdm.write(f"replaced an unusable row: {reason}", file=sys.stderr)
             if step % flags.log_every == 0 or step == steps:
                 elapsed = time.perf_counter() - since
-                last = {"loss": loss_sum, "score": scores / n_scores, "positive": positives / rows, "gap": gaps / rows, "lr":
-                        optimizer.param_groups[0]["lr"], "grad_norm": norm, "items_per_s": seen / elapsed, "waiting": waited / elapsed,
+                last = {"loss": loss_sum, "score": scores / n_scores, "positive": positives / rows, "gap": gaps / rows,
+                        "lr": group["lr"], "grad_norm": norm, "items_per_s": seen / elapsed, "waiting": waited / elapsed,
                         "memory_gib": peak_memory(device), "bad_rows": len(bad_rows)}
-                log("step", step=step, epoch=epoch, source=sources[batch["source"]].name, rows=int(rows), **{k: round(v, 6) for k, v in last.items()})
+                last = {k: float(f"{v:.6g}") for k, v in last.items()}
+                log("step", step=step, epoch=epoch, source=source.name, rows=int(rows), **last)
                 seen, waited, since = 0, 0.0, time.perf_counter()
             bar.update()
-            bar.set_postfix(loss=f"{loss_sum:.3f}", source=sources[batch["source"]].name, refresh=False)
+            bar.set_postfix(loss=f"{loss_sum:.3f}", source=source.name, refresh=False)
             clock = time.perf_counter()
         if rank == 0:  # the adapter is whole at every moment: files are written beside it and renamed
-            gve.save_pretrained(out, info={"config": config, "step": step, "seed": flags.seed, "commit": commit(), "metrics": last, "data":
-                                {s.name: {"samples": s.samples, "rows": len(s.rows), "drawn": d} for s, d in
-                                 zip(sources, sampler.drawn, strict=True)}})
+            gve.save_pretrained(out, info={
+                "config": config, "step": step, "seed": flags.seed, "commit": commit(), "metrics": last,
+                "data": {s.name: {"rows": len(s), "drawn": d} for s, d in zip(sources, sampler.drawn, strict=True)}})
         since = time.perf_counter()  # saving and probing are not training time
     bar.close()
-    log("end", step=step, passes={s.name: round(d / n, 3) for s, d, n in zip(sources, sampler.drawn, sampler.rows, strict=True)},
-        bad_rows=sorted(bad_rows))
+    log("end", step=step, passes=named(sampler.passes()), bad_rows=sorted(bad_rows))
     say(f"\ntrained {step} steps; {len(bad_rows)} unusable rows replaced; checkpoint and log in {out}")
     if world > 1:
         dist.destroy_process_group()

@@ -15,7 +15,7 @@ from transformers import Qwen2_5_VLProcessor
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
-from data import Collator, MediaError, Sampler, Steps, content_id, load_image, load_mixture, load_video, resolve  # noqa: E402
+from data import Collator, MediaError, Steps, content_id, load_image, load_mixture, load_video, resolve  # noqa: E402
 
 
 @pytest.mark.parametrize("n, expected", [(16, [0, 2, 4, 6, 9, 11, 13, 15]), (8, list(range(8))), (1, [0] * 8),
@@ -59,7 +59,6 @@ def test_short_clips_and_frame_folders(media):
 
 def test_av1_is_read_by_pyav_and_said_once(tmp_path):
     write_video(tmp_path / "av1.mp4", moving_square(height=64, width=64), codec="libsvtav1")
-    data._say_once.cache_clear()
     with pytest.warns(UserWarning, match="PyAV reads those"):
         frames, seconds = load_video(str(tmp_path / "av1.mp4"))
     assert frames.shape == (8, 64, 64, 3) and seconds == 2.0
@@ -142,8 +141,8 @@ def test_paths_stay_under_their_roots(media, tmp_path):
 
 
 @pytest.mark.parametrize("item, message", [({}, "non-empty"), ({"text": ""}, "non-empty"), ({"text": 3}, "text must be a string"),
-                                           ({"video": {"path": "a.mp4", "begin": 1}}, "accepted: path"),
-                                           ({"image": {"video": "a.mp4"}}, "numbers"), ({"video": 7}, "path or a dict"), ("x", "an item needs")])
+                                           ({"video": {"path": "a.mp4", "begin": 1}}, "path or a dict of path and numbers"),
+                                           ({"image": {"video": "a.mp4"}}, "image must be a path or a dict of video and numbers"), ({"video": 7}, "video must be a path"), ({"video": {"path": "a.mp4", "end": "1"}}, "numbers"), ("x", "an item needs")])
 def test_wrong_items_are_named(media, item, message):
     with pytest.raises(ValueError, match=message):
         resolve(item, media)
@@ -158,7 +157,7 @@ def test_content_ids_follow_content(media):
     assert all(0 <= i < 2**63 for i in others)
 
 
-@pytest.mark.parametrize("change, message", [({"sample": 3}, "accepted: name, task"), ({"task": "V2X"}, "accepted: T2T"),
+@pytest.mark.parametrize("change, message", [({"sample": 3}, "keys: name, task"), ({"task": "V2X"}, "accepted: T2T"),
                                              ({"path": "gone.jsonl"}, "does not exist"), ({"path": "empty.jsonl"}, "is empty"),
                                              ({"batch_size": 0}, "positive"), ({"batch_size": "4"}, "must be int"), ({"name": None}, "must be str")])
 def test_wrong_mixtures_name_file_entry_and_what_is_accepted(media, mixture, change, message):
@@ -173,34 +172,13 @@ def test_wrong_mixtures_name_file_entry_and_what_is_accepted(media, mixture, cha
         load_mixture(path)
 
 
-def test_sampler_draws_each_row_once_per_pass_and_is_restored_by_replay(mixture):
-    sources = load_mixture(mixture)
-    sampler = Sampler(sources, seed=1)
-    drawn = [sampler.draw(step, [0.5, 0.3, 0.2]) for step in range(60)]
-    for k, source in enumerate(sources):
-        rows = np.concatenate([r for i, r in drawn if i == k])
-        n = len(source.rows)
-        passes = [rows[i : i + n] for i in range(0, len(rows) - n + 1, n)]
-        assert len(passes) >= 2 and all(sorted(p) == list(range(n)) for p in passes)
-        assert (passes[0] != passes[1]).any()  # reshuffled
-    again = Sampler(sources, seed=1)
-    for step in range(40):
-        again.draw(step, [0.5, 0.3, 0.2])
-    rest = [again.draw(step, [0.5, 0.3, 0.2]) for step in range(40, 60)]
-    assert all(a[0] == b[0] and (a[1] == b[1]).all() for a, b in zip(drawn[40:], rest, strict=True))
-    first = [Sampler(sources, seed=seed).draw(0, [1, 0, 0])[1].tolist() for seed in range(5)]
-    assert len(set(map(tuple, first))) > 1  # the seed matters
-
-
 def test_ranks_share_a_global_batch_without_overlap(tiny, mixture):
     sources = load_mixture(mixture)
-    sampler = Sampler(sources, batch_scale=1.5, seed=0)
-    plan = [sampler.draw(step, [1, 0, 0]) for step in range(3)]
-    assert [len(rows) for _, rows in plan] == [6, 1, 6]
+    plan = [(0, np.array([5, 2, 0, 6, 1, 3]))]
     collate = Collator(Qwen2_5_VLProcessor.from_pretrained(tiny))
     for world in (1, 2, 3):
         parts = [Steps(plan, sources, collate, rank=r, world=world, micro_batch=2)[0] for r in range(world)]
-        ids = torch.cat([p["p_ids"] for p in parts])
+        ids = torch.cat([p["positive_ids"] for p in parts])
         texts = sorted(t for p in parts for b in p["query"] for t in collate.tokenizer.batch_decode(b["input_ids"]))
         assert len(ids) == 6 and len(texts) == 6 and {p["source"] for p in parts} == {0}
         assert all(len(b["input_ids"]) <= 2 for p in parts for b in p["query"])
@@ -218,10 +196,10 @@ def test_an_unusable_row_is_replaced_by_the_next_one_for_any_rank_and_listed(tin
     sources = load_mixture(media / "hurt.json")
     collate = Collator(Qwen2_5_VLProcessor.from_pretrained(tiny))
     step = Steps([(0, np.arange(7))], sources, collate)[0]
-    assert len(step["p_ids"]) == 7 and step["p_ids"][2] == step["p_ids"][3] and step["p_ids"][4] == step["p_ids"][5]
+    assert len(step["positive_ids"]) == 7 and step["positive_ids"][2] == step["positive_ids"][3] and step["positive_ids"][4] == step["positive_ids"][5]
     assert len(step["bad"]) == 2 and "hurt.jsonl:3" in step["bad"][0] and "hurt.jsonl:5" in step["bad"][1]
     third = Steps([(0, np.arange(7))], sources, collate, rank=2, world=3)[0]
-    assert third["p_ids"].tolist() == step["p_ids"][2::3].tolist()
+    assert third["positive_ids"].tolist() == step["positive_ids"][2::3].tolist()
 
 
 def command(*words):

@@ -165,6 +165,25 @@ def test_log_and_checkpoint_hold_what_the_record_needs(one_and_many):
     assert all(abs(sum(x["P"].values()) - 1) < 1e-3 and abs(sum(x["level_P"].values()) - 1) < 1e-3 for x in epochs)
 
 
+def test_sampler_draws_each_row_once_per_pass_and_is_restored_by_replay(mixture):
+    sources = train.load_mixture(mixture)
+    sampler = train.Sampler(sources, seed=1)
+    drawn = [sampler.draw(step, [0.5, 0.3, 0.2]) for step in range(60)]
+    for k, source in enumerate(sources):
+        rows = np.concatenate([r for i, r in drawn if i == k])
+        n = len(source)
+        passes = [rows[i : i + n] for i in range(0, len(rows) - n + 1, n)]
+        assert len(passes) >= 2 and all(sorted(p) == list(range(n)) for p in passes)
+        assert (passes[0] != passes[1]).any()  # reshuffled
+    again = train.Sampler(sources, seed=1)
+    for step in range(40):
+        again.draw(step, [0.5, 0.3, 0.2])
+    rest = [again.draw(step, [0.5, 0.3, 0.2]) for step in range(40, 60)]
+    assert all(a[0] == b[0] and (a[1] == b[1]).all() for a, b in zip(drawn[40:], rest, strict=True))
+    first = [train.Sampler(sources, seed=seed).draw(0, [1, 0, 0])[1].tolist() for seed in range(5)]
+    assert len(set(map(tuple, first))) > 1  # the seed matters
+
+
 # PAPER.md section 6 [CALC]: P for R = .3 / .5 / .7.
 @pytest.mark.parametrize("sigma_t, expected", [(0.1, [0.02, 0.12, 0.87]), (0.55, [0.22, 0.32, 0.46]), (1.0, [0.27, 0.33, 0.40])])
 def test_source_probabilities_of_the_paper(sigma_t, expected):
