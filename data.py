@@ -119,28 +119,35 @@ def load_image(image):
 FORMS = {"image": ("video", {"time"}), "video": ("path", {"start", "end", "fps"})}  # dict forms: path key, number keys
 
 
-def resolve(item, base, roots=()):
-    """Return the item with absolute real media paths, which must exist under `base` or one of `roots` (symlinks followed).
-
-    Raises ValueError, naming key and accepted values, for a wrong form or a path outside; FileNotFoundError for a missing file.
-    """
+def check_item(item):
+    """Raise ValueError, naming the key and what is accepted, unless `item` has the form of an item."""
     if not isinstance(item, dict) or not any(item.get(k) for k in ("text", "image", "video")):
         raise ValueError(f"an item needs a non-empty text, image or video, got {item!r}")
     if not isinstance(item.get("text") or "", str):
         raise ValueError(f"text must be a string, got {item['text']!r}")
-    out = {"text": item["text"]} if item.get("text") else {}
     for kind, (main, numbers) in FORMS.items():
-        if not (media := item.get(kind)):
-            continue
+        media = item.get(kind) or ""
         spec = media if isinstance(media, dict) else {main: media}
         wrong = [k for k, v in spec.items() if k != main and (k not in numbers or not isinstance(v, (int, float, type(None))))]
         if wrong or not isinstance(spec.get(main), str) or (kind == "image" and spec is media and media.get("time") is None):
             raise ValueError(f"{kind} must be a path or a dict of {main} and numbers {sorted(numbers)}, got {media!r}")
-        real, allowed = os.path.realpath(os.path.join(base, spec[main])), [os.path.realpath(r) for r in (base, *roots)]
+
+
+def resolve(item, base, roots=()):
+    """Return the item with absolute real media paths, which must exist under `base` or one of `roots` (symlinks followed).
+
+    Raises ValueError for a wrong form or a path that leaves its roots, FileNotFoundError for a missing file.
+    """
+    check_item(item)
+    out = {key: item[key] for key in ("text", "image", "video") if item.get(key)}
+    for kind in FORMS.keys() & out.keys():
+        media, main = out[kind], FORMS[kind][0]
+        given = media[main] if isinstance(media, dict) else media
+        real, allowed = os.path.realpath(os.path.join(base, given)), [os.path.realpath(r) for r in (base, *roots)]
         if not any(os.path.commonpath([real, root]) == root for root in allowed):
-            raise ValueError(f"{kind} {spec[main]!r} leaves the allowed roots {allowed} (add one with --root)")
+            raise ValueError(f"{kind} {given!r} leaves the allowed roots {allowed} (add one with --root)")
         if not os.path.exists(real):
-            raise FileNotFoundError(f"{kind} {spec[main]!r}: {real} does not exist")
+            raise FileNotFoundError(f"{kind} {given!r}: {real} does not exist")
         out[kind] = {**media, main: real} if isinstance(media, dict) else real
     return out
 
@@ -375,12 +382,12 @@ def parse_flags(cls, argv=None, doc=None, presets=None):
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     for field in dataclasses.fields(cls):
-        default = [] if field.default is dataclasses.MISSING else field.default
+        default = field.default_factory() if field.default is dataclasses.MISSING else field.default
         how = {"default": default, "help": field.metadata.get("help", "") + f" (default {default})".replace("%", "%%")}
         if field.type is bool:
             how["action"] = argparse.BooleanOptionalAction
         elif isinstance(default, list):
-            how.update(nargs="+", type=field.type.__args__[0], default=field.default_factory())
+            how.update(nargs="+", type=field.type.__args__[0])
         else:
             how.update(type=field.type, choices=field.metadata.get("choices"))
         parser.add_argument("--" + field.name.replace("_", "-"), **how)
