@@ -171,32 +171,42 @@ def background(scene):
     return np.array(ground) * (1 - cover[..., None]) + np.array(mark) * cover[..., None]
 
 
+def tracks(scene):
+    """Where every object is: a list of (centre (F, 2) in pixels, radius (F,), seen (F,) bool)."""
+    jitter, out = np.random.default_rng(scene["seed"] + 1).uniform(-1.5, 1.5, (len(scene["objects"]), 2)), []
+    for o, offset in zip(scene["objects"], jitter, strict=True):
+        path, grow, seen = motion_path(o["motion"])
+        out.append((PLACES[o["place"]] + path + offset, {"small": 6.0, "big": 9.0}[o["size"]] * grow, seen))
+    return out
+
+
+def camera_step(scene, f):
+    """What the camera does in frame f: (right, down) in pixels and the logarithm of the zoom."""
+    move = scene["camera"][f * len(scene["camera"]) // FRAMES]
+    return {"pan left": (-2, 0, 0), "pan right": (2, 0, 0), "tilt up": (0, -2, 0), "tilt down": (0, 2, 0), "zoom in": (0, 0, 0.065),
+            "zoom out": (0, 0, -0.065)}.get(move, (0, 0, 0))
+
+
 def render_scene(scene):
     """Draw a scene: uint8 (F=16, S, S, 3). The camera moves over the background; objects keep their place on the screen."""
     ys, xs = np.mgrid[:SIZE, :SIZE].astype(np.float64)
-    texture, rng = background(scene), np.random.default_rng(scene["seed"] + 1)
-    paths = [motion_path(o["motion"]) for o in scene["objects"]]
-    jitter = rng.uniform(-1.5, 1.5, (len(paths), 2))
-    shift, zoom, frames = np.zeros(2), 0.0, []
+    texture, paths, camera, frames = background(scene), tracks(scene), np.zeros(3), []
     for f in range(FRAMES):
-        move = scene["camera"][f * len(scene["camera"]) // FRAMES]
-        shift += np.array({"pan left": (-1, 0), "pan right": (1, 0), "tilt up": (0, -1), "tilt down": (0, 1)}.get(move, (0, 0))) * 2.0
-        zoom += {"zoom in": 0.065, "zoom out": -0.065}.get(move, 0)
-        u, v = (xs - 28) * np.exp(-zoom) + 48 + shift[0], (ys - 28) * np.exp(-zoom) + 48 + shift[1]
+        camera += camera_step(scene, f)
+        u, v = (xs - 28) * np.exp(-camera[2]) + 48 + camera[0], (ys - 28) * np.exp(-camera[2]) + 48 + camera[1]
         iu, iv = np.floor(u).astype(int), np.floor(v).astype(int)
         fu, fv = (u - iu)[..., None], (v - iv)[..., None]
         at = lambda du, dv: texture[(iv + dv) % 96, (iu + du) % 96]  # noqa: E731, B023  used at once
         image = (at(0, 0) * (1 - fu) + at(1, 0) * fu) * (1 - fv) + (at(0, 1) * (1 - fu) + at(1, 1) * fu) * fv
-        for o, (path, grow, seen), (jx, jy) in zip(scene["objects"], paths, jitter, strict=True):
+        for o, (centre, radius, seen) in zip(scene["objects"], paths, strict=True):
             if not seen[f]:
                 continue
-            cx, cy = PLACES[o["place"]] + path[f] + (jx, jy)
-            r = {"small": 6.0, "big": 9.0}[o["size"]] * grow[f]
-            d = shape_distance(o["shape"], xs - cx, ys - cy, r)
+            x, y = xs - centre[f, 0], ys - centre[f, 1]
+            d = shape_distance(o["shape"], x, y, radius[f])
             image *= 1 - 0.75 * np.clip(1.7 - d, 0, 1)[..., None]  # a dark rim, so that no colour melts into its theme
             paint = np.array(COLOURS[o["colour"]], float) * np.ones((SIZE, SIZE, 1))
             if o["texture"] == "striped":
-                paint *= 1 - 0.5 * (np.sin((xs - cx + ys - cy) * 1.3) > 0)[..., None]
+                paint *= 1 - 0.5 * (np.sin((x + y) * 1.3) > 0)[..., None]
             alpha = np.clip(0.5 - d, 0, 1)[..., None]
             image = image * (1 - alpha) + paint * alpha
         frames.append(image)
@@ -320,7 +330,7 @@ def spatial(scene, rng, shuffle=False, theme=True):
     objects = ordered(scene, rng, shuffle)
     claim = {"objects": [only(o, "colour", "shape", "size", "texture", "place") for o in objects], "relations": []}
     parts = [sentence(rng.choice(("there is", "one sees")), noun(o, rng, o), "in the", o["place"]) for o in objects]
-    for i, j in itertools.combinations(range(len(objects)), 2):
+    for i, j in itertools.pairwise(range(len(objects))):
         r = rng.choice(relations(objects[i]["place"], objects[j]["place"]))
         parts.append(sentence("the", objects[i]["shape"], "is", r, noun(objects[j], article="the")))
         claim["relations"].append([i, r, j])
