@@ -85,7 +85,7 @@ def test_ties_rank_in_corpus_order():
         order = sorted(range(23), key=lambda j: (-sum(a * b for a, b in zip(q, corpus[j].tolist(), strict=True)), j))
         expected.append(sorted(order.index(p) + 1 for p in own))
     assert ev.ranks(queries, corpus, positives) == expected
-    assert ev.ranks(queries, corpus, positives, [range(23)] * 11) == expected
+    assert ev.ranks(queries, corpus, positives, [list(range(23))[::-1]] * 11) == expected  # in pools too, in whatever order
     one = torch.ones(1, 4)
     assert ev.ranks(one, one.repeat(2, 1), [[1]]) == [[2]]
     trec_run = pytrec_eval.RelevanceEvaluator({"q": {"1": 1}}, {"recip_rank"}).evaluate({"q": {"0": 1.0, "1": 1.0}})
@@ -246,10 +246,11 @@ def world(root, media):
         "LoVR-C2V": ([{"video": {**clip, "path": f"../../videos/{i}.mp4"}} for i in range(7)], [{"pos": [i]} for i in range(7)]),
     }
     sizes = {}
-    for name, (queries, instances) in sets.items():
+    for k, (name, (queries, instances)) in enumerate(sets.items()):
         rows = root / "uvrb" / name / "jsonl"
         rows.mkdir(parents=True)
-        files = {"queries": [{"id": f"q{i}", **q} for i, q in enumerate(queries)], "corpus": corpus, "instances": [
+        turned = corpus[k:] + corpus[:k]  # another corpus order in each
+        files = {"queries": [{"id": f"q{i}", **q} for i, q in enumerate(queries)], "corpus": turned, "instances": [
             {"qid": f"q{i}", **{k: [f"c{j}" for j in v] for k, v in row.items()}} for i, row in enumerate(instances)]}
         for file, lines in files.items():
             (rows / f"{file}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -339,7 +340,7 @@ def test_missing_and_damaged_media_are_named_and_never_averaged(tiny, media, tmp
     assert "* MSRVTT: 3/5 queries, 5/7 videos; it enters no average" in capsys.readouterr().out
     failed = {event["dataset"]: event["failed"] for event in map(json.loads, (tmp_path / "out" / "log.jsonl").open())}
     assert [reason.split(": ")[0].rsplit("/", 1)[1] for reason in failed["LoVR-C2V"]] == [
-        "queries.jsonl:3", "queries.jsonl:6", "corpus.jsonl:3", "corpus.jsonl:6"]
+        "queries.jsonl:3", "queries.jsonl:6", "corpus.jsonl:1", "corpus.jsonl:4"]
     assert "2.mp4" in failed["MSRVTT"][0] and "5.mp4" in failed["MSRVTT"][1]
 
 
