@@ -12,6 +12,7 @@ is the last hidden state at that token, L2-normalised in float32. Only LoRA weig
 Legend: B batch, T tokens, D embedding dim (hidden size), V vision tokens after merging, P patches before merging.
 """
 
+import copy
 import importlib.metadata
 import json
 import os
@@ -26,7 +27,7 @@ from peft import LoraConfig, PeftConfig, get_peft_model, get_peft_model_state_di
 from safetensors.torch import load_file
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLModel, Qwen2_5_VLProcessor
 
-from data import DEFAULT_INSTRUCTION, END, Collator
+from data import DEFAULT_INSTRUCTION, END, IMAGE_TOKENS, MIN_TOKENS, Collator
 
 # Table 9: r 16, alpha 32, dropout 0.1 on q, k, v, up, gate, down of the language model; o_proj is not in the list. The expression
 # has to name the language model, because the vision tower's MLP has the same three projection names.
@@ -43,6 +44,20 @@ CHAT_TEMPLATE = """{%- if messages[0].role != 'system' %}
 {%- for part in message.content if part.type == 'text' %}{{- part.text }}{%- endfor %}
 {%- endif %}{{- '<|im_end|>\\n' }}{%- endfor %}
 {{- '<|im_start|>assistant\\n""" + END + """' }}"""
+
+# The same pooling and normalisation for sentence-transformers >= 5.4, which then loads a checkpoint folder by itself.
+FORWARD = {"method": "forward", "method_output_name": "last_hidden_state"}
+SENTENCE_TRANSFORMERS = {
+    "modules.json": [
+        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.base.modules.transformer.Transformer"},
+        {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.sentence_transformer.modules.pooling.Pooling"},
+        {"idx": 2, "name": "2", "path": "2_Normalize", "type": "sentence_transformers.base.modules.normalize.Normalize"}],
+    "sentence_bert_config.json": {
+        "transformer_task": "feature-extraction", "module_output_name": "token_embeddings",
+        "modality_config": {"text": FORWARD, "image": FORWARD, "video": FORWARD, "message": FORWARD | {"format": "structured"}}},
+    "1_Pooling/config.json": {"embedding_dimension": None, "pooling_mode": "lasttoken", "include_prompt": True},
+    "2_Normalize/config.json": {"module_input_name": "sentence_embedding", "module_output_name": "sentence_embedding"},
+}
 
 
 def last_token_pool(hidden, attention_mask):
@@ -214,15 +229,25 @@ class GVE(nn.Module):
         else:
             self.backbone.save_pretrained(part, safe_serialization=True)
             (part / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
-        self.processor.chat_template = CHAT_TEMPLATE
-        self.processor.save_pretrained(part)
+        processor = copy.deepcopy(self.processor)
+        processor.chat_template = CHAT_TEMPLATE
+        for part_of, most in ((processor.image_processor, IMAGE_TOKENS), (processor.video_processor, 200)):
+            unit = (part_of.patch_size * part_of.merge_size) ** 2  # other loaders then resize as our Collator does
+            part_of.size = {"shortest_edge": MIN_TOKENS * unit, "longest_edge": most * unit}
+        processor.save_pretrained(part)
+        for name, content in SENTENCE_TRANSFORMERS.items():
+            (part / name).parent.mkdir(exist_ok=True)
+            content = content | {"embedding_dimension": self.dim} if "Pooling" in name else content
+            (part / name).write_text(json.dumps(content, indent=1))
         versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
         self.info = {**self.info, **(info or {}), "base": str(self.base), "dim": self.dim, "versions": versions}
         (part / "gve.json").write_text(json.dumps(self.info, indent=1) + "\n")
-        folder.mkdir(parents=True, exist_ok=True)
-        for file in sorted(part.iterdir()):
-            os.replace(file, folder / file.name)
-        part.rmdir()
+        for file in sorted(part.rglob("*")):
+            if file.is_file():
+                target = folder / file.relative_to(part)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(file, target)
+        shutil.rmtree(part)
 
 
 def to_device(batch, device):

@@ -243,6 +243,21 @@ def test_merged_folder_is_read_by_transformers_itself(lora, tmp_path):
                     "<|im_start|>assistant\n<|endoftext|>")
 
 
+@pytest.mark.parametrize("merge", [False, True])
+def test_sentence_transformers_loads_the_folder_and_gives_our_vectors(lora, media, tmp_path, merge):
+    from PIL import Image
+    from sentence_transformers import SentenceTransformer
+    lora.save_pretrained(tmp_path, merge=merge)
+    theirs = SentenceTransformer(str(tmp_path), device="cpu")
+    for instruction in (None, "Find the video."):
+        expected = lora.embed([{"text": "a red ball"}, {"text": "one"}], instruction).numpy()
+        error = np.abs(theirs.encode(["a red ball", "one"], prompt=instruction) - expected).max()
+        assert error < 1e-5, f"text: {error:.2e}"
+    images = [str(media / "i.png"), str(media / "wide.png")]
+    error = np.abs(theirs.encode([Image.open(i) for i in images]) - lora.embed([{"image": i} for i in images]).numpy()).max()
+    assert error < 1e-5, f"image: {error:.2e}"
+
+
 @pytest.mark.parametrize("damage", ["renamed", "missing", "extra"])
 @pytest.mark.parametrize("kind", ["adapter", "full"])
 def test_a_tensor_without_a_place_is_an_error(lora, tiny, tmp_path, damage, kind):
