@@ -217,8 +217,10 @@ def test_sizes_are_table_4s_unless_benchmark_json_says_otherwise(tmp_path):
     write(tmp_path)
     assert uvrb.benchmark(tmp_path)[0] == "UVRB" and uvrb.read(tmp_path, "MSRVTT").expected == (1000, 1000)
     assert any("2 queries, 2 videos; UVRB has 1000 and 1000" in line for line in uvrb.check(tmp_path))
-    (tmp_path / "benchmark.json").write_text('{"name": "mini-UVRB", "datasets": {"MSRVTT": {"queries": 2, "corpus": 2}}}')
-    assert uvrb.benchmark(tmp_path)[0] == "mini-UVRB" and uvrb.check(tmp_path) == []
+    for queries, corpus, problems in ((2, 2, 0), (3, 2, 1), (2, 3, 1)):
+        sizes = {"MSRVTT": {"queries": queries, "corpus": corpus}}
+        (tmp_path / "benchmark.json").write_text(json.dumps({"name": "mini-UVRB", "datasets": sizes}))
+        assert uvrb.benchmark(tmp_path)[0] == "mini-UVRB" and len(uvrb.check(tmp_path)) == problems
 
 
 @pytest.mark.parametrize("text, reason", [
