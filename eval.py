@@ -28,8 +28,8 @@ import torch.nn.functional as F
 import transformers
 
 import uvrb
-from data import parse_flags
-from embed import GVE, encode
+from embed import encode, parse_flags
+from model import GVE
 
 TIES = "corpus order: of equal scores the item that comes first in corpus.jsonl ranks first"
 TOLERANCE = 0.0011  # the paper's tables are rounded to 0.001; a mean of rounded cells is off by at most that
@@ -82,6 +82,7 @@ def metrics(ranks):
 
     ranks: N non-empty ascending lists, each positive's rank from 1. R@k is strict recall: positives found over all P of them;
     hit@k, any positive found, is often sold as recall. MRR and MdR, the median rank, look at the first positive.
+    # PAPER: does not say which of the two it means where a query has several positives, nor how it breaks ties.
     """
     def mean(of):
         return math.fsum(of(r) for r in ranks) / len(ranks)

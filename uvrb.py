@@ -31,7 +31,7 @@ class Dataset(NamedTuple):
     domain: str  # CG, S, T, PR or LC for TXT; FG is made of S, T and PR
     metric: str  # Table 5
     queries: int  # published sizes, Table 4
-    corpus: int  # MS-TI and MS-TV: the 10 candidates of each query
+    corpus: int  # PAPER: the 10 of MS-TI and MS-TV is taken to be each query's pool of candidates, as in MMEB-V2
     prompt: str  # Table 5, the query's instruction; corpus items get the default system prompt
 
 
