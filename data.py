@@ -3,7 +3,7 @@
 An *item* is a dict with any of `text`, `image`, `video`. A *mixture* is a list of training sources; every step draws one source,
 the same on every rank. decord decodes (PyAV what it cannot), transformers' own processors resize and cut patches.
 
-    python data.py check runs/mini/train/mixture.json --root runs/mini    # bad rows as file:line; here 0
+    python data.py check runs/mini/train/mixture.json --root runs/mini    # prints nothing if all is well
 
 Legend: F frames, H height, W width, B batch, T tokens, P patches, G global batch of a source, K sources.
 """
@@ -187,8 +187,7 @@ class Collator:
         if max_tokens < MIN_TOKENS:
             raise ValueError(f"max_tokens must be at least {MIN_TOKENS}, got {max_tokens}")
         self.processor, self.frames, self.max_tokens, self.max_length = processor, frames, max_tokens, max_length
-        self.tokenizer = processor.tokenizer
-        self.padding_side = padding_side or self.tokenizer.padding_side
+        self.tokenizer, self.padding_side = processor.tokenizer, padding_side or processor.tokenizer.padding_side
         self.end, self.image_pad, self.video_pad = self.tokenizer.convert_tokens_to_ids([END, "<|image_pad|>", "<|video_pad|>"])
 
     def __call__(self, items, instruction=None):
@@ -247,13 +246,11 @@ class Collator:
         """Pad and stack prepared samples -> input_ids, attention_mask, mm_token_type_ids (B, T) int64 and, where any sample has
         media, pixel_values(_videos) (P, C*2*14*14) float32, image/video_grid_thw (n, 3), second_per_grid_ts (n,) float32."""
         width = max(len(s["ids"]) for s in samples)
-        ids = torch.full((len(samples), width), self.end)
-        mask = torch.zeros_like(ids)
+        ids, mask = torch.full((len(samples), width), self.end), torch.zeros(len(samples), width, dtype=torch.int64)
         for row, sample in enumerate(samples):
             n = len(sample["ids"])
             where = slice(width - n, width) if self.padding_side == "left" else slice(0, n)
-            ids[row, where] = torch.tensor(sample["ids"])
-            mask[row, where] = 1
+            ids[row, where], mask[row, where] = torch.tensor(sample["ids"]), 1
         out = {"input_ids": ids, "attention_mask": mask,
                "mm_token_type_ids": (ids == self.image_pad).long() + 2 * (ids == self.video_pad).long()}
         for key in ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw"):
@@ -375,27 +372,6 @@ class Steps(torch.utils.data.Dataset):
         raise ValueError(f"100 rows on end cannot be used, the last: {bad[-1]}")
 
 
-def parse_flags(cls, argv=None, doc=None, presets=None):
-    """Fill the flat dataclass `cls` from the command line: a flag per field, help from its metadata; unknown flags are errors.
-
-    bool fields become --x / --no-x, list fields take several words; presets {name: {field: value}} are defaults by --preset.
-    """
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    for field in dataclasses.fields(cls):
-        default = field.default_factory() if field.default is dataclasses.MISSING else field.default
-        how = {"default": default, "help": field.metadata.get("help", "") + f" (default {default})".replace("%", "%%")}
-        if field.type is bool:
-            how["action"] = argparse.BooleanOptionalAction
-        elif isinstance(default, list):
-            how.update(nargs="+", type=field.type.__args__[0])
-        else:
-            how.update(type=field.type, choices=field.metadata.get("choices"))
-        parser.add_argument("--" + field.name.replace("_", "-"), **how)
-    if presets:
-        parser.set_defaults(**presets[parser.parse_known_args(argv)[0].preset])
-    return cls(**vars(parser.parse_args(argv)))
-
-
 def check(path, roots=()):
     """Yield "file:line: reason" for each unusable row of a training file, or of a mixture's (*.json) files; media are decoded."""
     for source in load_mixture(path) if str(path).endswith(".json") else [Source("file", "T2V", str(path), negatives=1_000_000)]:
@@ -420,6 +396,5 @@ if __name__ == "__main__":
     parser.add_argument("file", help="training file (*.jsonl) or mixture (*.json)")
     parser.add_argument("--root", nargs="+", default=[], help="folders that media may lie in, beside the file's own")
     given = parser.parse_args()
-    problems = [print(problem) for problem in check(given.file, given.root)]
-    print(f"{given.file}: {len(problems)} unusable rows")
-    sys.exit(len(problems) > 0)
+    problems = len([print(problem) for problem in check(given.file, given.root)])
+    sys.exit(f"{given.file}: {problems} unusable rows" if problems else None)

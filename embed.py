@@ -6,6 +6,7 @@
 Legend: N queries, M corpus items, D embedding dim, n items.
 """
 
+import argparse
 import dataclasses
 import json
 import os
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import Collator, content_id, parse_flags, read_jsonl, resolve
+from data import Collator, content_id, read_jsonl, resolve
 from model import GVE, to_device
 
 
@@ -109,6 +110,27 @@ def _top(scores, k):
     if tied.any():
         s[tied], i[tied] = (x[:, :k] for x in scores[tied].sort(dim=1, descending=True, stable=True))
     return s, i
+
+
+def parse_flags(cls, argv=None, doc=None, presets=None):
+    """Fill the flat dataclass `cls` from the command line: a flag per field, help from its metadata; unknown flags are errors.
+
+    bool fields become --x / --no-x, list fields take several words; presets {name: {field: value}} are defaults by --preset.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    for field in dataclasses.fields(cls):
+        default = field.default_factory() if field.default is dataclasses.MISSING else field.default
+        how = {"default": default, "help": field.metadata.get("help", "") + f" (default {default})".replace("%", "%%")}
+        if field.type is bool:
+            how["action"] = argparse.BooleanOptionalAction
+        elif isinstance(default, list):
+            how.update(nargs="+", type=field.type.__args__[0])
+        else:
+            how.update(type=field.type, choices=field.metadata.get("choices"))
+        parser.add_argument("--" + field.name.replace("_", "-"), **how)
+    if presets:
+        parser.set_defaults(**presets[parser.parse_known_args(argv)[0].preset])
+    return cls(**vars(parser.parse_args(argv)))
 
 
 @dataclasses.dataclass

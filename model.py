@@ -50,7 +50,8 @@ FORWARD = {"method": "forward", "method_output_name": "last_hidden_state"}
 SENTENCE_TRANSFORMERS = {
     "modules.json": [
         {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.base.modules.transformer.Transformer"},
-        {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.sentence_transformer.modules.pooling.Pooling"},
+        {"idx": 1, "name": "1", "path": "1_Pooling",
+         "type": "sentence_transformers.sentence_transformer.modules.pooling.Pooling"},
         {"idx": 2, "name": "2", "path": "2_Normalize", "type": "sentence_transformers.base.modules.normalize.Normalize"}],
     "sentence_bert_config.json": {
         "transformer_task": "feature-extraction", "module_output_name": "token_embeddings",

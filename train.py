@@ -29,8 +29,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import Collator, Steps, load_mixture, parse_flags
-from embed import encode
+from data import Collator, Steps, load_mixture
+from embed import encode, parse_flags
 from kernels.infonce import info_nce_dist
 from model import GVE, to_device
 

@@ -24,8 +24,9 @@ torch.set_num_threads(1)
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 # Qwen2.5-VL's own turn layout, restated: content parts in the order given, generation prompt on request, no <|endoftext|>.
 QWEN_TEMPLATE = (
-    "{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-    "{% endif %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content %}"
+    "{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system\n"
+    "You are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ m.role }}\n"
+    "{% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content %}"
     "{% if c.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% elif c.type == 'video' %}"
     "<|vision_start|><|video_pad|><|vision_end|>{% else %}{{ c.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
@@ -41,16 +42,17 @@ def write_tiny(folder, seed=0, tokens_per_second=2):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     ids = dict(zip(SPECIAL, tokenizer.convert_tokens_to_ids(SPECIAL), strict=True))
     config = Qwen2_5_VLConfig(
-        vision_config=dict(depth=2, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=64, fullatt_block_indexes=[1],
-                           tokens_per_second=tokens_per_second),
-        text_config=dict(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-                         num_key_value_heads=2, bos_token_id=ids["<|endoftext|>"],
-                         eos_token_id=ids["<|im_end|>"], rope_parameters={"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}),
+        vision_config=dict(depth=2, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=64,
+                           fullatt_block_indexes=[1], tokens_per_second=tokens_per_second),
+        text_config=dict(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+                         num_attention_heads=4, num_key_value_heads=2, bos_token_id=ids["<|endoftext|>"],
+                         eos_token_id=ids["<|im_end|>"],
+                         rope_parameters={"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}),
         image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"], vision_start_token_id=ids["<|vision_start|>"],
         vision_end_token_id=ids["<|vision_end|>"], tie_word_embeddings=True)
     torch.manual_seed(seed)
     model = Qwen2_5_VLForConditionalGeneration(config)
-    with torch.no_grad():  # larger than transformers' 0.02, so that inputs show in the outputs; biases too, so that each is tested
+    with torch.no_grad():  # larger than transformers' 0.02, so that inputs show in the outputs; biases too
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.05)
     model.save_pretrained(folder)
@@ -92,7 +94,7 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def media(tmp_path_factory):
-    """A folder with a.mp4 ... d.mp4 (16 frames, 8 fps), wide.mp4, short.mp4 (3 frames), i.png, wide.png and frames/ (10 JPEG files)."""
+    """A folder with a.mp4 ... d.mp4 (16 frames, 8 fps), wide.mp4, short.mp4 (3 frames), i.png, wide.png, frames/ (10 files)."""
     from PIL import Image
     folder = tmp_path_factory.mktemp("media")
     for seed, name in enumerate("abcd"):
@@ -108,7 +110,7 @@ def media(tmp_path_factory):
 
 
 def write_mixture(media):
-    """A mixture of three sources over the media folder; 7 and 5 rows at batch 4 leave batches of 3 and of 1. -> path of mixture.json"""
+    """Write a mixture of three sources over the media folder; 7 and 5 rows at batch 4 leave batches of 3 and of 1. -> its path"""
     import json
     words = ["red ball", "blue square rolls", "a green one", "two of them", "night", "the camera pans left", "snow"]
     names = "abcd"
@@ -121,7 +123,7 @@ def write_mixture(media):
     }
     for name, lines in rows.items():
         (media / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
-    mixture = [{"name": "t2v", "task": "T2V", "path": "t2v.jsonl", "negatives": 1, "batch_size": 4, "instruction": "Find the video."},
+    mixture = [{"name": "t2v", "task": "T2V", "path": "t2v.jsonl", "negatives": 1, "batch_size": 4, "instruction": "Find it."},
                {"name": "ti2v", "task": "TI2V", "path": "ti2v.jsonl", "batch_size": 4},
                {"name": "t2t", "task": "T2T", "path": "t2t.jsonl", "batch_size": 4, "samples": 9}]
     (media / "mixture.json").write_text(json.dumps(mixture))

@@ -18,8 +18,9 @@ from model import GVE  # noqa: E402
 def test_results_come_in_order_and_a_bad_item_shifts_nothing(tiny, media):
     gve = GVE.from_pretrained(tiny)
     (media / "bad.mp4").write_bytes(b"bad")
-    items = [{"video": str(media / "a.mp4")}, {"text": "a longer text than the other"}, {"video": str(media / "bad.mp4")}, {"text": "b"},
-             {"image": str(media / "i.png")}, {"video": str(media / "a.mp4")}, {"video": str(media / "nowhere.mp4")}, {"text": "b"}]
+    a, b = {"video": str(media / "a.mp4")}, {"text": "b"}
+    items = [a, {"text": "a longer text than the other"}, {"video": str(media / "bad.mp4")}, b, {"image": str(media / "i.png")},
+             a, {"video": str(media / "nowhere.mp4")}, b]
     good = [0, 1, 3, 4, 5, 7]
     expected = torch.cat([gve.embed([items[i]]) for i in good])
     for workers in (0, 2):
@@ -54,9 +55,10 @@ def test_top_k_reads_a_memory_mapped_half_precision_corpus(tmp_path):
 def test_command_writes_vectors_and_names_what_failed(tiny, media, tmp_path):
     rows = [{"id": "x", "text": "hello"}, {"id": "y", "video": "gone.mp4"}, {"id": "z", "video": "b.mp4"}]
     (media / "items.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    done = subprocess.run([sys.executable, "embed.py", str(media / "items.jsonl"), "--ckpt", tiny, "--out", str(tmp_path), "--workers", "0"],
-                          cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "2 of 3 items" in done.stdout and "items.jsonl:2: video 'gone.mp4'" in done.stdout, done.stderr
+    words = ["embed.py", str(media / "items.jsonl"), "--ckpt", tiny, "--out", str(tmp_path), "--workers", "0"]
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "2 of 3 items" in done.stdout, done.stderr
+    assert "items.jsonl:2: video 'gone.mp4'" in done.stdout
     vectors, lines = np.load(tmp_path / "vectors.npy"), [json.loads(x) for x in open(tmp_path / "items.jsonl")]
     assert [line["id"] for line in lines] == ["x", "y", "z"] and "error" in lines[1] and np.isnan(vectors[1]).all()
     gve = GVE.from_pretrained(tiny)

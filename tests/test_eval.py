@@ -16,7 +16,7 @@ from conftest import moving_square, write_video
 
 import eval as ev
 import uvrb
-from data import parse_flags
+from embed import parse_flags
 from embed import GVE, top_k
 
 REPO = Path(__file__).resolve().parent.parent

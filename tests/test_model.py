@@ -75,8 +75,7 @@ def by_transformers(tiny, items, instruction):
                      images_kwargs={"size": {"shortest_edge": 4 * 784, "longest_edge": 256 * 784}},
                      videos_kwargs={"size": {"shortest_edge": 4 * 784, "longest_edge": 200 * 784}, "do_sample_frames": False,
                                     "cap_pixels_per_frame": False,
-                                    "video_metadata": [{"fps": 4.0, "total_num_frames": 8, "duration": 2.0, "frames_indices": list(range(8))}
-                                                       for _ in videos]} if videos else {})
+                                    "video_metadata": [{"fps": 4.0, "total_num_frames": 8}] * len(videos)} if videos else {})
     made.pop("second_per_grid_ts", None)
     return dict(made), seconds
 
@@ -102,11 +101,13 @@ def test_inputs_and_hidden_states_equal_transformers(tiny, gve, media, kind, ins
 
 
 # PEERS' golden run of transformers 4.51.3: 5 text tokens, one video of 8 x 8 patches, 4 text tokens; tokens_per_second 4.
-@pytest.mark.parametrize("grids, seconds, times, tail", [(4, 1.0, [5, 9, 13, 17], range(18, 22)), (4, 0.5, [5, 7, 9, 11], range(12, 16)),
-                                                         (4, 2.5, [5, 15, 25, 35], range(36, 40)), (16, 1.0, None, range(66, 70))])
+@pytest.mark.parametrize("grids, seconds, times, tail", [
+    (4, 1.0, [5, 9, 13, 17], range(18, 22)), (4, 0.5, [5, 7, 9, 11], range(12, 16)),
+    (4, 2.5, [5, 15, 25, 35], range(36, 40)), (16, 1.0, None, range(66, 70))])
 def test_positions_equal_transformers_4_51_3(grids, seconds, times, tail):
     kinds = torch.tensor([[0] * 5 + [2] * 16 * grids + [0] * 4])
-    got = mrope_positions(kinds, torch.ones_like(kinds), None, torch.tensor([[grids, 8, 8]]), torch.tensor([seconds]), tokens_per_second=4)
+    got = mrope_positions(kinds, torch.ones_like(kinds), None, torch.tensor([[grids, 8, 8]]), torch.tensor([seconds]),
+                          tokens_per_second=4)
     assert got.shape == (3, 1, kinds.shape[1])
     t, h, w = got[:, 0, 5:-4].reshape(3, grids, 4, 4)
     assert times is None or t[:, 0, 0].tolist() == times
@@ -117,7 +118,8 @@ def test_positions_equal_transformers_4_51_3(grids, seconds, times, tail):
 
 def positions_by_hand(kinds, mask, image_grids, video_grids, seconds, tokens_per_second):
     """The written rule as a loop over tokens."""
-    out, images, videos = torch.zeros(3, *kinds.shape, dtype=torch.long), iter(image_grids), iter(zip(video_grids, seconds, strict=True))
+    out = torch.zeros(3, *kinds.shape, dtype=torch.long)
+    images, videos = iter(image_grids), iter(zip(video_grids, seconds, strict=True))
     for b in range(len(kinds)):
         at, i = 0, 0
         columns = [c for c in range(kinds.shape[1]) if mask[b, c]]
@@ -237,10 +239,11 @@ def test_merged_folder_is_read_by_transformers_itself(lora, tmp_path):
     model, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     processor = Qwen2_5_VLProcessor.from_pretrained(tmp_path)
-    messages = [{"role": "system", "content": "Find."}, {"role": "user", "content": [{"type": "text", "text": "hi"}, {"type": "image"}]}]
+    content = [{"type": "text", "text": "hi"}, {"type": "image"}]
+    messages = [{"role": "system", "content": "Find."}, {"role": "user", "content": content}]
     text = processor.apply_chat_template(messages, tokenize=False)
-    assert text == ("<|im_start|>system\nFind.<|im_end|>\n<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>hi<|im_end|>\n"
-                    "<|im_start|>assistant\n<|endoftext|>")
+    assert text == ("<|im_start|>system\nFind.<|im_end|>\n<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>hi"
+                    "<|im_end|>\n<|im_start|>assistant\n<|endoftext|>")
 
 
 @pytest.mark.parametrize("merge", [False, True])
