@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import Collator, content_id, read_jsonl, resolve
+from data import Collator, read_jsonl, resolve
 from model import GVE, to_device
 
 
@@ -45,12 +45,12 @@ class Batches(torch.utils.data.Dataset):
 def encode(gve, items, instruction=None, *, batch_size=32, workers=0, frames=8, max_tokens=200, max_length=8192, desc=None):
     """Embed resolved items -> (vectors (n, D) float32 on the CPU, {index: reason} of the items that failed; their rows are NaN).
 
-    Equal items (data.content_id) are encoded once. Batches hold items of like kind and length; the result is in the items' order.
+    Equal items are encoded once. Batches hold items of like kind and length; the result is in the items' order.
     workers: decoding processes, 0 decodes inline. desc: label of the progress bar, None shows none.
     """
-    first = {}
-    for i, item in enumerate(items):
-        first.setdefault(content_id(item), i)
+    names, first = [json.dumps(item, sort_keys=True) for item in items], {}
+    for i, name in enumerate(names):
+        first.setdefault(name, i)
     kind = [("video" in item, "image" in item, len(item.get("text") or "")) for item in items]
     keys = sorted(first.values(), key=lambda i: kind[i])
     order = [keys[i : i + batch_size] for i in range(0, len(keys), batch_size)]
@@ -66,8 +66,8 @@ def encode(gve, items, instruction=None, *, batch_size=32, workers=0, frames=8, 
             failed.update(bad)
             bar.update(len(good) + len(bad))
     gve.train(training)
-    for i, item in enumerate(items):
-        j = first[content_id(item)]
+    for i, name in enumerate(names):
+        j = first[name]
         vectors[i] = vectors[j]
         if j in failed:
             failed[i] = failed[j]

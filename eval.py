@@ -28,8 +28,7 @@ import torch.nn.functional as F
 import transformers
 
 import uvrb
-from embed import encode, parse_flags
-from model import GVE
+from embed import GVE, encode, parse_flags
 
 TIES = "corpus order: of equal scores the item that comes first in corpus.jsonl ranks first"
 TOLERANCE = 0.0011  # the paper's tables are rounded to 0.001; a mean of rounded cells is off by at most that

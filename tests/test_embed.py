@@ -31,6 +31,12 @@ def test_results_come_in_order_and_a_bad_item_shifts_nothing(tiny, media):
         assert error < 1e-5, f"max {error:.2e}"
 
 
+def test_only_equal_items_share_a_vector(tiny):
+    vectors, _ = encode(GVE.from_pretrained(tiny), [{"text": t} for t in ("Red ball", "red  ball", "red ball", "Red ball")])
+    assert torch.equal(vectors[0], vectors[3])
+    assert all((vectors[i] - vectors[j]).abs().max() > 1e-3 for i, j in ((0, 1), (0, 2), (1, 2)))
+
+
 @pytest.mark.parametrize("n, m, k, block", [(7, 50, 5, 8), (3, 5, 9, 2), (13, 781, 10, 100), (4, 64, 64, 64), (1, 1, 1, 1)])
 def test_top_k_is_exact_and_ties_go_by_corpus_order(n, m, k, block):
     torch.manual_seed(0)

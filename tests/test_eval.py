@@ -16,8 +16,7 @@ from conftest import moving_square, write_video
 
 import eval as ev
 import uvrb
-from embed import parse_flags
-from embed import GVE, top_k
+from embed import GVE, parse_flags, top_k
 
 REPO = Path(__file__).resolve().parent.parent
 TREC = {"R@1": "recall_1", "R@5": "recall_5", "R@10": "recall_10", "hit@1": "success_1", "hit@5": "success_5",
