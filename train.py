@@ -293,7 +293,7 @@ def main(flags):
     say(f"{len(sources)} sources, {sum(sizes):,} pairs, {steps} steps on {world} x {kind}, {trained:,} trained weights -> {out}")
 
     bar = tqdm(total=steps, desc="train", disable=rank != 0, dynamic_ncols=True)
-    bad_rows, seen, waited, since, step, last = set(), 0, 0.0, time.perf_counter(), 0, {}
+    bad_rows, step, last = set(), 0, {}
     for epoch in range(flags.epochs):
         # -- where on the pyramid are we: probe, then draw this epoch's batches --
         last_step = round((epoch + 1) * steps / flags.epochs)
@@ -312,11 +312,12 @@ def main(flags):
         log("epoch", epoch=epoch, step=step, sigma=sigma_t, schedule=flags.schedule, R=named(relevance), R_error=named(error),
             P=named(share), passes=named(sampler.passes()),
             level_P={level: round(float(share[np.array(levels) == level].sum()), 5) for level in range(1, 5)})
-        rows = Steps(plan, sources, collate, rank=rank, world=world, micro_batch=flags.micro_batch, roots=roots(flags))
-        loader = torch.utils.data.DataLoader(rows, batch_size=None, num_workers=flags.workers, pin_memory=kind == "cuda")
+        dataset = Steps(plan, sources, collate, rank=rank, world=world, micro_batch=flags.micro_batch, roots=roots(flags))
+        loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=flags.workers, pin_memory=kind == "cuda")
 
         gve.train()
-        clock = time.perf_counter()
+        clock = since = time.perf_counter()  # probing and saving are not training time
+        seen, waited = 0, 0.0
         for batch in loader:
             waited, source = waited + time.perf_counter() - clock, sources[batch["source"]]
             # -- forward: queries, positives, hard negatives --
@@ -360,8 +361,11 @@ def main(flags):
             gve.save_pretrained(out, info={
                 "config": config, "step": step, "seed": flags.seed, "commit": commit(), "metrics": last,
                 "data": {s.name: {"rows": len(s), "drawn": d} for s, d in zip(sources, sampler.drawn, strict=True)}})
-        since = time.perf_counter()  # saving and probing are not training time
     bar.close()
+    if world > 1:  # every rank met its own
+        everyones = [None] * world
+        dist.all_gather_object(everyones, bad_rows)
+        bad_rows = set().union(*everyones)
     log("end", step=step, passes=named(sampler.passes()), bad_rows=sorted(bad_rows))
     say(f"\ntrained {step} steps; {len(bad_rows)} unusable rows replaced; checkpoint and log in {out}")
     if world > 1:
