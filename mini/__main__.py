@@ -1,81 +1,72 @@
-"""The tour of the mini world and its parts (DESIGN.md section 4).
+"""The tour of the mini world, and its parts (DESIGN.md section 4).
 
-    python -m mini                     render, evaluate the base, train, evaluate; the two tables and a radar plot; under 10 minutes on 2 cores
-    python -m mini render              only the files of runs/mini (about a minute)
-    python -m mini pretrain            make mini/base and mini/prober again (about 25 minutes); they are committed, so rarely needed
-    python -m mini pretrain --check    measure the committed base: colour, shape and motion of every object in its captions of held-out clips
+    python -m mini                     render, score the base, train, score again; two tables and a radar plot, under 10 minutes on 2 cores
+    python -m mini render              the files of runs/mini alone, under a minute; nothing where they are complete and current
+    python -m mini pretrain            make mini/base and mini/prober again, about 20 minutes; they are committed, so rarely needed
+    python -m mini pretrain --check    free-running captions of the committed base: every object's colour, shape and motion right in >= 80 %
 
-The base is a Qwen2.5-VL of 1.7M parameters taught by next-token prediction to describe scenes in words; it is no retriever. The prober is a
-small LoRA adapter on it, trained on coarse captions alone, and plays the off-the-shelf embedder that starts the curriculum (section 4.2).
-Legend: B batch, T tokens, F frames, P patches, N scenes.
+The base is a Qwen2.5-VL of 1.7M parameters that learnt to describe training scenes word by word; it is no retriever. The prober is a small
+LoRA adapter on it, trained on coarse captions alone: the off-the-shelf embedder that the curriculum starts from (section 4.2).
+Legend: B batch, T tokens, F frames, S = 56 pixels, N scenes.
 """
 
 import argparse
+import copy
 import json
 import math
 import multiprocessing
 import os
 import random
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from safetensors.torch import load_file, save_file
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from tqdm import tqdm
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers import (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor, Qwen2Tokenizer, Qwen2VLImageProcessor,
                           Qwen2VLVideoProcessor)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from data import Collator, sample_indices
-from mini import world
+from mini import bench, world
 from model import mrope_positions
-from uvrb import DATASETS
+from uvrb import ABILITIES
 
-HERE = Path(__file__).resolve().parent
-BASE, PROBER, RUNS = HERE / "base", HERE / "prober", HERE.parent / "runs"
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>",
-           "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
-CHAT = """{%- if messages[0].role != 'system' -%}<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n{%- endif -%}
-{%- for message in messages -%}
-{{- '<|im_start|>' + message.role + '\\n' -}}
-{%- if message.content is string -%}{{- message.content -}}
-{%- else -%}
-{%- for part in message.content -%}
-{%- if part.type in ('image', 'video') -%}{{- '<|vision_start|><|' + part.type + '_pad|><|vision_end|>' -}}{%- else -%}{{- part.text -}}{%- endif -%}
-{%- endfor -%}
-{%- endif -%}
-{{- '<|im_end|>\\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}""".replace("assistant.<|im_end|>\\n", "assistant.<|im_end|>{{ '\\n' }}").replace(
-    "<|im_start|>system\\n", "<|im_start|>system{{ '\\n' }}")
+BASE, PROBER, CACHE = Path("mini/base"), Path("mini/prober"), Path("runs/pretrain")
+SPECIAL = [f"<|{name}|>" for name in ("endoftext im_start im_end object_ref_start object_ref_end box_start box_end quad_start quad_end vision_start "
+                                      "vision_end vision_pad image_pad video_pad").split()]
+HEAD, TAIL = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
+CHAT = """{%- if messages[0].role != 'system' %}{{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}{%- endif %}
+{%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n' }}
+{%- if message.content is string %}{{- message.content }}{%- else %}{%- for part in message.content %}
+{%- if part.type == 'text' %}{{- part.text }}{%- else %}{{- '<|vision_start|><|' + part.type + '_pad|><|vision_end|>' }}{%- endif %}
+{%- endfor %}{%- endif %}{{- '<|im_end|>\\n' }}{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
 
-# What a user may ask of the base. {} is a style; the JSON forms answer {"caption": ...}, {"query": ...} or a dict of the five styles.
-ASK = {
-    "video": ("Describe the video in the {} style.", "Write a {} caption of the video.", "Give a {} description of this video."),
-    "image": ("Describe the image in the {} style.", "Write a {} caption of the image.", "Give a {} description of this frame."),
-    "query": ("Write the query that leads from the first to the second.", "Describe what changes from the reference to the target video."),
-    "json": " Answer in JSON.",
-    "five video": ("Describe the video in five styles. Answer in JSON.",),
-    "five image": ("Describe the image in five styles. Answer in JSON.",)}
+# What a user may ask of the base; {} is a style. With JSON it answers {"caption": ...}, {"query": ...} or a dict of the five styles.
+ASK = {"video": ("Describe the video in the {} style.", "Write a {} caption of the video.", "Give a {} description of this video."),
+       "image": ("Describe the image in the {} style.", "Write a {} caption of the image.", "Give a {} description of this frame."),
+       "query": ("Write the query that leads from the first to the second.", "Describe what changes from the reference to the target video."),
+       "five video": ("Describe the video in five styles. Answer in JSON.",), "five image": ("Describe the image in five styles. Answer in JSON.",)}
+JSON = " Answer in JSON."
 TASKS = {"video concise": 8, "video rich": 4, "video abstract": 1.5, "video keywords": 1.5, "video partial": 1, "image concise": 2, "image rich": 2,
          "image abstract": 0.7, "image keywords": 0.7, "image minimal": 0.7, "query video": 2, "query image": 1.5, "json video": 0.7,
-         "json image": 0.4, "json query": 0.7, "five video": 0.5, "five image": 0.3, "text": 2}
+         "json image": 0.4, "json query": 0.7, "five video": 0.5, "five image": 0.3, "text": 2}  # how often each is practised
 
-
-# The base's tokenizer, processor and weights
 
 def build_processor(texts):
-    """A Qwen2.5-VL processor whose byte-level BPE was learnt from `texts`: Qwen's splitting rule and special tokens, about 1,000 tokens."""
-    bpe = Tokenizer(models.BPE())
+    """A Qwen2.5-VL processor whose byte-level BPE (Qwen's splitting rule and special tokens) was learnt from `texts`: about 900 tokens."""
+    bpe, letters = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     split = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(split), "isolated"),
-                                                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=1100, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(split), "isolated"), letters])
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=1100, initial_alphabet=letters.alphabet(), show_progress=False))
     learnt = json.loads(bpe.to_str())["model"]
     tokenizer = Qwen2Tokenizer(vocab=learnt["vocab"], merges=[tuple(m) for m in learnt["merges"]], model_max_length=32768, padding_side="left",
                                extra_special_tokens=SPECIAL)
@@ -85,35 +76,40 @@ def build_processor(texts):
 
 def build_model(tokenizer):
     """A Qwen2.5-VL of 1.7M parameters: 4 vision blocks of width 96, 4 language layers of width 128, tied embeddings."""
-    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("image_pad", "video_pad", "vision_start", "vision_end",
-                                                                            "endoftext", "im_end")}
-    text = dict(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, initializer_range=0.05,
-                num_key_value_heads=2, max_position_embeddings=32768, rope_parameters={"rope_type": "default", "mrope_section": [4, 6, 6],
-                "rope_theta": 10000.0}, bos_token_id=ids["endoftext"], eos_token_id=ids["im_end"], pad_token_id=ids["endoftext"])
+    ids = dict(zip(SPECIAL, tokenizer.convert_tokens_to_ids(SPECIAL), strict=True))
+    end, stop = ids["<|endoftext|>"], ids["<|im_end|>"]
+    text = dict(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+                max_position_embeddings=32768, rope_parameters={"rope_type": "default", "mrope_section": [2, 4, 10], "rope_theta": 100.0},
+                initializer_range=0.05, bos_token_id=end, eos_token_id=stop, pad_token_id=end, tie_word_embeddings=True)
     vision = dict(depth=4, hidden_size=96, intermediate_size=256, num_heads=4, out_hidden_size=128, patch_size=14, spatial_merge_size=2,
                   temporal_patch_size=2, tokens_per_second=2, window_size=112, fullatt_block_indexes=[1, 3], initializer_range=0.05)
-    config = Qwen2_5_VLConfig(text_config={**text, "tie_word_embeddings": True}, vision_config=vision, image_token_id=ids["image_pad"],
-                              video_token_id=ids["video_pad"], vision_start_token_id=ids["vision_start"], vision_end_token_id=ids["vision_end"],
-                              tie_word_embeddings=True)
-    model = Qwen2_5_VLForConditionalGeneration(config)
-    model.generation_config.eos_token_id, model.generation_config.pad_token_id = [ids["im_end"], ids["endoftext"]], ids["endoftext"]
+    tokens = {f"{name}_token_id": ids[f"<|{tag}|>"] for name, tag in (("image", "image_pad"), ("video", "video_pad"),
+                                                                    ("vision_start", "vision_start"), ("vision_end", "vision_end"))}
+    model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **tokens))
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = [stop, end], end
     return model
 
 
-# Examples: a request and its answer
+def equal_windows(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, **_):
+    """Vision attention over windows of equal length in one call; transformers would loop over them. query (1, H, P, d) -> (1, P, H, d)"""
+    n, (_, heads, _, width) = len(cu_seq_lens_q) - 1, query.shape
+    cut = lambda x: x.view(heads, n, -1, width).transpose(0, 1)  # noqa: E731  (n, H, P/n, d)
+    return F.scaled_dot_product_attention(cut(query), cut(key), cut(value), scale=scaling).transpose(1, 2).reshape(1, -1, heads, width), None
+
+
+ALL_ATTENTION_FUNCTIONS.register("flash_equal_windows", equal_windows)  # the word flash makes transformers pass all windows at once
+
 
 def scene_pool(n, seed):
-    """n training scenes, the first half in pairs of a scene and its near-twin: [(scene, change from its predecessor or None)]."""
+    """n training scenes, [(scene, change from the scene before it or None)]; in the first half scenes alternate with near-twins."""
     pool, rng = [], random.Random(f"{seed}/pretrain")
     while len(pool) < n:
-        scene = world.sample_scene(rng, test=False, count=rng.choices((1, 2, 3), (3, 5, 2))[0])
+        scene, twin = world.sample_scene(rng, test=False, count=rng.choices((1, 2, 3), (3, 5, 2))[0]), None
         pool.append((scene, None))
-        if len(pool) < n // 2:
-            twin = None
-            while twin is None:
-                twin = world.change(scene, rng.choice(("motion", "motion", "order", "exchange", "place", "size", "texture", "camera", "theme",
-                                                       "colour")), rng, test=False)
-            pool.append(twin)
+        while len(pool) < n // 2 and twin is None:
+            twin = world.change(scene, rng.choice(("motion", "motion", "order", "exchange", "place", "size", "texture", "camera", "theme", "colour")),
+                                rng, test=False)
+        pool += [twin] if twin else []
     return pool
 
 
@@ -122,69 +118,53 @@ def through_codec(scene):
     return world.decode_mp4(world.encode_mp4(world.render_scene(scene)))
 
 
-def example(task, index, pool, rng):
-    """Make one example of a task from scene `index`: (media, request, answer); media are ("video" | "image", pool index, frame)."""
-    scene, delta = pool[index]
+def example(task, i, pool, rng):
+    """Make one example of a task from scene i: (media, request, answer); media are ("video" | "image", index of its clip, frame)."""
     kind, _, style = task.partition(" ")
-    shot = ("image", index, rng.choice(world.VISIBLE))
     if kind == "text":
-        from mini.bench import texts  # every text form of the world and the prompts of the benchmark, read rather than answered
-        return [], "", texts(scene, rng)
-    if kind == "query" or style == "query":
-        while delta is None:
-            index = rng.randrange(len(pool) // 2)
-            scene, delta = pool[index]
-        reference = (rng.choice(("video", "image")) if kind == "json" else style, index - 1, rng.choice(world.VISIBLE))
-        media, ask, answer = [reference, ("video", index, 0)], rng.choice(ASK["query"]), world.composed(scene, delta, rng)[0]
-        return (media, ask + ASK["json"], json.dumps({"query": answer})) if kind == "json" else (media, ask, answer)
+        return [], "", bench.texts(pool[i][0], rng)
+    if "query" in task:
+        while pool[i][1] is None:
+            i = rng.randrange(len(pool) // 2)
+        media = [(rng.choice(("video", "image")) if kind == "json" else style, i - 1, rng.choice(world.VISIBLE)), ("video", i, 0)]
+        request, answer = rng.choice(ASK["query"]), world.composed(*pool[i], rng)[0]
+        return (media, request + JSON, json.dumps({"query": answer})) if kind == "json" else (media, request, answer)
+    medium = kind if kind in ("video", "image") else style
+    styles = world.VIDEO_STYLES if medium == "video" else world.FRAME_STYLES
+    media = [(medium, i, rng.choice(world.VISIBLE))]
     if kind == "five":
-        caption, styles = (world.video_caption, world.VIDEO_STYLES) if style == "video" else (world.frame_caption, world.FRAME_STYLES)
-        media = ("video", index, 0) if style == "video" else shot
-        return [media], rng.choice(ASK[task]), json.dumps({s: caption(scene, s, rng)[0] for s in styles})
-    medium, style = (style, "") if kind == "json" else (kind, style)
-    style = style or rng.choice(world.VIDEO_STYLES if medium == "video" else world.FRAME_STYLES)
-    text = (world.video_caption if medium == "video" else world.frame_caption)(scene, style, rng)[0]
-    media, ask = [("video", index, 0) if medium == "video" else shot], rng.choice(ASK[medium]).format(style)
-    return (media, ask + ASK["json"], json.dumps({"caption": text})) if kind == "json" else (media, ask, text)
+        return media, rng.choice(ASK[task]), json.dumps({s: form(pool[i][0], rng)[0] for s, form in styles.items()})
+    style = rng.choice(list(styles)) if kind == "json" else style
+    request, answer = rng.choice(ASK[medium]).format(style), styles[style](pool[i][0], rng)[0]
+    return (media, request + JSON, json.dumps({"caption": answer})) if kind == "json" else (media, request, answer)
 
 
 def patches(frames):
-    """Cut normalised frames into Qwen2-VL's patches: uint8 (n, F, S, S, 3) -> float32 (n * F/2 * 16, 1176), F even."""
+    """Cut frames into Qwen2-VL's normalised patches: uint8 (n, F, S, S, 3) -> float32 (n * F/2 * 16, 1176), F even."""
     x = torch.from_numpy(frames).permute(0, 1, 4, 2, 3).float() / 255  # (n, F, 3, S, S)
     mean, std = torch.tensor((0.48145466, 0.4578275, 0.40821073)), torch.tensor((0.26862954, 0.26130258, 0.27577711))
     x = (x - mean[:, None, None]) / std[:, None, None]
-    n, f, c, side = x.shape[0], x.shape[1] // 2, 3, x.shape[-1] // 28
-    x = x.view(n, f, 2, c, side, 2, 14, side, 2, 14).permute(0, 1, 4, 7, 5, 8, 3, 2, 6, 9)  # merged rows, merged columns, 2 x 2, then a patch
-    return x.reshape(-1, c * 2 * 14 * 14)
+    x = x.view(len(x), x.shape[1] // 2, 2, 3, 2, 2, 14, 2, 2, 14).permute(0, 1, 4, 7, 5, 8, 3, 2, 6, 9)  # merged cells, 2 x 2 in each, a patch
+    return x.reshape(-1, 3 * 2 * 14 * 14)
 
 
-HEAD, TAIL = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
-
-
-def batch_of(examples, clips, tokenizer):
-    """Collate examples: a dict of model inputs padded on the right, and labels (B, T), -100 where no answer stands."""
-    rows, videos, images, pads = [], [], [], tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
-    encode = lambda text: tokenizer.encode(text, add_special_tokens=False)  # noqa: E731
-    for media, ask, answer in examples:
+def batch_of(examples, clips, collate):
+    """Collate examples: model inputs padded on the right, and labels (B, T) that are -100 except where an answer stands."""
+    rows, media, encode = [], {"video": [], "image": []}, collate.tokenizer.encode
+    for shown, request, answer in examples:
         blocks = ""
-        for kind, index, frame in media:
-            pad, n = ("<|video_pad|>", 16) if kind == "video" else ("<|image_pad|>", 4)
-            (videos if kind == "video" else images).append(clips[index][sample_indices(16, 8)] if kind == "video" else clips[index][[frame] * 2])
-            blocks += "<|vision_start|>" + pad * n + "<|vision_end|>"
-        head = encode(HEAD + blocks + ask + TAIL) if ask else encode(HEAD)
-        rows.append((head, encode(answer + "<|im_end|>")))
-    longest = max(len(a) + len(b) for a, b in rows)
-    ids, labels = torch.full((len(rows), longest), tokenizer.pad_token_id), torch.full((len(rows), longest), -100)
-    mask = torch.zeros_like(ids)
+        for kind, i, frame in shown:
+            media[kind].append(clips[i][sample_indices(world.FRAMES, 8) if kind == "video" else [frame] * 2])
+            blocks += "<|vision_start|>" + f"<|{kind}_pad|>" * (16 if kind == "video" else 4) + "<|vision_end|>"
+        rows.append((encode(HEAD + blocks + request + TAIL if request else HEAD), encode(answer + "<|im_end|>")))
+    batch = collate.batch([{"ids": head + answer} for head, answer in rows])
+    labels = torch.full_like(batch["input_ids"], -100)
     for i, (head, answer) in enumerate(rows):
-        n = len(head) + len(answer)
-        ids[i, :n], labels[i, len(head) : n], mask[i, :n] = torch.tensor(head + answer), torch.tensor(answer), 1
-    batch = {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": (ids == pads[0]).long() + 2 * (ids == pads[1]).long()}
-    if videos:
-        batch |= {"pixel_values_videos": patches(np.stack(videos)), "video_grid_thw": torch.tensor([[4, 4, 4]] * len(videos)),
-                  "second_per_grid_ts": torch.full((len(videos),), 0.5)}
-    if images:
-        batch |= {"pixel_values": patches(np.stack(images)), "image_grid_thw": torch.tensor([[1, 4, 4]] * len(images))}
+        labels[i, len(head) : len(head) + len(answer)] = torch.tensor(answer)
+    for kind, suffix, grid in (("video", "_videos", [4, 4, 4]), ("image", "", [1, 4, 4])):
+        if n := len(media[kind]):
+            batch |= {"pixel_values" + suffix: patches(np.stack(media[kind])), kind + "_grid_thw": torch.tensor([grid] * n)}
+            batch |= {"second_per_grid_ts": torch.full((n,), 0.5)} if kind == "video" else {}
     return batch, labels
 
 
@@ -194,218 +174,220 @@ def positions(model, batch):
                            batch.get("second_per_grid_ts"), tokens_per_second=model.config.vision_config.tokens_per_second)
 
 
-def answer_loss(model, batch, labels):
-    """Next-token cross-entropy over the answers -> (mean loss, share of tokens predicted exactly)."""
-    hidden = model.model(**batch, position_ids=positions(model, batch), use_cache=False).last_hidden_state[:, :-1]  # (B, T-1, D)
-    wanted = labels[:, 1:] != -100
-    logits, target = model.lm_head(hidden[wanted]), labels[:, 1:][wanted]
-    return F.cross_entropy(logits, target), (logits.argmax(-1) == target).float().mean()
-
-
-def equal_windows(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, **_):
-    """Vision attention over windows of one length in one call; transformers would loop over them. query (1, H, P, d) -> (1, P, H, d)"""
-    n, (_, heads, _, width) = len(cu_seq_lens_q) - 1, query.shape
-    cut = lambda x: x.view(heads, n, -1, width).transpose(0, 1)  # noqa: E731  (n, H, P/n, d)
-    return F.scaled_dot_product_attention(cut(query), cut(key), cut(value), scale=scaling).transpose(1, 2).reshape(1, -1, heads, width), None
-
-
-def use_equal_windows(model):
-    """Let a model whose clips all have one size use `equal_windows` (every frame of the mini world is a single window)."""
-    ALL_ATTENTION_FUNCTIONS.register("flash_equal_windows", equal_windows)  # the word flash makes transformers pass all windows at once
-    model.model.visual.config._attn_implementation = "flash_equal_windows"
-
-
 def sights(scene):
-    """What can be seen where: classes (4 places, 4) of colour, shape, size, texture (0 = no object) and tracks (4, F, 4) of x, y, radius, seen."""
+    """What is where: classes (4 places, 4) of colour, shape, size, texture (0 = no object), tracks (4, F, 4) of x, y, radius, seen, camera (F, 3)."""
     classes, track = np.zeros((4, 4), np.int64), np.zeros((4, world.FRAMES, 4), np.float32)
-    tables = list(world.COLOURS), list(world.SHAPES), list(world.SIZES), ["plain", "striped"]
+    tables = {"colour": list(world.COLOURS), "shape": list(world.SHAPES), "size": list(world.SIZES), "texture": ["plain", "striped"]}
     for o, (centre, radius, seen) in zip(scene["objects"], world.tracks(scene), strict=True):
-        q = list(world.PLACES).index(o["place"])
-        classes[q] = [1 + table.index(o[key]) for table, key in zip(tables, ("colour", "shape", "size", "texture"), strict=True)]
-        track[q] = np.concatenate([(centre - world.PLACES[o["place"]]) / 7, radius[:, None] / 7 - 1, seen[:, None]], 1)
-    return classes, track
+        place = list(world.PLACES).index(o["place"])
+        classes[place] = [1 + names.index(o[key]) for key, names in tables.items()]
+        track[place] = np.concatenate([(centre - world.PLACES[o["place"]]) / 7, radius[:, None] / 7 - 1, seen[:, None]], 1)
+    camera = (world.camera_path(scene) / (16, 16, 0.5)).astype(np.float32)
+    return classes, track, camera, list(world.THEMES).index(scene["theme"])
 
 
 def learn_to_see(model, clips, pool, rng, steps, batch_size=192, lr=2e-3):
-    """Warm the vision tower up: from every merged token of two frames tell what is there, where in both frames, the theme and the camera.
+    """Warm the vision tower up: each merged token of two frames tells what is at its place, where in either frame, the theme and the camera.
 
-    Real Qwen2.5-VL starts its captioning from a trained vision encoder as well; without this step shapes and motions take 10x longer.
+    The real Qwen2.5-VL starts from a trained vision encoder, too. Without this step shapes and motions were still at chance after 1,400 steps
+    of captioning.
     """
-    visual, sizes = model.model.visual, (9, 7, 3, 3)
-    head = torch.nn.Linear(128, sum(sizes) + 8 + len(world.THEMES) + 3)
-    labels = [sights(s) for s, _ in pool]
-    classes, track = np.stack([c for c, _ in labels]), np.stack([t for _, t in labels])
-    themes = np.array([list(world.THEMES).index(s["theme"]) for s, _ in pool])
-    camera = np.stack([np.cumsum([world.camera_step(s, f) for f in range(world.FRAMES)], 0) for s, _ in pool]) / (4, 4, 0.13)
-    params = [*visual.parameters(), *head.parameters()]
+    sizes = [9, 7, 3, 3, len(world.THEMES), 8, 6]  # colour, shape, size, texture, theme; tracks and camera in both frames
+    head = torch.nn.Linear(128, sum(sizes))
+    classes, track, camera, theme = (torch.from_numpy(np.stack(x)) for x in zip(*(sights(s) for s, _ in pool), strict=True))
+    params = [*model.model.visual.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.98), weight_decay=0.02)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1)
-    began, log = time.time(), []
-    for step in range(steps):
+    schedule, log, bar = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1), [], tqdm(range(steps), "seeing")
+    for step in bar:
         i = np.array([rng.randrange(len(pool)) for _ in range(batch_size)])
         f = np.array([rng.randrange(world.FRAMES - 3) for _ in i])
         g = f + np.array([rng.choice((0, 2, 3)) for _ in i])  # the same frame twice is how an image comes
-        x = patches(np.stack([clips[i, f], clips[i, g]], 1))
-        out = visual(x, grid_thw=torch.tensor([[1, 4, 4]] * batch_size)).pooler_output  # (B * 4, 128), one token per place
-        parts = head(out).split([*sizes, 8, len(world.THEMES), 3], 1)
-        both = torch.from_numpy(np.concatenate([track[i, :, f], track[i, :, g]], 2)).flatten(0, 1)  # (B * 4, 8)
-        shown = both[:, [3, 7]].amax(1)  # an object that blinks is named where either frame shows it
-        names = torch.from_numpy(classes[i]).flatten(0, 1) * shown.long()[:, None]
-        loss = sum(F.cross_entropy(p, names[:, k]) for k, p in enumerate(parts[:4]))
-        weight = torch.stack([both[:, 3]] * 3 + [shown] + [both[:, 7]] * 3 + [shown], 1)
-        loss = loss + 4 * ((parts[4] - both) ** 2 * weight).mean() + F.cross_entropy(parts[5], torch.from_numpy(themes[i]).repeat_interleave(4))
-        moved = torch.from_numpy(camera[i, g] - camera[i, f]).float().repeat_interleave(4, 0)
-        loss = loss + 2 * ((parts[6] - moved) ** 2).mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.step()
+        out = model.model.visual(patches(np.stack([clips[i, f], clips[i, g]], 1)), grid_thw=torch.tensor([[1, 4, 4]] * batch_size)).pooler_output
+        *logits, where, moved = head(out).split(sizes, 1)  # each (B * 4, ...), one row per place
+        tracks = torch.cat([track[i, :, f], track[i, :, g]], 2).flatten(0, 1)  # (B * 4, 8)
+        shown = tracks[:, [3, 7]].amax(1)  # what blinks is named if either frame shows it
+        wanted = torch.cat([classes[i].flatten(0, 1) * shown.long()[:, None], theme[i].repeat_interleave(4)[:, None]], 1)
+        weight = torch.stack([tracks[:, 3]] * 3 + [shown] + [tracks[:, 7]] * 3 + [shown], 1)
+        seen_from = torch.cat([camera[i, f], camera[i, g]], 1).repeat_interleave(4, 0)
+        loss = sum(F.cross_entropy(p, wanted[:, k]) for k, p in enumerate(logits))
+        loss = loss + 4 * ((where - tracks) ** 2 * weight).mean() + 4 * ((moved - seen_from) ** 2).mean()
+        _step(optimizer, loss, params)
         schedule.step()
-        there = names[:, 0] > 0
-        log.append([loss.item()] + [(p.argmax(1) == names[:, k])[there].float().mean().item() for k, p in enumerate(parts[:4])] +
-                   [((parts[4] - both) ** 2 * weight).mean().item(), ((parts[6] - moved) ** 2).mean().item()])
+        log.append([(p.argmax(1) == wanted[:, k])[wanted[:, 0] > 0].float().mean().item() for k, p in enumerate(logits)] +
+                   [((moved - seen_from) ** 2).mean().item()])
         if step % 100 == 99:
-            print(f"seeing, step {step + 1} {time.time() - began:.0f} s: loss {np.mean(log, 0)[0]:.3f}, colour shape size texture "
-                  f"{np.mean(log, 0)[1:5].round(3)}, squared error of tracks {np.mean(log, 0)[5]:.3f} camera {np.mean(log, 0)[6]:.3f}", flush=True)
-            log = []
+            bar.write(f"seeing, step {step + 1}: colour, shape, size, texture, theme right, camera error {np.mean(log[-100:], 0).round(3)}")
 
 
-def pretrain_base(out, seed=42, scenes=8000, seeing=1000, steps=1500, batch_size=48, lr=2e-3):
-    """Train the base from scratch by captioning and save it to `out` in bf16. About 20 minutes on 2 cores."""
+def _step(optimizer, loss, params):
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(params, 1.0)
+    optimizer.step()
+
+
+def pretrain_base(out, seed=42, scenes=8000, seeing=800, steps=1400, batch_size=48, lr=2e-3):
+    """Train the base from scratch, to see and then to describe, and save it to `out` in bf16. About 15 minutes on 2 cores."""
     torch.set_num_threads(os.cpu_count())
-    pool, cache = scene_pool(scenes, seed), RUNS / "pretrain" / f"clips-{scenes}-{seed}.npy"
+    pool, cache = scene_pool(scenes, seed), CACHE / f"clips-{scenes}-{seed}.npy"
     if not cache.exists():
         cache.parent.mkdir(parents=True, exist_ok=True)
         with multiprocessing.Pool() as workers:
-            clips = np.stack(list(tqdm(workers.imap(through_codec, [s for s, _ in pool], 64), "rendering", len(pool))))
-        np.save(cache, clips)
-    clips = np.load(cache)  # (N, 16, S, S, 3) uint8
+            np.save(cache, np.stack(list(tqdm(workers.imap(through_codec, [s for s, _ in pool], 64), "rendering", len(pool)))))
+    clips, rng = np.load(cache), random.Random(seed)  # (N, 16, S, S, 3) uint8
     torch.manual_seed(seed)
-    rng = random.Random(seed)
-    from mini.bench import texts
-    processor = build_processor([texts(s, rng) for s, _ in pool[:2000]] +
-                                [HEAD + TAIL + " ".join(example(t, rng.randrange(1000), pool, rng)[1:]) for t in TASKS for _ in range(30)])
-    tokenizer, easy = processor.tokenizer, [i for i, (s, _) in enumerate(pool) if len(s["objects"]) < 3]
-    model = build_model(tokenizer).train()
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens, {len(pool)} scenes, {steps} steps")
-    use_equal_windows(model)
+    processor = build_processor([bench.texts(s, rng) for s, _ in pool[:2000]] +
+                                [HEAD + TAIL + " ".join(example(t, rng.randrange(len(pool)), pool, rng)[1:]) for t in TASKS for _ in range(30)])
+    collate, model = Collator(processor, padding_side="right"), build_model(processor.tokenizer).train()
+    model.model.visual.config._attn_implementation = "flash_equal_windows"
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(processor.tokenizer)} tokens, {len(pool)} scenes")
     learn_to_see(model, clips, pool, rng, seeing)
-    save_base(model, processor, out)
-    eyes = list(model.model.visual.parameters())
-    rest = [p for n, p in model.named_parameters() if ".visual." not in n]
+    eyes, rest = list(model.model.visual.parameters()), [p for name, p in model.named_parameters() if ".visual." not in name]
     optimizer = torch.optim.AdamW([{"params": eyes, "share": 0.3}, {"params": rest, "share": 1.0}], betas=(0.9, 0.98), weight_decay=0.02)
-    began, seen = time.time(), {}
-    for step in range(steps):
-        rate = lr * min(1, (step + 1) / 100) * (0.02 + 0.98 * (1 + math.cos(math.pi * step / steps)) / 2)
+    easy, seen, bar = [i for i, (s, _) in enumerate(pool) if len(s["objects"]) < 3], {}, tqdm(range(steps), "describing")
+    for step in bar:
         for group in optimizer.param_groups:
-            group["lr"] = rate * group["share"]
-        warm = step < steps // 10  # first only concise captions of one or two objects, then everything
-        task = rng.choice(("video concise", "video concise", "image concise")) if warm else rng.choices(list(TASKS), list(TASKS.values()))[0]
+            group["lr"] = group["share"] * lr * min(1, (step + 1) / 100) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / steps)))
+        warm = step < steps // 5  # first only concise captions of one or two objects, then everything
+        task = rng.choice(("video concise", "image concise")) if warm else rng.choices(list(TASKS), list(TASKS.values()))[0]
         size = batch_size // 2 if task.startswith(("five", "text")) else batch_size
-        batch, labels = batch_of([example(task, rng.choice(easy) if warm else rng.randrange(len(pool)), pool, rng) for _ in range(size)], clips, tokenizer)
-        loss, right = answer_loss(model, batch, labels)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        seen.setdefault(task, []).append((loss.item(), right.item()))
+        batch, labels = batch_of([example(task, rng.choice(easy) if warm else rng.randrange(scenes), pool, rng) for _ in range(size)], clips, collate)
+        hidden = model.model(**batch, position_ids=positions(model, batch), use_cache=False).last_hidden_state[:, :-1]  # (B, T-1, D)
+        wanted = labels[:, 1:] != -100
+        loss = F.cross_entropy(model.lm_head(hidden[wanted]), labels[:, 1:][wanted])
+        _step(optimizer, loss, eyes + rest)
+        seen.setdefault(task, []).append(loss.item())
         if step % 100 == 99:
-            print(f"step {step + 1} {time.time() - began:.0f} s  " + "  ".join(
-                f"{t} {np.mean([x for x, _ in v]):.3f}/{np.mean([y for _, y in v]):.3f}" for t, v in sorted(seen.items())), flush=True)
+            bar.write(f"step {step + 1}, loss: " + ", ".join(f"{t} {np.mean(v):.3f}" for t, v in sorted(seen.items())))
             seen = {}
-        if step % 500 == 499:
-            save_base(model, processor, out)
-            print(f"step {step + 1}: {caption_accuracy(model, processor, n=48):.3f} of held-out clips right", flush=True)
-            model.train()
-    save_base(model, processor, out)
-
-
-def save_base(model, processor, out):
-    """Write the checkpoint folder in bf16; the running model stays as it is."""
-    import copy
+    shutil.rmtree(out, ignore_errors=True)
     copy.deepcopy(model).to(torch.bfloat16).save_pretrained(out)
     processor.save_pretrained(out)
 
 
-# Writing and checking
+def pretrain_prober(out, seed=42):
+    """Train the prober with train.py on coarse captions only (T2V, T2I) and keep its adapter in bf16 at `out`."""
+    run(f"{sys.executable} train.py --base {BASE} --prober {BASE} --mixture runs/mini/train/coarse.json --out {CACHE / 'prober'} --epochs 1 "
+        f"--schedule uniform --steps 120 --seed {seed}")
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.copytree(CACHE / "prober", out, ignore=lambda _, names: [n for n in names if n in ("log.jsonl", "state", "README.md")])
+    weights = load_file(out / "adapter_model.safetensors")
+    save_file({k: v.to(torch.bfloat16) for k, v in weights.items()}, out / "adapter_model.safetensors", {"format": "pt"})
+
 
 @torch.inference_mode()
 def generate(model, processor, items, prompts, max_new_tokens=64, batch_size=32):
     """Answer each prompt about its item greedily, with our own M-RoPE positions. Returns a list of str.
 
-    items: resolved items of data.py (video or image), or lists of them (reference, target) shown in that order; prompts: one str per item.
+    items: resolved items of data.py with a video or an image, or lists of them (reference, target) shown in that order; prompts: one str each.
     """
-    collate, tokenizer, out = Collator(processor, padding_side="left"), processor.tokenizer, []
-    start, stop, end = tokenizer.convert_tokens_to_ids(["<|vision_start|>", "<|vision_end|>", "<|im_end|>"])
-    encode = lambda text: tokenizer.encode(text, add_special_tokens=False)  # noqa: E731
+    collate, out = Collator(processor, padding_side="left"), []
+    opening, closing, stop = processor.tokenizer.convert_tokens_to_ids(["<|vision_start|>", "<|vision_end|>", "<|im_end|>"])
     for at in range(0, len(items), batch_size):
-        samples = []
+        shown, rows = [], []
         for item, prompt in zip(items[at : at + batch_size], prompts[at : at + batch_size], strict=True):
-            parts, ids = [collate.prepare(i) for i in (item if isinstance(item, list) else [item])], encode(HEAD)
-            for p in parts:
-                ids += p["ids"][p["ids"].index(start) : p["ids"].index(stop) + 1]
-            merged = {"ids": ids + encode(prompt + TAIL)}
-            for key in {k for p in parts for k in p if k != "ids"}:
-                merged[key] = [p[key] for p in parts if key in p]
-                merged[key] = torch.cat(merged[key]) if isinstance(merged[key][0], torch.Tensor) else merged[key]
-            samples.append(merged)
-        out += _greedy(model, _stack(samples, tokenizer.pad_token_id, collate), end, max_new_tokens, tokenizer)
+            parts = [collate.prepare(i) for i in (item if isinstance(item, list) else [item])]
+            blocks = [p["ids"][p["ids"].index(opening) : p["ids"].index(closing) + 1] for p in parts]
+            rows.append({"ids": sum(blocks, collate.tokenizer.encode(HEAD)) + collate.tokenizer.encode(prompt + TAIL)})
+            shown += parts
+        batch = {**collate.batch(shown), **collate.batch(rows)}  # all media in order of appearance, and the prompts' tokens
+        mask, place, cache, written = batch["attention_mask"], positions(model, batch), None, []
+        following, done = place.amax((0, 2)) + 1, torch.zeros(len(rows), dtype=torch.bool)  # (B,) text goes on after the largest position
+        while len(written) < max_new_tokens and not done.all():
+            step = model.model(**{**batch, "attention_mask": mask}, position_ids=place, past_key_values=cache, use_cache=True)
+            cache, token = step.past_key_values, model.lm_head(step.last_hidden_state[:, -1]).argmax(-1)  # (B,)
+            written.append(token.masked_fill(done, stop))
+            done |= token == stop
+            batch, place = {"input_ids": token[:, None], "mm_token_type_ids": torch.zeros_like(token[:, None])}, following.expand(3, -1)[..., None]
+            following, mask = following + 1, F.pad(mask, (0, 1), value=1)
+        for row in torch.stack(written, 1).tolist():
+            out.append(processor.tokenizer.decode(row[: row.index(stop)] if stop in row else row))
     return out
 
 
-def _stack(samples, pad, collate):
-    """Left-pad prepared samples into one batch of model inputs."""
-    longest = max(len(s["ids"]) for s in samples)
-    ids = torch.tensor([[pad] * (longest - len(s["ids"])) + s["ids"] for s in samples])
-    mask = torch.tensor([[0] * (longest - len(s["ids"])) + [1] * len(s["ids"]) for s in samples])
-    batch = {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": (ids == collate.image_pad).long() + 2 * (ids == collate.video_pad).long()}
-    for key in ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw"):
-        if any(key in s for s in samples):
-            batch[key] = torch.cat([s[key] for s in samples if key in s])
-    if "video_grid_thw" in batch:
-        batch["second_per_grid_ts"] = torch.tensor([x for s in samples for x in s.get("second_per_grid_ts", [])])
-    return batch
-
-
-def _greedy(model, batch, end, max_new_tokens, tokenizer):
-    position, mask, cache = positions(model, batch), batch["attention_mask"], None
-    inputs, written, done = dict(batch), [], torch.zeros(len(mask), dtype=torch.bool)
-    following = position.amax((0, 2)) + 1  # (B,) text goes on after the largest position
-    for _ in range(max_new_tokens):
-        out = model.model(**{**inputs, "attention_mask": mask}, position_ids=position, past_key_values=cache, use_cache=True)
-        cache, token = out.past_key_values, model.lm_head(out.last_hidden_state[:, -1]).argmax(-1)  # (B,)
-        written.append(torch.where(done, end, token))
-        done |= token == end
-        if done.all():
-            break
-        inputs, position = {"input_ids": token[:, None], "mm_token_type_ids": torch.zeros(len(token), 1, dtype=torch.long)}, following.expand(3, -1)[..., None]
-        following, mask = following + 1, torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-    rows = torch.stack(written, 1).tolist()
-    return [tokenizer.decode(row[: row.index(end)] if end in row else row) for row in rows]
-
-
-def caption_accuracy(model, processor, n=200, seed=7, show=0):
-    """Share of n held-out clips whose free-running concise caption has colour, shape and motions of every object right."""
-    model.eval()
-    rng, folder, right = random.Random(f"{seed}/caption"), RUNS / "pretrain" / "heldout", 0
-    folder.mkdir(parents=True, exist_ok=True)
+def caption_accuracy(folder=BASE, n=200, seed=7, show=3):
+    """Share of n held-out clips (decoded from mp4) whose free-running concise caption has every object's colour, shape and motions right."""
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    rng, right = random.Random(f"{seed}/caption"), 0
     scenes = [world.sample_scene(rng, test=True) for _ in range(n)]
-    for i, scene in enumerate(scenes):
-        (folder / f"{i}.mp4").write_bytes(world.encode_mp4(world.render_scene(scene)))
-    answers = generate(model, processor, [{"video": str(folder / f"{i}.mp4")} for i in range(n)], ["Describe the video in the concise style."] * n)
-    for scene, answer in zip(scenes, answers, strict=True):
-        truth = {(o["colour"], o["shape"]): o["motion"] for o in scene["objects"]}
-        ok = world.read_events(answer) == truth
-        right += ok
-        if show > 0:
-            show -= 1
-            print("right" if ok else "WRONG", answer, "" if ok else truth)
+    with tempfile.TemporaryDirectory() as clips:
+        for i, scene in enumerate(scenes):
+            Path(clips, f"{i}.mp4").write_bytes(world.encode_mp4(world.render_scene(scene)))
+        answers = generate(model, Qwen2_5_VLProcessor.from_pretrained(folder), [{"video": f"{clips}/{i}.mp4"} for i in range(n)],
+                           ["Describe the video in the concise style."] * n)
+    for i, (scene, answer) in enumerate(zip(scenes, answers, strict=True)):
+        good = world.read_events(answer) == {(o["colour"], o["shape"]): o["motion"] for o in scene["objects"]}
+        right += good
+        if i < show or not good and i < 10 * show:
+            print("right:" if good else "WRONG:", answer, "" if good else f"(truth: {world.concise(scene, rng)[0]})")
+    print(f"{folder}: {right} of {n} held-out clips have colour, shape and motion of every object right ({right / n:.1%})")
     return right / n
 
 
+def run(command):
+    """Print a command and run it; stop with its status if it fails."""
+    print(f"\n$ {command.replace(sys.executable, 'python')}", flush=True)
+    status = subprocess.run(command.split()).returncode
+    if status:
+        sys.exit(f"`{command}` ended with status {status}")
+
+
+def radar(results, path):
+    """Draw the nine abilities of several results.json files as one radar plot."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    angles = [2 * math.pi * i / len(ABILITIES) for i in range(len(ABILITIES) + 1)]
+    figure, axes = pyplot.subplots(figsize=(6, 6), subplot_kw={"projection": "polar"})
+    for r in results:
+        values = [r["abilities"][a] or 0 for a in ABILITIES]
+        axes.plot(angles, values + values[:1], label=f"{r['model']} (AVG-A {r['AVG-A']:.3f})")
+        axes.fill(angles, values + values[:1], alpha=0.15)
+    axes.set_xticks(angles[:-1], ABILITIES)
+    axes.set_ylim(0, 1)
+    axes.set_title(f"{results[0]['benchmark']}: nine abilities, 8 frames")
+    axes.legend(loc="lower right", bbox_to_anchor=(1.15, -0.1))
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+
+
+def tour():
+    """Walk the whole method: render, score the base, train, score the trained model, compare."""
+    began, python = time.time(), sys.executable
+    print("nanoGVE's tour: a rendered world, a tiny Qwen2.5-VL, the Modality Pyramid, 16 datasets. Every command below can be run alone.")
+    os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
+    run(f"{python} -m mini render")
+    run(f"{python} eval.py --ckpt {BASE} --out runs/base --name base")
+    run(f"{python} train.py")
+    run(f"{python} eval.py --ckpt runs/gve-mini --out runs/gve-mini --name trained")
+    files = ["runs/base/results.json", "runs/gve-mini/results.json"]
+    run(f"{python} eval.py --tables {' '.join(files)}")
+    radar([json.loads(Path(f).read_text()) for f in files], "runs/radar.png")
+    print(f"\nradar plot of the nine abilities: runs/radar.png\nthe tour took {(time.time() - began) / 60:.1f} minutes")
+
+
 def main(argv=None):
-    args = argparse.Namespace(scenes=int(sys.argv[2]), steps=int(sys.argv[3])) if len(sys.argv) > 3 else argparse.Namespace(scenes=8000, steps=2600)
-    pretrain_base(RUNS / "pretrain" / "base", scenes=args.scenes, steps=args.steps)
+    parser = argparse.ArgumentParser(prog="python -m mini", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", metavar="render | pretrain", help="without a command: the tour")
+    for name in ("render", "pretrain"):
+        sub = commands.add_parser(name)
+        sub.add_argument("--seed", type=int, default=bench.SEED, help="of everything random")
+    sub.add_argument("--check", action="store_true", help="only measure the committed base")
+    sub.add_argument("--only", choices=("base", "prober"), help="make one of the two")
+    args = parser.parse_args(argv)
+    os.chdir(Path(__file__).resolve().parent.parent)
+    if args.command is None:
+        tour()
+    elif args.command == "render":
+        began, made = time.time(), bench.write("runs/mini", args.seed)
+        print(f"runs/mini: {made['videos']} videos, {made['queries']} test queries, {made['pairs']} training pairs, "
+              f"{f'written in {time.time() - began:.0f} s' if made['fresh'] else 'complete and current, nothing done'}")
+    else:
+        if not args.check and args.only != "prober":
+            pretrain_base(BASE, args.seed)
+        caption_accuracy()
+        if not args.check and args.only != "base":
+            bench.write("runs/mini", args.seed)
+            pretrain_prober(PROBER, args.seed)
 
 
 if __name__ == "__main__":
