@@ -1,12 +1,12 @@
 """The tour of the mini world, and its parts (DESIGN.md section 4).
 
-    python -m mini                     render, score the base, train, score again; two tables and a radar plot, under 10 minutes on 2 cores
+    python -m mini                     render, score the base, train, score again; two tables and a radar plot, under 10 minutes
     python -m mini render              the files of runs/mini alone, under a minute; nothing where they are complete and current
-    python -m mini pretrain            make mini/base and mini/prober again, about 20 minutes; they are committed, so rarely needed
-    python -m mini pretrain --check    free-running captions of the committed base: every object's colour, shape and motion right in >= 80 %
+    python -m mini pretrain            make mini/base and mini/prober again, about 20 minutes; committed, so rarely needed
+    python -m mini pretrain --check    measure the captions of the committed base: everything right in at least 80 % of clips
 
-The base is a Qwen2.5-VL of 1.7M parameters that learnt to describe training scenes word by word; it is no retriever. The prober is a small
-LoRA adapter on it, trained on coarse captions alone: the off-the-shelf embedder that the curriculum starts from (section 4.2).
+The base is a Qwen2.5-VL of 1.7M parameters that learnt to describe training scenes word by word; it is no retriever. The prober
+is a small LoRA adapter on it, trained on coarse captions alone: the embedder that the curriculum starts from (section 4.2).
 Legend: B batch, T tokens, F frames, S = 56 pixels, N scenes.
 """
 
@@ -30,85 +30,107 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from tqdm import tqdm
-from transformers import (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor, Qwen2Tokenizer, Qwen2VLImageProcessor,
-                          Qwen2VLVideoProcessor)
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2Tokenizer,
+    Qwen2VLImageProcessor,
+    Qwen2VLVideoProcessor,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from data import Collator, sample_indices
+from data import DEFAULT_INSTRUCTION, Collator, sample_indices
 from mini import bench, world
 from model import mrope_positions
 from uvrb import ABILITIES
 
 BASE, PROBER, CACHE = Path("mini/base"), Path("mini/prober"), Path("runs/pretrain")
-SPECIAL = [f"<|{name}|>" for name in ("endoftext im_start im_end object_ref_start object_ref_end box_start box_end quad_start quad_end vision_start "
-                                      "vision_end vision_pad image_pad video_pad").split()]
-HEAD, TAIL = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
-CHAT = """{%- if messages[0].role != 'system' %}{{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}{%- endif %}
+SPECIAL = [f"<|{name}|>" for name in (
+    "endoftext im_start im_end object_ref_start object_ref_end box_start box_end quad_start quad_end vision_start vision_end "
+    "vision_pad image_pad video_pad").split()]
+HEAD = f"<|im_start|>system\n{DEFAULT_INSTRUCTION}<|im_end|>\n<|im_start|>user\n"
+TAIL = "<|im_end|>\n<|im_start|>assistant\n"
+CHAT = """{%- if messages[0].role != 'system' %}
+{{- '<|im_start|>system\\n""" + DEFAULT_INSTRUCTION + """<|im_end|>\\n' }}{%- endif %}
 {%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n' }}
 {%- if message.content is string %}{{- message.content }}{%- else %}{%- for part in message.content %}
-{%- if part.type == 'text' %}{{- part.text }}{%- else %}{{- '<|vision_start|><|' + part.type + '_pad|><|vision_end|>' }}{%- endif %}
+{%- if part.type == 'text' %}{{- part.text }}{%- else %}
+{{- '<|vision_start|><|' + part.type + '_pad|><|vision_end|>' }}{%- endif %}
 {%- endfor %}{%- endif %}{{- '<|im_end|>\\n' }}{%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
 
-# What a user may ask of the base; {} is a style. With JSON it answers {"caption": ...}, {"query": ...} or a dict of the five styles.
-ASK = {"video": ("Describe the video in the {} style.", "Write a {} caption of the video.", "Give a {} description of this video."),
-       "image": ("Describe the image in the {} style.", "Write a {} caption of the image.", "Give a {} description of this frame."),
-       "query": ("Write the query that leads from the first to the second.", "Describe what changes from the reference to the target video."),
-       "five video": ("Describe the video in five styles. Answer in JSON.",), "five image": ("Describe the image in five styles. Answer in JSON.",)}
+# What a user may ask of the base; {} is a style. JSON answers are {"caption": ...}, {"query": ...} or a dict of the five styles.
 JSON = " Answer in JSON."
-TASKS = {"video concise": 8, "video rich": 4, "video abstract": 1.5, "video keywords": 1.5, "video partial": 1, "image concise": 2, "image rich": 2,
-         "image abstract": 0.7, "image keywords": 0.7, "image minimal": 0.7, "query video": 2, "query image": 1.5, "json video": 0.7,
-         "json image": 0.4, "json query": 0.7, "five video": 0.5, "five image": 0.3, "text": 2}  # how often each is practised
+ASK = {"video": ("Describe the video in the {} style.", "Write a {} caption of the video.",
+                 "Give a {} description of this video."),
+       "image": ("Describe the image in the {} style.", "Write a {} caption of the image.",
+                 "Give a {} description of this frame."),
+       "query": ("Write the query that leads from the first to the second.",
+                 "Describe what changes from the reference to the target video."),
+       "five video": ("Describe the video in five styles." + JSON,), "five image": ("Describe the image in five styles." + JSON,)}
+TASKS = {  # and how often each is practised
+    "video concise": 8, "video rich": 4, "video abstract": 1.5, "video keywords": 1.5, "video partial": 1, "image concise": 2,
+    "image rich": 2, "image abstract": 0.7, "image keywords": 0.7, "image minimal": 0.7, "query video": 2, "query image": 1.5,
+    "json video": 0.7, "json image": 0.4, "json query": 0.7, "five video": 0.5, "five image": 0.3, "text": 2}
 
 
 def build_processor(texts):
-    """A Qwen2.5-VL processor whose byte-level BPE (Qwen's splitting rule and special tokens) was learnt from `texts`: about 900 tokens."""
+    """A Qwen2.5-VL processor with Qwen's splitting rule and special tokens, and a byte-level BPE learnt from `texts`."""
     bpe, letters = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     split = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(split), "isolated"), letters])
     bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=1100, initial_alphabet=letters.alphabet(), show_progress=False))
     learnt = json.loads(bpe.to_str())["model"]
-    tokenizer = Qwen2Tokenizer(vocab=learnt["vocab"], merges=[tuple(m) for m in learnt["merges"]], model_max_length=32768, padding_side="left",
-                               extra_special_tokens=SPECIAL)
+    tokenizer = Qwen2Tokenizer(vocab=learnt["vocab"], merges=[tuple(m) for m in learnt["merges"]], model_max_length=32768,
+                               padding_side="left", extra_special_tokens=SPECIAL)
     size = {"shortest_edge": 4 * 28 * 28, "longest_edge": 256 * 28 * 28}
-    return Qwen2_5_VLProcessor(Qwen2VLImageProcessor(size=size), tokenizer, Qwen2VLVideoProcessor(size=dict(size)), chat_template=CHAT)
+    images, videos = Qwen2VLImageProcessor(size=size), Qwen2VLVideoProcessor(size=dict(size))
+    return Qwen2_5_VLProcessor(images, tokenizer, videos, chat_template=CHAT)
 
 
 def build_model(tokenizer):
-    """A Qwen2.5-VL of 1.7M parameters: 4 vision blocks of width 96, 4 language layers of width 128, tied embeddings."""
+    """A Qwen2.5-VL of 1.7M parameters: 4 vision blocks of width 96, 4 language layers of width 128, tied embeddings.
+
+    Rotary base 100, and most channels to the width: heads of 32 would be blind to left and right at Qwen's base and sections.
+    """
     ids = dict(zip(SPECIAL, tokenizer.convert_tokens_to_ids(SPECIAL), strict=True))
     end, stop = ids["<|endoftext|>"], ids["<|im_end|>"]
-    text = dict(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-                max_position_embeddings=32768, rope_parameters={"rope_type": "default", "mrope_section": [2, 4, 10], "rope_theta": 100.0},
-                initializer_range=0.05, bos_token_id=end, eos_token_id=stop, pad_token_id=end, tie_word_embeddings=True)
-    vision = dict(depth=4, hidden_size=96, intermediate_size=256, num_heads=4, out_hidden_size=128, patch_size=14, spatial_merge_size=2,
-                  temporal_patch_size=2, tokens_per_second=2, window_size=112, fullatt_block_indexes=[1, 3], initializer_range=0.05)
-    tokens = {f"{name}_token_id": ids[f"<|{tag}|>"] for name, tag in (("image", "image_pad"), ("video", "video_pad"),
-                                                                    ("vision_start", "vision_start"), ("vision_end", "vision_end"))}
-    model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **tokens))
+    rope = {"rope_type": "default", "mrope_section": [2, 4, 10], "rope_theta": 100.0}
+    text = dict(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
+                num_key_value_heads=2, max_position_embeddings=32768, rope_parameters=rope, initializer_range=0.05,
+                bos_token_id=end, eos_token_id=stop, pad_token_id=end, tie_word_embeddings=True)
+    vision = dict(depth=4, hidden_size=96, intermediate_size=256, num_heads=4, out_hidden_size=128, patch_size=14,
+                  spatial_merge_size=2, temporal_patch_size=2, tokens_per_second=2, window_size=112, fullatt_block_indexes=[1, 3],
+                  initializer_range=0.05)
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True,
+                              image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"], vision_start_token_id=ids["<|vision_start|>"],
+                              vision_end_token_id=ids["<|vision_end|>"])
+    model = Qwen2_5_VLForConditionalGeneration(config)
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = [stop, end], end
     return model
 
 
 def equal_windows(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, **_):
-    """Vision attention over windows of equal length in one call; transformers would loop over them. query (1, H, P, d) -> (1, P, H, d)"""
+    """Attend in windows of equal length in one call, where transformers loops: query (1, H, P, d) -> (1, P, H, d)."""
     n, (_, heads, _, width) = len(cu_seq_lens_q) - 1, query.shape
     cut = lambda x: x.view(heads, n, -1, width).transpose(0, 1)  # noqa: E731  (n, H, P/n, d)
-    return F.scaled_dot_product_attention(cut(query), cut(key), cut(value), scale=scaling).transpose(1, 2).reshape(1, -1, heads, width), None
+    out = F.scaled_dot_product_attention(cut(query), cut(key), cut(value), scale=scaling)
+    return out.transpose(1, 2).reshape(1, -1, heads, width), None
 
 
-ALL_ATTENTION_FUNCTIONS.register("flash_equal_windows", equal_windows)  # the word flash makes transformers pass all windows at once
+ALL_ATTENTION_FUNCTIONS.register("flash_equal_windows", equal_windows)  # transformers passes all windows at once to a "flash"
 
 
 def scene_pool(n, seed):
-    """n training scenes, [(scene, change from the scene before it or None)]; in the first half scenes alternate with near-twins."""
+    """n training scenes, [(scene, change from the scene before it or None)]; the first half alternates with near-twins."""
     pool, rng = [], random.Random(f"{seed}/pretrain")
     while len(pool) < n:
         scene, twin = world.sample_scene(rng, test=False, count=rng.choices((1, 2, 3), (3, 5, 2))[0]), None
         pool.append((scene, None))
         while len(pool) < n // 2 and twin is None:
-            twin = world.change(scene, rng.choice(("motion", "motion", "order", "exchange", "place", "size", "texture", "camera", "theme", "colour")),
-                                rng, test=False)
+            kind = rng.choice("motion motion order exchange place size texture camera theme colour".split())
+            twin = world.change(scene, kind, rng, test=False)
         pool += [twin] if twin else []
     return pool
 
@@ -119,7 +141,7 @@ def through_codec(scene):
 
 
 def example(task, i, pool, rng):
-    """Make one example of a task from scene i: (media, request, answer); media are ("video" | "image", index of its clip, frame)."""
+    """Make one example of a task from scene i: (media, request, answer); media are ("video" | "image", clip, frame)."""
     kind, _, style = task.partition(" ")
     if kind == "text":
         return [], "", bench.texts(pool[i][0], rng)
@@ -144,8 +166,8 @@ def patches(frames):
     x = torch.from_numpy(frames).permute(0, 1, 4, 2, 3).float() / 255  # (n, F, 3, S, S)
     mean, std = torch.tensor((0.48145466, 0.4578275, 0.40821073)), torch.tensor((0.26862954, 0.26130258, 0.27577711))
     x = (x - mean[:, None, None]) / std[:, None, None]
-    x = x.view(len(x), x.shape[1] // 2, 2, 3, 2, 2, 14, 2, 2, 14).permute(0, 1, 4, 7, 5, 8, 3, 2, 6, 9)  # merged cells, 2 x 2 in each, a patch
-    return x.reshape(-1, 3 * 2 * 14 * 14)
+    x = x.view(len(x), x.shape[1] // 2, 2, 3, 2, 2, 14, 2, 2, 14)
+    return x.permute(0, 1, 4, 7, 5, 8, 3, 2, 6, 9).reshape(-1, 3 * 2 * 14 * 14)  # merged cells, 2 x 2 patches in each, a patch
 
 
 def batch_of(examples, clips, collate):
@@ -170,14 +192,16 @@ def batch_of(examples, clips, collate):
 
 def positions(model, batch):
     """Our M-RoPE positions (3, B, T) of a batch."""
-    return mrope_positions(batch["mm_token_type_ids"], batch["attention_mask"], batch.get("image_grid_thw"), batch.get("video_grid_thw"),
-                           batch.get("second_per_grid_ts"), tokens_per_second=model.config.vision_config.tokens_per_second)
+    grids = (batch.get(key) for key in ("image_grid_thw", "video_grid_thw", "second_per_grid_ts"))
+    return mrope_positions(batch["mm_token_type_ids"], batch["attention_mask"], *grids,
+                           tokens_per_second=model.config.vision_config.tokens_per_second)
 
 
 def sights(scene):
-    """What is where: classes (4 places, 4) of colour, shape, size, texture (0 = no object), tracks (4, F, 4) of x, y, radius, seen, camera (F, 3)."""
+    """What is where: classes (4 places, 4) of colour, shape, size and texture, 0 = no object; tracks (4, F, 4) of x, y, radius
+    and visibility; the camera (F, 3); the theme."""
     classes, track = np.zeros((4, 4), np.int64), np.zeros((4, world.FRAMES, 4), np.float32)
-    tables = {"colour": list(world.COLOURS), "shape": list(world.SHAPES), "size": list(world.SIZES), "texture": ["plain", "striped"]}
+    tables = {"colour": [*world.COLOURS], "shape": [*world.SHAPES], "size": [*world.SIZES], "texture": ["plain", "striped"]}
     for o, (centre, radius, seen) in zip(scene["objects"], world.tracks(scene), strict=True):
         place = list(world.PLACES).index(o["place"])
         classes[place] = [1 + names.index(o[key]) for key, names in tables.items()]
@@ -187,22 +211,23 @@ def sights(scene):
 
 
 def learn_to_see(model, clips, pool, rng, steps, batch_size=192, lr=2e-3):
-    """Warm the vision tower up: each merged token of two frames tells what is at its place, where in either frame, the theme and the camera.
+    """Warm the vision tower up: each merged token of two frames tells what is at its place, where, the theme and the camera.
 
-    The real Qwen2.5-VL starts from a trained vision encoder, too. Without this step shapes and motions were still at chance after 1,400 steps
-    of captioning.
+    The real Qwen2.5-VL starts from a trained vision encoder, too. Without this step shapes and motions were still at chance after
+    1,300 steps of captioning.
     """
     sizes = [9, 7, 3, 3, len(world.THEMES), 8, 6]  # colour, shape, size, texture, theme; tracks and camera in both frames
     head = torch.nn.Linear(128, sum(sizes))
     classes, track, camera, theme = (torch.from_numpy(np.stack(x)) for x in zip(*(sights(s) for s, _ in pool), strict=True))
     params = [*model.model.visual.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.98), weight_decay=0.02)
-    schedule, log, bar = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1), [], tqdm(range(steps), "seeing")
+    schedule, log = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1), []
+    grid, bar = torch.tensor([[1, 4, 4]] * batch_size), tqdm(range(steps), "seeing")
     for step in bar:
         i = np.array([rng.randrange(len(pool)) for _ in range(batch_size)])
         f = np.array([rng.randrange(world.FRAMES - 3) for _ in i])
         g = f + np.array([rng.choice((0, 2, 3)) for _ in i])  # the same frame twice is how an image comes
-        out = model.model.visual(patches(np.stack([clips[i, f], clips[i, g]], 1)), grid_thw=torch.tensor([[1, 4, 4]] * batch_size)).pooler_output
+        out = model.model.visual(patches(np.stack([clips[i, f], clips[i, g]], 1)), grid_thw=grid).pooler_output
         *logits, where, moved = head(out).split(sizes, 1)  # each (B * 4, ...), one row per place
         tracks = torch.cat([track[i, :, f], track[i, :, g]], 2).flatten(0, 1)  # (B * 4, 8)
         shown = tracks[:, [3, 7]].amax(1)  # what blinks is named if either frame shows it
@@ -216,7 +241,7 @@ def learn_to_see(model, clips, pool, rng, steps, batch_size=192, lr=2e-3):
         log.append([(p.argmax(1) == wanted[:, k])[wanted[:, 0] > 0].float().mean().item() for k, p in enumerate(logits)] +
                    [((moved - seen_from) ** 2).mean().item()])
         if step % 100 == 99:
-            bar.write(f"seeing, step {step + 1}: colour, shape, size, texture, theme right, camera error {np.mean(log[-100:], 0).round(3)}")
+            bar.write(f"step {step + 1}: colour, shape, size, texture, theme; camera error {np.mean(log[-100:], 0).round(3)}")
 
 
 def _step(optimizer, loss, params):
@@ -237,13 +262,15 @@ def pretrain_base(out, seed=42, scenes=8000, seeing=800, steps=1400, batch_size=
     clips, rng = np.load(cache), random.Random(seed)  # (N, 16, S, S, 3) uint8
     torch.manual_seed(seed)
     processor = build_processor([bench.texts(s, rng) for s, _ in pool[:2000]] +
-                                [HEAD + TAIL + " ".join(example(t, rng.randrange(len(pool)), pool, rng)[1:]) for t in TASKS for _ in range(30)])
+                                [HEAD + TAIL + " ".join(example(task, rng.randrange(scenes), pool, rng)[1:])
+                                 for task in TASKS for _ in range(30)])
     collate, model = Collator(processor, padding_side="right"), build_model(processor.tokenizer).train()
     model.model.visual.config._attn_implementation = "flash_equal_windows"
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(processor.tokenizer)} tokens, {len(pool)} scenes")
     learn_to_see(model, clips, pool, rng, seeing)
     eyes, rest = list(model.model.visual.parameters()), [p for name, p in model.named_parameters() if ".visual." not in name]
-    optimizer = torch.optim.AdamW([{"params": eyes, "share": 0.3}, {"params": rest, "share": 1.0}], betas=(0.9, 0.98), weight_decay=0.02)
+    optimizer = torch.optim.AdamW([{"params": eyes, "share": 0.3}, {"params": rest, "share": 1.0}], betas=(0.9, 0.98),
+                                  weight_decay=0.02)
     easy, seen, bar = [i for i, (s, _) in enumerate(pool) if len(s["objects"]) < 3], {}, tqdm(range(steps), "describing")
     for step in bar:
         for group in optimizer.param_groups:
@@ -251,10 +278,11 @@ def pretrain_base(out, seed=42, scenes=8000, seeing=800, steps=1400, batch_size=
         warm = step < steps // 5  # first only concise captions of one or two objects, then everything
         task = rng.choice(("video concise", "image concise")) if warm else rng.choices(list(TASKS), list(TASKS.values()))[0]
         size = batch_size // 2 if task.startswith(("five", "text")) else batch_size
-        batch, labels = batch_of([example(task, rng.choice(easy) if warm else rng.randrange(scenes), pool, rng) for _ in range(size)], clips, collate)
-        hidden = model.model(**batch, position_ids=positions(model, batch), use_cache=False).last_hidden_state[:, :-1]  # (B, T-1, D)
+        chosen = rng.choices(easy if warm else range(scenes), k=size)
+        batch, labels = batch_of([example(task, i, pool, rng) for i in chosen], clips, collate)
+        hidden = model.model(**batch, position_ids=positions(model, batch), use_cache=False).last_hidden_state  # (B, T, D)
         wanted = labels[:, 1:] != -100
-        loss = F.cross_entropy(model.lm_head(hidden[wanted]), labels[:, 1:][wanted])
+        loss = F.cross_entropy(model.lm_head(hidden[:, :-1][wanted]), labels[:, 1:][wanted])
         _step(optimizer, loss, eyes + rest)
         seen.setdefault(task, []).append(loss.item())
         if step % 100 == 99:
@@ -267,8 +295,8 @@ def pretrain_base(out, seed=42, scenes=8000, seeing=800, steps=1400, batch_size=
 
 def pretrain_prober(out, seed=42):
     """Train the prober with train.py on coarse captions only (T2V, T2I) and keep its adapter in bf16 at `out`."""
-    run(f"{sys.executable} train.py --base {BASE} --prober {BASE} --mixture runs/mini/train/coarse.json --out {CACHE / 'prober'} --epochs 1 "
-        f"--schedule uniform --steps 120 --seed {seed}")
+    run(f"{sys.executable} train.py --base {BASE} --prober {BASE} --mixture runs/mini/train/coarse.json --out {CACHE / 'prober'} "
+        f"--epochs 1 --schedule uniform --steps 120 --seed {seed}")
     shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(CACHE / "prober", out, ignore=lambda _, names: [n for n in names if n in ("log.jsonl", "state", "README.md")])
     weights = load_file(out / "adapter_model.safetensors")
@@ -279,7 +307,8 @@ def pretrain_prober(out, seed=42):
 def generate(model, processor, items, prompts, max_new_tokens=64, batch_size=32):
     """Answer each prompt about its item greedily, with our own M-RoPE positions. Returns a list of str.
 
-    items: resolved items of data.py with a video or an image, or lists of them (reference, target) shown in that order; prompts: one str each.
+    items: resolved items of data.py with a video or an image, or lists of them (reference, target) shown in that order.
+    prompts: one str per item.
     """
     collate, out = Collator(processor, padding_side="left"), []
     opening, closing, stop = processor.tokenizer.convert_tokens_to_ids(["<|vision_start|>", "<|vision_end|>", "<|im_end|>"])
@@ -292,13 +321,15 @@ def generate(model, processor, items, prompts, max_new_tokens=64, batch_size=32)
             shown += parts
         batch = {**collate.batch(shown), **collate.batch(rows)}  # all media in order of appearance, and the prompts' tokens
         mask, place, cache, written = batch["attention_mask"], positions(model, batch), None, []
-        following, done = place.amax((0, 2)) + 1, torch.zeros(len(rows), dtype=torch.bool)  # (B,) text goes on after the largest position
+        following = place.amax((0, 2)) + 1  # (B,) text goes on after the largest position
+        done = torch.zeros(len(rows), dtype=torch.bool)
         while len(written) < max_new_tokens and not done.all():
             step = model.model(**{**batch, "attention_mask": mask}, position_ids=place, past_key_values=cache, use_cache=True)
             cache, token = step.past_key_values, model.lm_head(step.last_hidden_state[:, -1]).argmax(-1)  # (B,)
             written.append(token.masked_fill(done, stop))
             done |= token == stop
-            batch, place = {"input_ids": token[:, None], "mm_token_type_ids": torch.zeros_like(token[:, None])}, following.expand(3, -1)[..., None]
+            batch = {"input_ids": token[:, None], "mm_token_type_ids": torch.zeros_like(token[:, None])}
+            place = following.expand(3, -1)[..., None]
             following, mask = following + 1, F.pad(mask, (0, 1), value=1)
         for row in torch.stack(written, 1).tolist():
             out.append(processor.tokenizer.decode(row[: row.index(stop)] if stop in row else row))
@@ -306,7 +337,7 @@ def generate(model, processor, items, prompts, max_new_tokens=64, batch_size=32)
 
 
 def caption_accuracy(folder=BASE, n=200, seed=7, show=3):
-    """Share of n held-out clips (decoded from mp4) whose free-running concise caption has every object's colour, shape and motions right."""
+    """Share of n held-out clips, decoded from mp4, whose greedy concise caption has all colours, shapes and motions right."""
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     rng, right = random.Random(f"{seed}/caption"), 0
     scenes = [world.sample_scene(rng, test=True) for _ in range(n)]
@@ -353,7 +384,7 @@ def radar(results, path):
 def tour():
     """Walk the whole method: render, score the base, train, score the trained model, compare."""
     began, python = time.time(), sys.executable
-    print("nanoGVE's tour: a rendered world, a tiny Qwen2.5-VL, the Modality Pyramid, 16 datasets. Every command below can be run alone.")
+    print("nanoGVE's tour: a rendered world, a tiny Qwen2.5-VL, the Modality Pyramid, 16 datasets. All commands run alone, too.")
     os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
     run(f"{python} -m mini render")
     run(f"{python} eval.py --ckpt {BASE} --out runs/base --name base")
@@ -366,7 +397,7 @@ def tour():
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m mini", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser("python -m mini", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", metavar="render | pretrain", help="without a command: the tour")
     for name in ("render", "pretrain"):
         sub = commands.add_parser(name)

@@ -1,12 +1,12 @@
 """mini-UVRB and the training sources: which scenes exist, what is asked about them, and which videos are right answers.
 
-Every test query carries a claim (world.py), and its positives are all corpus videos that satisfy it. Corpora hold near-twins: families of
-clips with the same objects that differ in motion or order (CRB-T), in place, size or texture (CRB-S, VDC-O, VDC-D), or in camera (CMRB).
-Training scenes share no set of objects with test scenes.
+Every test query carries a claim (world.py), and its positives are all corpus videos that satisfy it. Corpora hold near-twins:
+families of clips with the same objects that differ in motion or order (CRB-T), in place, size or texture (CRB-S, VDC-O, VDC-D),
+or in camera (CMRB). Training scenes share no set of objects with test scenes.
 
-    from mini.bench import write; write("runs/mini")            # everything, under a minute on 2 cores; `python -m mini render` does this
+    from mini.bench import write; write("runs/mini")       # everything, under a minute on 2 cores; = `python -m mini render`
 
-Layout: <out>/videos/*.mp4, <out>/scenes.jsonl (the graphs), <out>/uvrb/<DS>/jsonl/*.jsonl, <out>/uvrb/benchmark.json, <out>/train/*.
+Writes <out>/videos/*.mp4, <out>/scenes.jsonl (the graphs), <out>/uvrb/<DS>/jsonl/*.jsonl and benchmark.json, <out>/train/*.
 """
 
 import collections
@@ -24,7 +24,8 @@ from mini import world
 from uvrb import DATASETS
 
 SEED = 42
-KINDS = {"t": ("motion", "order", "exchange"), "s": ("place", "size", "texture"), "c": ("camera",), "x": ("colour", "theme", "place", "motion")}
+KINDS = {"t": ("motion", "order", "exchange"), "s": ("place", "size", "texture"), "c": ("camera",),
+         "x": ("colour", "theme", "place", "motion")}  # what the twins of a family differ in
 SOURCES = {  # name: (task, hard negatives, instruction of the same spirit as Table 5's, but none of its strings)
     "t2t": ("T2T", 1, "Find a text that describes the same scene."),
     "t2i": ("T2I", 0, "Find the image that matches the given description."),
@@ -46,13 +47,12 @@ SOURCES = {  # name: (task, hard negatives, instruction of the same spirit as Ta
     "v2v": ("V2V", 0, "Find the long video that contains the given short video clip."),
     "ti2v": ("TI2V", 2, "Find the video clip that corresponds to the given image changed by the given text."),
     "tv2v": ("TV2V", 2, "Find the video clip that corresponds to the given video changed by the given text.")}
-BATCH = 64
 
 
 def texts(scene, rng):
     """One text of the world in any of its forms, or a prompt: what the base reads as plain language."""
-    forms = [*world.VIDEO_STYLES.values(), *world.FRAME_STYLES.values(), world.spatial, world.temporal, world.paragraph, world.main_object,
-             world.camera, world.theme, world.detail, None]
+    forms = [*world.VIDEO_STYLES.values(), *world.FRAME_STYLES.values(), world.spatial, world.temporal, world.paragraph,
+             world.main_object, world.camera, world.theme, world.detail, None]
     form = rng.choice(forms)
     if form is None:
         prompts = [d.prompt for d in DATASETS.values()] + [instruction for *_, instruction in SOURCES.values()]
@@ -63,7 +63,7 @@ def texts(scene, rng):
 # Which videos exist
 
 def families(rng, name, n, size, kinds, test):
-    """n families of `size` near-twins; all but each family's first carry "parent" (an id) and "change" (what leads here from the parent)."""
+    """n families of `size` near-twins; all but a family's first carry "parent" (an id) and "change" (what leads here from it)."""
     videos = []
     for f in range(n):
         family = [{"scenes": [world.sample_scene(rng, test, rng.choice((2, 2, 3)), events=0.7 if "order" in kinds else 0.35)]}]
@@ -78,8 +78,8 @@ def families(rng, name, n, size, kinds, test):
 
 def singles(rng, name, n, test, scenes):
     """n unrelated videos; a long one has several scenes of one or two objects each."""
-    return [{"id": f"{name}-{i:03}", "family": f"{name}-{i:03}", "scenes":
-             [world.sample_scene(rng, test, rng.choice((1, 2)) if scenes > 1 else None, 0.35 * (scenes == 1)) for _ in range(scenes)]} for i in range(n)]
+    scene = lambda: world.sample_scene(rng, test, *((rng.choice((1, 2)), 0) if scenes > 1 else ()))  # noqa: E731
+    return [{"id": f"{name}-{i:03}", "family": f"{name}-{i:03}", "scenes": [scene() for _ in range(scenes)]} for i in range(n)]
 
 
 def all_videos(seed=SEED):
@@ -114,7 +114,7 @@ def clip_item(v, i, up):
 # mini-UVRB
 
 def ask(corpus, form, n, rng, most):
-    """Ask n queries, form(scene or long video) -> (text, claim) of each video in turn, kept if at most `most` corpus videos satisfy the claim."""
+    """Ask n queries, form(scene or long video) -> (text, claim) of each video in turn; at most `most` videos satisfy a claim."""
     queries, seen, turn = [], set(), 0
     while len(queries) < n:
         assert turn < 40 * n, "the corpus has too few videos that a claim singles out"
@@ -128,8 +128,8 @@ def ask(corpus, form, n, rng, most):
 
 
 def moments(videos, n, rng, medium):
-    """MomentSeeker's form: a reference and a change, ranked over a pool of 10: right answers, siblings of the reference whose change leads
-    elsewhere, clips of other families that show what the text says, and chance ones."""
+    """MomentSeeker's form: a reference and a change, ranked over a pool of 10: right answers, siblings of the reference whose
+    change leads elsewhere, clips of other families that show what the text says, and chance ones."""
     by_id, queries = {v["id"]: v for v in videos}, []
     for target in rng.sample([v for v in videos if "parent" in v], n):
         reference = by_id[target["parent"]]
@@ -150,11 +150,14 @@ def benchmark(groups, seed=SEED):
     """The 16 datasets: {name: (corpus videos, [(query without id, positive ids, negative ids or None)])}."""
     g, t, s, c, long = (groups[f"test-{k}"] for k in ("g", "t", "s", "c", "long"))
     shuffled = lambda form: lambda scene, rng: form(scene, rng, shuffle=True)  # noqa: E731
-    recipes = {"MSRVTT": (g, shuffled(world.concise), 200, 2), "DiDeMo": (g, world.paragraph, 200, 2), "CRB-G": (g, shuffled(world.rich), 200, 2),
-               "CRB-S": (s, shuffled(world.spatial), 200, 2), "VDC-O": (s, world.main_object, 200, 2), "CRB-T": (t, world.temporal, 200, 2),
-               "CMRB": (c, world.camera, 150, 10), "DREAM-E": (g, world.partial, 300, 2), "LoVR-TH": (g, world.theme, 200, 10),
-               "PEV-K": (g, shuffled(world.keywords), 200, 2), "LoVR-V": (long, world.story, 50, 2), "VDC-D": (s, world.detail, 200, 2)}
-    out = {name: (corpus, ask(corpus, form, n, random.Random(f"{seed}/{name}"), most)) for name, (corpus, form, n, most) in recipes.items()}
+    recipes = {"MSRVTT": (g, shuffled(world.concise), 200, 2), "DiDeMo": (g, world.paragraph, 200, 2),
+               "CRB-G": (g, shuffled(world.rich), 200, 2), "CRB-S": (s, shuffled(world.spatial), 200, 2),
+               "VDC-O": (s, world.main_object, 200, 2), "CRB-T": (t, world.temporal, 200, 2), "CMRB": (c, world.camera, 150, 10),
+               "DREAM-E": (g, world.partial, 300, 2), "LoVR-TH": (g, world.theme, 200, 10),
+               "PEV-K": (g, shuffled(world.keywords), 200, 2), "LoVR-V": (long, world.story, 50, 2),
+               "VDC-D": (s, world.detail, 200, 2)}
+    out = {name: (corpus, ask(corpus, form, n, random.Random(f"{seed}/{name}"), most))
+           for name, (corpus, form, n, most) in recipes.items()}
     for name, medium in (("MS-TI", "image"), ("MS-TV", "video")):
         queries = moments(t + s + c, 100, random.Random(f"{seed}/{name}"), medium)
         used = {i for _, right, wrong in queries for i in right + wrong}
@@ -168,7 +171,7 @@ def benchmark(groups, seed=SEED):
 # Training sources
 
 def training(groups, seed=SEED):
-    """All training rows, {source: [{"query", "positive", "negatives"?, "id"}]}; hard negatives are near-twins that the query does not fit."""
+    """All training rows, {source: [{"query", "positive", "negatives"?, "id"}]}; hard negatives are twins that do not fit."""
     g, t, s, c, x, long = (groups[f"train-{k}"] for k in ("g", "t", "s", "c", "x", "long"))
     short, rng = g + t + s + c + x, random.Random(f"{seed}/training")
     by_id, family, rows = {v["id"]: v for v in short}, collections.defaultdict(list), {name: [] for name in SOURCES}
@@ -196,10 +199,11 @@ def training(groups, seed=SEED):
         wrong = [two(u["scenes"][0], rng, shuffle=True) for u in others(v)]
         add("t2t", *({"text": form(v["scenes"][0], rng, shuffle=True)[0]} for form in (one, two)),
             [{"text": text} for text, claim in wrong if not world.satisfies(v, claim)])
+    still = lambda v, *styles: {"text": world.FRAME_STYLES[rng.choice(styles)](v["scenes"][0], rng, shuffle=True)[0]}  # noqa: E731
     for v in rng.sample(short, 600):
-        add("t2i", {"text": world.FRAME_STYLES[rng.choice(("concise", "rich", "keywords"))](v["scenes"][0], rng, shuffle=True)[0]}, frame(v))
+        add("t2i", still(v, "concise", "rich", "keywords"), frame(v))
     for v in rng.sample(short, 400):
-        add("i2t", frame(v), {"text": world.FRAME_STYLES[rng.choice(("concise", "rich"))](v["scenes"][0], rng, shuffle=True)[0]})
+        add("i2t", frame(v), still(v, "concise", "rich"))
         add("i2i", frame(v), frame(v))
     describe("t2v", short, world.concise, shuffle=True)
     describe("t2v-general", short, world.rich, shuffle=True)
@@ -253,7 +257,8 @@ def write(out, seed=SEED, workers=None):
     code = hashlib.sha256(code + str(seed).encode()).hexdigest()[:16]
     if stamp.is_file():
         known = json.loads(stamp.read_text())
-        if known["code"] == code and all((out / f).is_file() and (out / f).stat().st_size == n for f, n in known["files"].items()):
+        whole = all((out / f).is_file() and (out / f).stat().st_size == n for f, n in known["files"].items())
+        if known["code"] == code and whole:
             return {**known["counts"], "fresh": False}
         stamp.unlink()
     groups = all_videos(seed)
@@ -263,18 +268,20 @@ def write(out, seed=SEED, workers=None):
     put(out / "scenes.jsonl", videos)
     sets, rows, sizes = benchmark(groups, seed), training(groups, seed), {}
     for name, (corpus, queries) in sets.items():
-        folder, sizes[name] = out / "uvrb" / name / "jsonl", {"queries": len(queries), "corpus": 10 if queries[0][2] else len(corpus)}
+        folder = out / "uvrb" / name / "jsonl"
+        sizes[name] = {"queries": len(queries), "corpus": 10 if queries[0][2] else len(corpus)}
         put(folder / "corpus.jsonl", [{"id": v["id"], "video": path_of(v, "../..")} for v in corpus])
         put(folder / "queries.jsonl", [{"id": f"q{i}", **query} for i, (query, _, _) in enumerate(queries)])
-        put(folder / "instances.jsonl", [{"qid": f"q{i}", "pos": pos, **({"neg": neg} if neg else {})} for i, (_, pos, neg) in enumerate(queries)])
+        put(folder / "instances.jsonl", [{"qid": f"q{i}", "pos": pos, **({"neg": neg} if neg else {})}
+                                         for i, (_, pos, neg) in enumerate(queries)])
     put(out / "uvrb" / "benchmark.json", [{"name": "mini-UVRB", "datasets": sizes}])
     for name, source in rows.items():
         put(out / "train" / f"{name}.jsonl", source)
-    mixture = [{"name": name, "task": task, "path": f"{name}.jsonl", "samples": len(rows[name]), "negatives": k, "batch_size": BATCH,
+    mixture = [{"name": name, "task": task, "path": f"{name}.jsonl", "samples": len(rows[name]), "negatives": k, "batch_size": 64,
                 "instruction": text} for name, (task, k, text) in SOURCES.items()]
     put(out / "train" / "mixture.json", json.dumps(mixture, indent=1).encode() + b"\n")
     put(out / "train" / "coarse.json", json.dumps([m for m in mixture if m["name"] in ("t2v", "t2i")], indent=1).encode() + b"\n")
     counts = {"videos": len(videos), "queries": sum(len(q) for _, q in sets.values()), "pairs": sum(map(len, rows.values()))}
-    files = {str(p.relative_to(out)): p.stat().st_size for part in ("videos", "uvrb", "train") for p in sorted((out / part).rglob("*")) if p.is_file()}
-    put(stamp, [{"code": code, "counts": counts, "files": files}])
+    files = [p for part in ("videos", "uvrb", "train") for p in sorted((out / part).rglob("*")) if p.is_file()]
+    put(stamp, [{"code": code, "counts": counts, "files": {str(p.relative_to(out)): p.stat().st_size for p in files}}])
     return {**counts, "fresh": True}

@@ -1,11 +1,11 @@
 """The rendered world: scene graphs, their pixels, and the texts that are true of them (DESIGN.md section 4).
 
-A *video* is {"id", "scenes": [scene, ...]}, a *scene* {"theme", "camera": [move] or [first, then], "objects": [...], "seed"}, an *object*
-{"colour", "shape", "size", "texture", "place", "motion": [motion] or [first, then]}; no two objects of a scene share colour, shape or place.
-There is no global state: the same `random.Random` gives the same scene, the same scene the same pixels.
+A *video* is {"id", "scenes": [scene, ...]}, a *scene* {"theme", "camera": [move] or [first, then], "objects": [...], "seed"},
+an *object* {"colour", "shape", "size", "texture", "place", "motion": [motion] or [first, then]}; no two objects of a scene share
+colour, shape or place. There is no global state: the same `random.Random` gives the same scene, the same scene the same pixels.
 
-A *caption* is (text, claim). The claim is the part of a scene graph that the text states; `holds(scene, claim)` says whether any other scene
-satisfies it, so relevance is computed and never guessed. Legend: F = 16 frames, S = 56 pixels.
+A *caption* is (text, claim). The claim is the part of a scene graph that the text states; `holds(scene, claim)` says whether any
+other scene satisfies it, so relevance is computed and never guessed. Legend: F = 16 frames, S = 56 pixels.
 """
 
 import io
@@ -19,7 +19,7 @@ SIZE, FPS, FRAMES = 56, 8, 16  # pixels per side, frames per second, frames of o
 COLOURS = {"red": (225, 25, 35), "orange": (255, 135, 0), "yellow": (250, 230, 40), "green": (20, 190, 60),
            "blue": (35, 70, 245), "purple": (140, 30, 190), "pink": (255, 130, 200), "white": (250, 250, 250)}
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "star")
-PLACES = {"top left": (15, 15), "top right": (41, 15), "bottom left": (15, 41), "bottom right": (41, 41)}  # centres, in reading order
+PLACES = {"top left": (15, 15), "top right": (41, 15), "bottom left": (15, 41), "bottom right": (41, 41)}  # in reading order
 SIZES = {"small": ("small", "little"), "big": ("big", "large")}
 MOTIONS = {  # and every way a text may say it
     "still": ("stays still", "does not move", "rests in place"), "left": ("moves left", "slides to the left", "goes left"),
@@ -27,7 +27,8 @@ MOTIONS = {  # and every way a text may say it
     "down": ("moves down", "sinks", "goes down"), "grow": ("grows", "gets bigger"), "shrink": ("shrinks", "gets smaller"),
     "blink": ("blinks", "flashes on and off"), "loop": ("loops around", "goes round and round")}
 CAMERAS = {
-    "static": ("is static", "stands still"), "pan left": ("pans left", "turns to the left"), "pan right": ("pans right", "turns to the right"),
+    "static": ("is static", "stands still"),
+    "pan left": ("pans left", "turns to the left"), "pan right": ("pans right", "turns to the right"),
     "tilt up": ("tilts up", "looks upwards"), "tilt down": ("tilts down", "looks downwards"),
     "zoom in": ("zooms in", "comes closer"), "zoom out": ("zooms out", "backs away")}
 THEMES = {  # colours of the ground and of its marks, number of marks, their radius in pixels, words
@@ -45,7 +46,7 @@ VISIBLE = (0, 1, 4, 5, 8, 9, 12, 13)  # frames in which even a blinking object i
 # Scenes
 
 def held_out(objects):
-    """Say whether a set of objects (by colour and shape) belongs to the test side: a third of all sets, never shown in training."""
+    """Say whether a set of objects (by colour and shape) is on the test side: a third of all sets, never in training."""
     return zlib.crc32(",".join(sorted(o["colour"] + " " + o["shape"] for o in objects)).encode()) % 3 == 0
 
 
@@ -54,8 +55,15 @@ def sample_moves(rng, table, two):
     return rng.sample(list(table)[1:], 2) if two else [rng.choice(list(table))]
 
 
+def other_moves(rng, table, old, two):
+    """Draw moves of which none is among the old ones."""
+    while set(moves := sample_moves(rng, table, two)) & set(old):
+        pass
+    return moves
+
+
 def sample_scene(rng, test, count=None, events=0.35):
-    """Draw a scene of `count` objects (default 1-3, mostly 2) on the test or training side; `events` = chance of two ordered motions."""
+    """Draw a scene of `count` objects (default 1-3, mostly 2) on the test or training side; `events`: chance of two motions."""
     n = count or rng.choices((1, 2, 3), (2, 6, 2))[0]
     while True:
         colours, shapes, places = rng.sample(list(COLOURS), n), rng.sample(SHAPES, n), sorted(rng.sample(range(4), n))
@@ -64,22 +72,22 @@ def sample_scene(rng, test, count=None, events=0.35):
             break
     once = rng.randrange(n)  # of three objects only one has two motions: a caption of 25 words must hold them
     for i, o in enumerate(objects):
-        o.update(size=rng.choice(list(SIZES)), texture=rng.choices(("plain", "striped"), (2, 1))[0], place=list(PLACES)[places[i]],
-                 motion=sample_moves(rng, MOTIONS, rng.random() < events and (n < 3 or i == once)))
+        o.update(size=rng.choice(list(SIZES)), texture=rng.choices(("plain", "striped"), (2, 1))[0],
+                 place=list(PLACES)[places[i]], motion=sample_moves(rng, MOTIONS, rng.random() < events and (n < 3 or i == once)))
     return {"theme": rng.choice(list(THEMES)), "camera": sample_moves(rng, CAMERAS, rng.random() < 0.15), "objects": objects,
             "seed": rng.getrandbits(32)}
 
 
 def change(scene, kind, rng, test):
-    """Make a near-twin, the scene with one thing altered: (twin, {"kind", "object", "to"}), or None where the kind does not apply.
+    """Make a near-twin, the scene with one thing altered: (twin, {"kind", "object", "to"}); None if the kind cannot apply.
 
-    kinds: motion (an object moves otherwise), order (its two motions swap), exchange (two objects trade motions), place (a move to a free
-    place, or two objects swap), size, texture, colour, camera, theme.
+    kinds: motion (an object moves otherwise), order (its two motions swap), exchange (two objects trade motions), place (a move
+    to a free place, or two objects swap), size, texture, colour, camera, theme.
     """
     twin = {**scene, "objects": [dict(o) for o in scene["objects"]], "seed": rng.getrandbits(32)}
     objects, o = twin["objects"], twin["objects"][rng.randrange(len(scene["objects"]))]
     if kind == "motion":
-        o["motion"] = rng.choice([m for m in (sample_moves(rng, MOTIONS, len(o["motion"]) == 2) for _ in range(20)) if not set(m) & set(o["motion"])])
+        o["motion"] = other_moves(rng, MOTIONS, o["motion"], len(o["motion"]) == 2)
     elif kind == "order":
         o = next((p for p in objects if len(p["motion"]) == 2), None)
         if o is None:
@@ -99,13 +107,13 @@ def change(scene, kind, rng, test):
         o[kind] = {"small": "big", "big": "small", "plain": "striped", "striped": "plain"}[o[kind]]
     elif kind == "colour":
         others = [p for p in objects if p is not o]
-        free = [c for c in COLOURS if c != o["colour"] and c not in [p["colour"] for p in others] and held_out([{**o, "colour": c}, *others]) == test]
+        taken = [p["colour"] for p in objects]
+        free = [c for c in COLOURS if c not in taken and held_out([{**o, "colour": c}, *others]) == test]
         if not free:
             return None
         o["colour"] = rng.choice(free)
     elif kind == "camera":
-        moves = [sample_moves(rng, CAMERAS, rng.random() < 0.3) for _ in range(20)]
-        twin["camera"] = rng.choice([m for m in moves if not set(m) & set(scene["camera"])])
+        twin["camera"] = other_moves(rng, CAMERAS, scene["camera"], rng.random() < 0.3)
     elif kind == "theme":
         twin["theme"] = rng.choice([t for t in THEMES if t != scene["theme"]])
     key = "motion" if kind in ("order", "exchange") else kind
@@ -156,15 +164,15 @@ def tracks(scene):
 
 
 def camera_path(scene):
-    """Where the camera looks (F, 3): right and down in pixels, and the logarithm of its zoom; the middle of the way is at rest."""
-    step = {"pan left": (-2, 0, 0), "pan right": (2, 0, 0), "tilt up": (0, -2, 0), "tilt down": (0, 2, 0), "zoom in": (0, 0, 0.065),
-            "zoom out": (0, 0, -0.065), "static": (0, 0, 0)}
+    """Where the camera looks (F, 3): right and down in pixels, and the logarithm of its zoom; zero halfway."""
+    step = {"pan left": (-2, 0, 0), "pan right": (2, 0, 0), "tilt up": (0, -2, 0), "tilt down": (0, 2, 0),
+            "zoom in": (0, 0, 0.065), "zoom out": (0, 0, -0.065), "static": (0, 0, 0)}
     return centred(np.cumsum([step[scene["camera"][f * len(scene["camera"]) // FRAMES]] for f in range(FRAMES)], 0))
 
 
 def background(scene):
-    """A seamless texture (96, 96, 3) float: the theme's ground, its marks scattered by the scene's seed, and in the middle a large round
-    landmark (a moon, a hill, a pond) by which one sees the camera move."""
+    """A seamless texture (96, 96, 3): the theme's ground, its marks scattered by the scene's seed, and in the middle a large
+    round landmark (a moon, a hill, a pond) by which one sees the camera move."""
     ground, mark, n, radius, _ = THEMES[scene["theme"]]
     rng, (y, x), cover = np.random.default_rng(scene["seed"]), np.mgrid[:96, :96], np.zeros((96, 96))
     for cx, cy in rng.uniform(0, 96, (n, 2)):
@@ -229,13 +237,14 @@ def said(claimed, actual):
 
 
 def holds(scene, claim):
-    """Say whether a scene satisfies a claim: theme, camera and count fit, and so does some choice of its objects, with their relations."""
+    """Say whether a scene satisfies a claim: theme, camera and count fit, and so does some choice of its objects."""
     if any(claim.get(k, v) != v for k, v in (("theme", scene["theme"]), ("count", len(scene["objects"])))):
         return False
     if "camera" in claim and not said(claim["camera"], scene["camera"]):
         return False
     wanted = claim.get("objects", [])
-    return any(all(said(v, o[k]) if k == "motion" else o[k] == v for w, o in zip(wanted, chosen, strict=True) for k, v in w.items()) and
+    fits = lambda want, o: all(said(v, o[k]) if k == "motion" else o[k] == v for k, v in want.items())  # noqa: E731
+    return any(all(map(fits, wanted, chosen)) and
                all(r in relations(chosen[i]["place"], chosen[j]["place"]) for i, r, j in claim.get("relations", []))
                for chosen in itertools.permutations(scene["objects"], len(wanted)))
 
@@ -251,7 +260,8 @@ def satisfies(video, claim):
 
 def noun(o, rng=None, keys=("colour", "shape"), article="a"):
     """Name an object by the keys given: "a little striped red star"."""
-    words = " ".join(rng.choice(SIZES[o[k]]) if k == "size" else o[k] for k in ("size", "texture", "colour", "shape") if k in keys)
+    keys = [k for k in ("size", "texture", "colour", "shape") if k in keys]
+    words = " ".join(rng.choice(SIZES[o[k]]) if k == "size" else o[k] for k in keys)
     return ("an " if article == "a" and words[0] in "aeiou" else article + " ") + words
 
 
@@ -293,7 +303,8 @@ def ordered(scene, rng, shuffle):
 def concise(scene, rng, shuffle=False):
     """10-25 words: every object's colour, shape and motion, and the theme or the camera where there is room."""
     objects, tail = ordered(scene, rng, shuffle), ""
-    body, claim = listed([noun(o) + " " + verb(o, rng) for o in objects]), {"objects": [only(o, "colour", "shape", "motion") for o in objects]}
+    body = listed([noun(o) + " " + verb(o, rng) for o in objects])
+    claim = {"objects": [only(o, "colour", "shape", "motion") for o in objects]}
     theme, camera = mood(scene["theme"], rng), lens(scene["camera"], rng)
     if len((body + theme).split()) <= 24 and (len(body.split()) < 10 or rng.random() < 0.5):
         tail, claim["theme"] = theme, scene["theme"]
@@ -305,7 +316,8 @@ def concise(scene, rng, shuffle=False):
 def spatial(scene, rng, shuffle=False):
     """What things look like and where: size, texture, colour, shape, place and relations of every object; no motion."""
     objects = ordered(scene, rng, shuffle)
-    claim = {"theme": scene["theme"], "objects": [only(o, "colour", "shape", "size", "texture", "place") for o in objects], "relations": []}
+    looks = [only(o, "colour", "shape", "size", "texture", "place") for o in objects]
+    claim = {"theme": scene["theme"], "objects": looks, "relations": []}
     parts = [sentence(rng.choice(("there is", "one sees")), noun(o, rng, o), "in the", o["place"]) for o in objects]
     for i, j in itertools.pairwise(range(len(objects))):
         claim["relations"].append([i, rng.choice(relations(objects[i]["place"], objects[j]["place"])), j])
@@ -374,7 +386,8 @@ def partial(scene, rng, shuffle=False):
 def main_object(scene, rng):
     """The first object in reading order, in detail: looks, place, motion."""
     o = scene["objects"][0]
-    return sentence("the main object is", noun(o, rng, o)) + " " + sentence("it is in the", o["place"], "and", verb(o, rng)), {"objects": [o]}
+    text = sentence("the main object is", noun(o, rng, o)) + " " + sentence("it is in the", o["place"], "and", verb(o, rng))
+    return text, {"objects": [o]}
 
 
 def camera(scene, rng):
@@ -393,12 +406,14 @@ def paragraph(scene, rng):
 def detail(scene, rng):
     """60-250 words: everything, object by object, then relation by relation, then event by event."""
     (look, claim), (events, _) = spatial(scene, rng, shuffle=True), temporal(scene, rng)
-    lines = [sentence("this is a video of", ("one object", "two objects", "three objects")[len(scene["objects"]) - 1]), look, events]
-    lines += [sentence("looking at", noun(o, article="the"), "again, it is", rng.choice(SIZES[o["size"]]), "and", o["texture"] + ", stays near the",
-                       o["place"], "part and", verb(o, rng)) for o in ordered(scene, rng, True)]
-    lines.append(sentence("the place and the light say that it plays", mood(scene["theme"], rng)))
     whole = {o["colour"]: o for o in scene["objects"]}
-    return " ".join(lines), {**claim, "camera": scene["camera"], "count": len(whole), "objects": [whole[o["colour"]] for o in claim["objects"]]}
+    lines = [sentence("this is a video of", ("one object", "two objects", "three objects")[len(whole) - 1]), look, events]
+    lines += [sentence("looking at", noun(o, article="the"), "again, it is", rng.choice(SIZES[o["size"]]), "and",
+                       o["texture"] + ", stays near the", o["place"], "part and", verb(o, rng))
+              for o in ordered(scene, rng, True)]
+    lines.append(sentence("the place and the light say that it plays", mood(scene["theme"], rng)))
+    claim["objects"] = [whole[o["colour"]] for o in claim["objects"]]
+    return " ".join(lines), {**claim, "camera": scene["camera"], "count": len(whole)}
 
 
 def story(video, rng):
@@ -407,8 +422,10 @@ def story(video, rng):
     for start, scene in zip(("first", "next", "after that", "at the end"), video["scenes"], strict=False):
         objects = ordered(scene, rng, True)
         parts.append(sentence(start + ", the scene is", mood(scene["theme"], rng)))
-        parts += [sentence(noun(o, rng, keys), "in the", o["place"], verb(o, rng)) for o in objects] + [sentence(lens(scene["camera"], rng))]
-        claims.append({**only(scene, "theme", "camera"), "objects": [only(o, *keys, "place", "motion") for o in objects]})
+        parts += [sentence(noun(o, rng, keys), "in the", o["place"], verb(o, rng)) for o in objects]
+        parts.append(sentence(lens(scene["camera"], rng)))
+        facts = [only(o, *keys, "place", "motion") for o in objects]
+        claims.append({**only(scene, "theme", "camera"), "objects": facts})
     return " ".join(parts), {"scenes": claims}
 
 
@@ -435,11 +452,12 @@ def composed(twin, delta, rng):
     """The query that leads from a reference to its twin; the claim is the twin's objects and what became of them."""
     kind, to, the = delta["kind"], delta["to"], "the " + delta["object"]
     what = {"motion": lambda: the + " " + say(to, MOTIONS, rng), "place": lambda: the + " is in the " + to,
-            "size": lambda: the + " is " + rng.choice(SIZES[to]), "texture": lambda: the + " is " + to, "colour": lambda: the + " is " + to,
-            "camera": lambda: lens(to, rng), "theme": lambda: "it is " + mood(to, rng)}[kind]()
+            "size": lambda: the + " is " + rng.choice(SIZES[to]), "camera": lambda: lens(to, rng),
+            "theme": lambda: "it is " + mood(to, rng)}.get(kind, lambda: the + " is " + to)()
     claim = {"objects": [only(p, "colour", "shape") for p in twin["objects"]]}
     (claim if kind in ("camera", "theme") else next(p for p in claim["objects"] if p["shape"] == delta["object"]))[kind] = to
-    return sentence(rng.choice(("the same scene, but {} instead", "like this one, but now {}", "the same objects, only {} this time")).format(what)), claim
+    forms = ("the same scene, but {} instead", "like this one, but now {}", "the same objects, only {} this time")
+    return sentence(rng.choice(forms).format(what)), claim
 
 
 def read_events(text):
