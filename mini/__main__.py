@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -226,22 +227,25 @@ def learn_to_see(model, clips, pool, rng, steps, batch_size=192, lr=2e-3):
     for step in bar:
         i = np.array([rng.randrange(len(pool)) for _ in range(batch_size)])
         f = np.array([rng.randrange(world.FRAMES - 3) for _ in i])
-        g = f + np.array([rng.choice((0, 2, 3)) for _ in i])  # the same frame twice is how an image comes
+        g = f + np.array([rng.choice((0, 2, 2, 3)) for _ in i])  # the same frame twice is how an image comes
         out = model.model.visual(patches(np.stack([clips[i, f], clips[i, g]], 1)), grid_thw=grid).pooler_output
         *logits, where, moved = head(out).split(sizes, 1)  # each (B * 4, ...), one row per place
-        tracks = torch.cat([track[i, :, f], track[i, :, g]], 2).flatten(0, 1)  # (B * 4, 8)
-        shown = tracks[:, [3, 7]].amax(1)  # what blinks is named if either frame shows it
+        first, second = track[i, :, f].flatten(0, 1), track[i, :, g].flatten(0, 1)  # (B * 4, 4)
+        shown = torch.maximum(first[:, 3], second[:, 3])  # what blinks is named if either frame shows it
+        tracks = torch.cat([first, (second - first)[:, :3] * 4, second[:, 3:]], 1)  # steps are small: make them count
         wanted = torch.cat([classes[i].flatten(0, 1) * shown.long()[:, None], theme[i].repeat_interleave(4)[:, None]], 1)
-        weight = torch.stack([tracks[:, 3]] * 3 + [shown] + [tracks[:, 7]] * 3 + [shown], 1)
+        weight = torch.stack([first[:, 3]] * 3 + [shown] + [first[:, 3] * second[:, 3]] * 3 + [shown], 1)
         seen_from = torch.cat([camera[i, f], camera[i, g]], 1).repeat_interleave(4, 0)
         loss = sum(F.cross_entropy(p, wanted[:, k]) for k, p in enumerate(logits))
-        loss = loss + 4 * ((where - tracks) ** 2 * weight).mean() + 4 * ((moved - seen_from) ** 2).mean()
+        error = (where - tracks) ** 2 * weight  # (B * 4, 8)
+        loss = loss + 4 * error.mean() + 12 * error[:, 4:7].mean() + 4 * ((moved - seen_from) ** 2).mean()
         _step(optimizer, loss, params)
         schedule.step()
         log.append([(p.argmax(1) == wanted[:, k])[wanted[:, 0] > 0].float().mean().item() for k, p in enumerate(logits)] +
-                   [((moved - seen_from) ** 2).mean().item()])
+                   [(error[:, 4:6].sum() / (tracks[:, 4:6] ** 2 * weight[:, 4:6]).sum()).item(),
+                    ((moved - seen_from) ** 2).mean().item()])
         if step % 100 == 99:
-            bar.write(f"step {step + 1}: colour, shape, size, texture, theme; camera error {np.mean(log[-100:], 0).round(3)}")
+            bar.write(f"step {step + 1}: colour, shape, size, texture, theme; errors of steps, camera {np.mean(log[-100:], 0).round(3)}")
 
 
 def _step(optimizer, loss, params):
@@ -254,7 +258,8 @@ def _step(optimizer, loss, params):
 def pretrain_base(out, seed=42, scenes=8000, seeing=800, steps=1400, batch_size=48, lr=2e-3):
     """Train the base from scratch, to see and then to describe, and save it to `out` in bf16. About 15 minutes on 2 cores."""
     torch.set_num_threads(os.cpu_count())
-    pool, cache = scene_pool(scenes, seed), CACHE / f"clips-{scenes}-{seed}.npy"
+    pool = scene_pool(scenes, seed)
+    cache = CACHE / f"clips-{zlib.crc32(json.dumps(pool).encode()):08x}.npy"
     if not cache.exists():
         cache.parent.mkdir(parents=True, exist_ok=True)
         with multiprocessing.Pool() as workers:
