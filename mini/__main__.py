@@ -245,7 +245,7 @@ def learn_to_see(model, clips, pool, rng, steps, batch_size=192, lr=2e-3):
                    [(error[:, 4:6].sum() / (tracks[:, 4:6] ** 2 * weight[:, 4:6]).sum()).item(),
                     ((moved - seen_from) ** 2).mean().item()])
         if step % 100 == 99:
-            bar.write(f"step {step + 1}: colour, shape, size, texture, theme; errors of steps, camera {np.mean(log[-100:], 0).round(3)}")
+            bar.write(f"{step + 1}: colour, shape, size, texture, theme; step, camera error {np.mean(log[-100:], 0).round(3)}")
 
 
 def _step(optimizer, loss, params):

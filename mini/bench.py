@@ -152,8 +152,8 @@ def benchmark(groups, seed=SEED):
     shuffled = lambda form: lambda scene, rng: form(scene, rng, shuffle=True)  # noqa: E731
     recipes = {"MSRVTT": (g, shuffled(world.concise), 200, 2), "DiDeMo": (g, world.paragraph, 200, 2),
                "CRB-G": (g, shuffled(world.rich), 200, 2), "CRB-S": (s, shuffled(world.spatial), 200, 2),
-               "VDC-O": (s, world.main_object, 200, 2), "CRB-T": (t, world.temporal, 200, 2), "CMRB": (c, world.camera, 150, 10),
-               "DREAM-E": (g, world.partial, 300, 2), "LoVR-TH": (g, world.theme, 200, 10),
+               "VDC-O": (s, world.main_object, 200, 1), "CRB-T": (t, world.temporal, 200, 2), "CMRB": (c, world.camera, 150, 10),
+               "DREAM-E": (g, world.partial, 250, 1), "LoVR-TH": (g, world.theme, 200, 10),
                "PEV-K": (g, shuffled(world.keywords), 200, 2), "LoVR-V": (long, world.story, 50, 2),
                "VDC-D": (s, world.detail, 200, 2)}
     out = {name: (corpus, ask(corpus, form, n, random.Random(f"{seed}/{name}"), most))
