@@ -301,7 +301,7 @@ def pretrain_base(out, seed=42, scenes=8000, seeing=1600, steps=2800, batch_size
 def pretrain_prober(out, seed=42):
     """Train the prober with train.py on coarse captions only (T2V, T2I) and keep its adapter in bf16 at `out`."""
     run(f"{sys.executable} train.py --base {BASE} --prober {BASE} --mixture runs/mini/train/coarse.json --out {CACHE / 'prober'} "
-        f"--epochs 1 --schedule uniform --steps 120 --seed {seed}")
+        f"--epochs 1 --schedule uniform --steps 80 --seed {seed}")
     shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(CACHE / "prober", out, ignore=lambda _, names: [n for n in names if n in ("log.jsonl", "state", "README.md")])
     weights = load_file(out / "adapter_model.safetensors")
