@@ -134,8 +134,9 @@ def compare(n, dim, dtype, device, repeats, only):
             try:
                 seconds, extra = measure(step, cuda)
                 runs[name] += [(seconds, extra - sum(x.grad.numel() * x.grad.element_size() for x in (q, d)))] if turn else []
-            except torch.cuda.OutOfMemoryError:
-                why[name] = "does not fit"
+            except Exception as error:  # one package that fails must not cost the others' rows
+                why[name] = "does not fit" if isinstance(error, torch.cuda.OutOfMemoryError) else type(error).__name__
+                print(f"{name}: {error}", file=sys.stderr)
             values[name] = values[name].item() if name in values and name not in why else None
     for name in every:
         seconds, extra = (statistics.median(x) for x in zip(*runs[name], strict=True)) if name not in why else (None, None)
