@@ -51,6 +51,9 @@ def test_decoded_frames_are_the_ones_asked_for(media):
 def test_short_clips_and_frame_folders(media):
     frames, seconds = load_video(str(media / "short.mp4"))
     assert frames.shape[0] == 8 and seconds == pytest.approx(3 / 8)
+    write_video(media / "one.mp4", moving_square(1))
+    frames, seconds = load_video(str(media / "one.mp4"))
+    assert frames.shape[0] == 8 and (frames == frames[0]).all() and seconds == pytest.approx(1 / 8)
     folder, seconds = load_video(str(media / "frames"))
     assert folder.shape == (8, 56, 56, 3) and seconds == 10 / 8  # 8 frames per second unless told
     assert np.abs(np.array(columns(folder)) - np.array(columns(moving_square(10, seed=7)))[[0, 1, 3, 4, 5, 6, 8, 9]]).max() <= 1
