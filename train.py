@@ -1,6 +1,6 @@
 """Train GVE up the Modality Pyramid (arXiv 2510.27571, section 4 and A.8): one visible loop, one process or many under torchrun.
 
-    python train.py                                                     # --preset mini, minutes on 2 cores
+    python train.py                                                     # --preset mini, 400 steps, minutes on 2 cores
     torchrun --nproc-per-node 2 train.py                                # the same from two ranks
     torchrun --nproc-per-node 8 train.py --preset gve-3b --data DIR     # DIR/mixture.json and its files (data.py's formats)
 
@@ -42,7 +42,7 @@ PAPER = dict(data="data", lr=3e-5, weight_decay=0.1, epochs=3, temperature=0.03,
              checkpointing=True, micro_batch=32, workers=4, probe_pairs=256)  # Table 9; N_p is not given there
 PRESETS = {
     "mini": dict(base="mini/base", prober="mini/prober", data="runs/mini", mixture="runs/mini/train/mixture.json",
-                 out="runs/gve-mini", steps=600),
+                 out="runs/gve-mini", steps=400),
     "gve-3b": dict(PAPER, base="Qwen/Qwen2.5-VL-3B-Instruct", out="runs/gve-3b"),
     "gve-7b": dict(PAPER, base="Qwen/Qwen2.5-VL-7B-Instruct", out="runs/gve-7b"),
 }
