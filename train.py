@@ -1,6 +1,6 @@
 """Train GVE up the Modality Pyramid (arXiv 2510.27571, section 4 and A.8): one visible loop, one process or many under torchrun.
 
-    python train.py                                                     # --preset mini, 400 steps, minutes on 2 cores
+    python train.py                                                     # --preset mini, minutes on 2 cores
     torchrun --nproc-per-node 2 train.py                                # the same from two ranks
     torchrun --nproc-per-node 8 train.py --preset gve-3b --data DIR     # DIR/mixture.json and its files (data.py's formats)
 
@@ -42,7 +42,7 @@ PAPER = dict(data="data", lr=3e-5, weight_decay=0.1, epochs=3, temperature=0.03,
              checkpointing=True, micro_batch=32, workers=4, probe_pairs=256)  # Table 9; N_p is not given there
 PRESETS = {
     "mini": dict(base="mini/base", prober="mini/prober", data="runs/mini", mixture="runs/mini/train/mixture.json",
-                 out="runs/gve-mini", steps=400),
+                 out="runs/gve-mini", steps=480, epochs=6, probe_pairs=16),
     "gve-3b": dict(PAPER, base="Qwen/Qwen2.5-VL-3B-Instruct", out="runs/gve-3b"),
     "gve-7b": dict(PAPER, base="Qwen/Qwen2.5-VL-7B-Instruct", out="runs/gve-7b"),
 }
@@ -66,8 +66,8 @@ class Flags:
     probe_pairs: int = field(default=32, metadata={"help": "N_p, positive pairs per source for R_k"})
     batch_scale: float = field(default=1.0, metadata={"help": "global batch of a source = its batch_size x this"})
     micro_batch: int = field(default=64, metadata={"help": "items per forward"})
-    lr: float = field(default=2e-3, metadata={"help": "peak learning rate of AdamW, cosine to zero"})
-    warmup: float = field(default=0.03, metadata={"help": "share of the steps with rising rate (not given in the paper)"})
+    lr: float = field(default=1e-3, metadata={"help": "peak learning rate of AdamW, cosine to zero"})
+    warmup: float = field(default=0.1, metadata={"help": "share of the steps with rising rate (not given in the paper)"})
     weight_decay: float = field(default=0.1, metadata={"help": "AdamW's weight decay"})
     clip: float = field(default=1.0, metadata={"help": "largest gradient norm, 0 = no limit (not given in the paper)"})
     dropout: float = field(default=0.1, metadata={"help": "LoRA dropout"})
@@ -153,8 +153,10 @@ def probe(gve, sources, flags, rank=0, world=1):
                 positives.append(positive)
         options = dict(batch_size=flags.micro_batch, workers=flags.workers, frames=flags.frames, max_tokens=flags.max_tokens,
                        max_length=flags.max_length)
-        cosine = (encode(gve, queries, source.instruction, **options)[0] * encode(gve, positives, **options)[0]).sum(1).double()
-        cosine = cosine[~cosine.isnan()]
+        (q, bad_q), (p, bad_p) = encode(gve, queries, source.instruction, **options), encode(gve, positives, **options)
+        cosine = (q * p).sum(1).double()[[i for i in range(len(q)) if i not in bad_q | bad_p]]
+        if not cosine.isfinite().all():
+            raise FloatingPointError(f"source {source.name}: the prober gives vectors that are not finite")
         sums[k] = torch.stack([cosine.sum(), (cosine**2).sum(), torch.tensor(float(len(cosine)))])
     if world > 1:
         sums = sums.to(gve.device)

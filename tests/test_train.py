@@ -23,7 +23,7 @@ def run(*command, cwd=ROOT, **env):
 
 def flags_for(tiny, mixture, out, *more):
     return ["--base", tiny, "--prober", "", "--data", mixture.parent, "--mixture", mixture, "--out", out, "--workers", "0",
-            "--log-every", "1", *more]
+            "--log-every", "1", "--epochs", "3", *more]
 
 
 def record(out):
@@ -121,10 +121,10 @@ def test_only_lora_moves_and_in_bfloat16_at_3e_5_every_lora_tensor_does(tiny, mi
 
 def test_a_nan_loss_stops_with_its_rows_and_keeps_the_last_checkpoint(tiny, mixture, tmp_path):
     go(*flags_for(tiny, mixture, tmp_path, "--steps", "2"))
-    before = {f.name: f.read_bytes() for f in tmp_path.iterdir() if f.name != "log.jsonl"}
+    before = {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file() and f.name != "log.jsonl"}
     with pytest.raises(FloatingPointError, match=r"step 1: loss nan.*source \w+, rows \[\d"):
-        go(*flags_for(tiny, mixture, tmp_path, "--steps", "4", "--lr", "1e30", "--warmup", "0"))
-    assert before == {f.name: f.read_bytes() for f in tmp_path.iterdir() if f.name != "log.jsonl"}
+        go(*flags_for(tiny, mixture, tmp_path, "--steps", "4", "--lr", "1e30", "--warmup", "0", "--epochs", "1"))
+    assert before == {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file() and f.name != "log.jsonl"}
 
 
 @pytest.mark.parametrize("words, message", [
