@@ -42,7 +42,7 @@ PAPER = dict(data="data", lr=3e-5, weight_decay=0.1, epochs=3, temperature=0.03,
              checkpointing=True, micro_batch=32, workers=4, probe_pairs=256)  # Table 9; N_p is not given there
 PRESETS = {
     "mini": dict(base="mini/base", prober="mini/prober", data="runs/mini", mixture="runs/mini/train/mixture.json",
-                 out="runs/gve-mini", steps=480, epochs=6, probe_pairs=16),
+                 out="runs/gve-mini", steps=400),
     "gve-3b": dict(PAPER, base="Qwen/Qwen2.5-VL-3B-Instruct", out="runs/gve-3b"),
     "gve-7b": dict(PAPER, base="Qwen/Qwen2.5-VL-7B-Instruct", out="runs/gve-7b"),
 }
@@ -66,8 +66,8 @@ class Flags:
     probe_pairs: int = field(default=32, metadata={"help": "N_p, positive pairs per source for R_k"})
     batch_scale: float = field(default=1.0, metadata={"help": "global batch of a source = its batch_size x this"})
     micro_batch: int = field(default=64, metadata={"help": "items per forward"})
-    lr: float = field(default=1e-3, metadata={"help": "peak learning rate of AdamW, cosine to zero"})
-    warmup: float = field(default=0.1, metadata={"help": "share of the steps with rising rate (not given in the paper)"})
+    lr: float = field(default=2e-3, metadata={"help": "peak learning rate of AdamW, cosine to zero"})
+    warmup: float = field(default=0.03, metadata={"help": "share of the steps with rising rate (not given in the paper)"})
     weight_decay: float = field(default=0.1, metadata={"help": "AdamW's weight decay"})
     clip: float = field(default=1.0, metadata={"help": "largest gradient norm, 0 = no limit (not given in the paper)"})
     dropout: float = field(default=0.1, metadata={"help": "LoRA dropout"})
