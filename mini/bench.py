@@ -199,7 +199,10 @@ def training(groups, seed=SEED):
         wrong = [two(u["scenes"][0], rng, shuffle=True) for u in others(v)]
         add("t2t", *({"text": form(v["scenes"][0], rng, shuffle=True)[0]} for form in (one, two)),
             [{"text": text} for text, claim in wrong if not world.satisfies(v, claim)])
-    still = lambda v, *styles: {"text": world.FRAME_STYLES[rng.choice(styles)](v["scenes"][0], rng, shuffle=True)[0]}  # noqa: E731
+
+    def still(v, *styles):
+        return {"text": world.FRAME_STYLES[rng.choice(styles)](v["scenes"][0], rng, shuffle=True)[0]}
+
     for v in rng.sample(short, 600):
         add("t2i", still(v, "concise", "rich", "keywords"), frame(v))
     for v in rng.sample(short, 400):
