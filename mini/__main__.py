@@ -41,7 +41,7 @@ from transformers import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from data import DEFAULT_INSTRUCTION, Collator, sample_indices
+from data import DEFAULT_INSTRUCTION, END, Collator, sample_indices
 from mini import bench, world
 from model import mrope_positions
 from uvrb import ABILITIES
@@ -74,7 +74,9 @@ ASK = {"video": ("Describe the video in the {} style.", "Write a {} caption of t
 TASKS = {  # and how often each is practised
     "video concise": 10, "video rich": 4, "video abstract": 1.5, "video keywords": 1.5, "video partial": 1, "image concise": 2,
     "image rich": 2, "image abstract": 0.7, "image keywords": 0.7, "image minimal": 0.7, "query video": 2, "query image": 1.5,
-    "json video": 0.7, "json image": 0.4, "json query": 0.7, "five video": 0.5, "five image": 0.3, "text": 2}
+    "json video": 0.7, "json image": 0.4, "json query": 0.7, "five video": 0.5, "five image": 0.3, "text": 2,
+    "plain video": 4, "plain image": 2, "plain text": 4}
+PLAIN = (world.concise, world.rich, world.temporal, world.spatial, world.keywords)
 
 
 def build_processor(texts):
@@ -143,24 +145,33 @@ def through_codec(scene):
 
 
 def example(task, i, pool, rng):
-    """Make one example of a task from scene i: (media, request, answer); media are ("video" | "image", clip, frame)."""
+    """Make one example of a task from scene i: (media, prompt, answer); media are ("video" | "image", clip, frame)."""
     kind, _, style = task.partition(" ")
     if kind == "text":
         return [], "", bench.texts(pool[i][0], rng)
+    if kind == "plain":  # Qwen has read END wherever a document begins; here it opens answers that nobody asked for
+        forms = [world.FRAME_STYLES[s] for s in ("concise", "rich", "keywords")] if style == "image" else PLAIN
+        given, answer = (form(pool[i][0], rng, shuffle=True)[0] for form in rng.sample(forms, 2))
+        media = [(style, i, rng.choice(world.VISIBLE))] if style != "text" else []
+        return media, (given if style == "text" else "") + TAIL + END, answer
     if "query" in task:
         while pool[i][1] is None:
             i = rng.randrange(len(pool) // 2)
         media = [(rng.choice(("video", "image")) if kind == "json" else style, i - 1, rng.choice(world.VISIBLE)), ("video", i, 0)]
         request, answer = rng.choice(ASK["query"]), world.composed(*pool[i], rng)[0]
-        return (media, request + JSON, json.dumps({"query": answer})) if kind == "json" else (media, request, answer)
+        if kind == "json":
+            return media, request + JSON + TAIL, json.dumps({"query": answer})
+        return media, request + TAIL, answer
     medium = kind if kind in ("video", "image") else style
     styles = world.VIDEO_STYLES if medium == "video" else world.FRAME_STYLES
     media = [(medium, i, rng.choice(world.VISIBLE))]
     if kind == "five":
-        return media, rng.choice(ASK[task]), json.dumps({s: form(pool[i][0], rng)[0] for s, form in styles.items()})
+        return media, rng.choice(ASK[task]) + TAIL, json.dumps({s: form(pool[i][0], rng)[0] for s, form in styles.items()})
     style = rng.choice(list(styles)) if kind == "json" else style
     request, answer = rng.choice(ASK[medium]).format(style), styles[style](pool[i][0], rng)[0]
-    return (media, request + JSON, json.dumps({"caption": answer})) if kind == "json" else (media, request, answer)
+    if kind == "json":
+        return media, request + JSON + TAIL, json.dumps({"caption": answer})
+    return media, request + TAIL, answer
 
 
 def patches(frames):
@@ -175,12 +186,12 @@ def patches(frames):
 def batch_of(examples, clips, collate):
     """Collate examples: model inputs padded on the right, and labels (B, T) that are -100 except where an answer stands."""
     rows, media, encode = [], {"video": [], "image": []}, collate.tokenizer.encode
-    for shown, request, answer in examples:
+    for shown, prompt, answer in examples:
         blocks = ""
         for kind, i, frame in shown:
             media[kind].append(clips[i][sample_indices(world.FRAMES, 8) if kind == "video" else [frame] * 2])
             blocks += "<|vision_start|>" + f"<|{kind}_pad|>" * (16 if kind == "video" else 4) + "<|vision_end|>"
-        rows.append((encode(HEAD + blocks + request + TAIL if request else HEAD), encode(answer + "<|im_end|>")))
+        rows.append((encode(HEAD + blocks + prompt), encode(answer + "<|im_end|>")))
     batch = collate.batch([{"ids": head + answer} for head, answer in rows])
     labels = torch.full_like(batch["input_ids"], -100)
     for i, (head, answer) in enumerate(rows):
@@ -256,7 +267,7 @@ def _step(optimizer, loss, params):
     optimizer.step()
 
 
-def pretrain_base(out, seed=42, scenes=8000, seeing=1200, steps=2400, batch_size=48, lr=2e-3):
+def pretrain_base(out, seed=42, scenes=8000, seeing=1200, steps=2800, batch_size=48, lr=2e-3):
     """Train the base from scratch, to see and then to describe, and save it to `out` in bf16. About 20 minutes on 2 cores."""
     torch.set_num_threads(os.cpu_count())
     pool = scene_pool(scenes, seed)
@@ -283,7 +294,7 @@ def pretrain_base(out, seed=42, scenes=8000, seeing=1200, steps=2400, batch_size
             group["lr"] = group["share"] * lr * min(1, (step + 1) / 100) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / steps)))
         warm = step < steps // 5  # first only concise captions of one or two objects, then everything
         task = rng.choice(("video concise", "image concise")) if warm else rng.choices(list(TASKS), list(TASKS.values()))[0]
-        size = batch_size // 2 if task.startswith(("five", "text")) else batch_size
+        size = batch_size // 2 if task.startswith(("five", "text", "plain text")) else batch_size
         chosen = rng.choices(easy if warm else range(scenes), k=size)
         batch, labels = batch_of([example(task, i, pool, rng) for i in chosen], clips, collate)
         hidden = model.model(**batch, position_ids=positions(model, batch), use_cache=False).last_hidden_state  # (B, T, D)
