@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 
 DEFAULT_INSTRUCTION = "You are a helpful assistant."
 END = "<|endoftext|>"  # the pooled token
@@ -179,14 +180,16 @@ def read_jsonl(path):
 class Collator:
     """Turn resolved items into model inputs with transformers' processors and our prompt: collator(items, instruction) -> batch.
 
-    frames per video (even), max_tokens vision tokens per video frame, max_length tokens in all, padding_side (the tokenizer's).
+    frames per video (even), max_tokens vision tokens per video frame, max_length tokens in all, padding_side (the tokenizer's),
+    store: folder of one vision tower's output per medium, read here and filled by GVE.see; a changed file is another medium.
     """
 
-    def __init__(self, processor, *, frames=8, max_tokens=200, max_length=8192, padding_side=None):
+    def __init__(self, processor, *, frames=8, max_tokens=200, max_length=8192, padding_side=None, store=None):
         sample_indices(1, frames)  # rejects odd counts early
         if max_tokens < MIN_TOKENS:
             raise ValueError(f"max_tokens must be at least {MIN_TOKENS}, got {max_tokens}")
-        self.processor, self.frames, self.max_tokens, self.max_length = processor, frames, max_tokens, max_length
+        self.processor, self.frames, self.store, self.max_length = processor, frames, store, max_length
+        self.most = {"image": IMAGE_TOKENS, "video": max_tokens}
         self.tokenizer, self.padding_side = processor.tokenizer, padding_side or processor.tokenizer.padding_side
         self.end, self.image_pad, self.video_pad = self.tokenizer.convert_tokens_to_ids([END, "<|image_pad|>", "<|video_pad|>"])
 
@@ -194,30 +197,38 @@ class Collator:
         return self.batch([self.prepare(item, instruction) for item in items])
 
     def prepare(self, item, instruction=None):
-        """Decode and tokenise one item -> {"ids": list of int} and, where it has media, pixels (P, C*2*14*14) and grid (1, 3)."""
+        """Decode and tokenise one item -> {"ids": list of int} and, for each medium, its pixels (P, C*2*14*14) or, where the store
+        holds them, its features (V, D); its grid (1, 3); a video's seconds per grid."""
         sample, vision = {}, ""
-        if item.get("video"):
-            processor = self.processor.video_processor
-            pixels, seconds = load_video(item["video"], self.frames)
-            sample.update(self._patches(processor, self.max_tokens, pixels, item, "videos", do_sample_frames=False,
-                                        cap_pixels_per_frame=False))
-            sample["second_per_grid_ts"] = processor.temporal_patch_size * seconds / self.frames
-            vision += "<|vision_start|><|video_pad|><|vision_end|>"
-        if item.get("image"):
-            sample.update(self._patches(self.processor.image_processor, IMAGE_TOKENS, load_image(item["image"]), item, "images"))
-            vision += "<|vision_start|><|image_pad|><|vision_end|>"
+        for kind in ("video", "image"):
+            if item.get(kind):
+                sample |= self._see(kind, item[kind])
+                vision += f"<|vision_start|><|{kind}_pad|><|vision_end|>"
         sample["ids"] = self._tokens(vision, item.get("text") or "", instruction or DEFAULT_INSTRUCTION, sample)
         return sample
 
-    def _patches(self, processor, max_tokens, pixels, item, kind, **options):
-        unit = (processor.patch_size * processor.merge_size) ** 2  # pixels of one vision token, 28 x 28
+    def _see(self, kind, media):
+        if self.store:
+            path = media if isinstance(media, str) else media[FORMS[kind][0]]
+            about = [kind, media, os.stat(path).st_size, os.stat(path).st_mtime_ns, self.frames, self.most]
+            name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+            file = f"{self.store}/{name[:2]}/{name}.safetensors"
+            if os.path.isfile(file):
+                return load_file(file)  # as GVE.see has left it
+        processor = self.processor.image_processor if kind == "image" else self.processor.video_processor
+        pixels, seconds = load_video(media, self.frames) if kind == "video" else (load_image(media), None)
         pixels = torch.from_numpy(np.array(pixels)).movedim(-1, -3)  # a copy: PIL's buffer is read-only
+        unit = (processor.patch_size * processor.merge_size) ** 2  # pixels of one vision token, 28 x 28
+        options = {"do_sample_frames": False, "cap_pixels_per_frame": False} if kind == "video" else {}
+        size = {"shortest_edge": MIN_TOKENS * unit, "longest_edge": self.most[kind] * unit}
         try:
-            made = processor(**{kind: [pixels]}, size={"shortest_edge": MIN_TOKENS * unit, "longest_edge": max_tokens * unit},
-                             input_data_format="channels_first", return_tensors="pt", **options)
+            made = processor(**{kind + "s": [pixels]}, size=size, input_data_format="channels_first", return_tensors="pt", **options)
         except ValueError as error:  # transformers' resize refuses aspect ratios over 200
-            raise MediaError(f"{item[kind[:-1]]}: {error}") from error
-        return {k: v for k, v in made.items() if k.startswith("pixel_values") or k.endswith("grid_thw")}
+            raise MediaError(f"{media}: {error}") from error
+        made = {k: v for k, v in made.items() if k.startswith("pixel_values") or k.endswith("grid_thw")}
+        if kind == "video":
+            made["second_per_grid_ts"] = torch.tensor([processor.temporal_patch_size * seconds / self.frames])
+        return made | ({f"{kind}_file": file} if self.store else {})
 
     def _tokens(self, vision, text, instruction, sample):
         """Token ids of the whole prompt; where they exceed max_length, the tail of the user's text goes and nothing else."""
@@ -237,7 +248,7 @@ class Collator:
             fixed = len(encode(head)) - vision.count("_pad|>") + n_vision + n_tail
             if fixed > self.max_length:
                 raise ValueError(f"{fixed} tokens before any text exceed max_length {self.max_length}: the prompt and {n_vision} "
-                                 f"vision tokens ({self.frames} frames x at most {self.max_tokens} tokens per video)")
+                                 f"vision tokens ({self.frames} frames x at most {self.most['video']} tokens per video)")
             ids = ids[: len(ids) - n_tail - excess] + ids[-n_tail:]
         assert ids[-1] == self.end, f"the pooled token must be {END}"
         return ids
@@ -253,11 +264,12 @@ class Collator:
             ids[row, where], mask[row, where] = torch.tensor(sample["ids"]), 1
         out = {"input_ids": ids, "attention_mask": mask,
                "mm_token_type_ids": (ids == self.image_pad).long() + 2 * (ids == self.video_pad).long()}
-        for key in ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw"):
+        for key in ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "second_per_grid_ts"):
             if parts := [s[key] for s in samples if key in s]:
                 out[key] = torch.cat(parts)
-        if seconds := [s["second_per_grid_ts"] for s in samples if "second_per_grid_ts" in s]:
-            out["second_per_grid_ts"] = torch.tensor(seconds, dtype=torch.float32)
+        for kind in ("image", "video") if self.store else ():  # one entry per medium: known features or None, a file or None
+            shown = [s for s in samples if f"{kind}_grid_thw" in s]
+            out |= {f"{kind}_{what}": [s.get(f"{kind}_{what}") for s in shown] for what in ("features", "file")} if shown else {}
         return out
 
 

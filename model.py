@@ -24,7 +24,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from peft import LoraConfig, PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLModel, Qwen2_5_VLProcessor
 
 from data import DEFAULT_INSTRUCTION, END, IMAGE_TOKENS, MIN_TOKENS, Collator
@@ -178,19 +178,39 @@ class GVE(nn.Module):
                                batch.get("video_grid_thw"), batch.get("second_per_grid_ts"),
                                tokens_per_second=config.tokens_per_second, merge_size=config.spatial_merge_size)
 
+    @torch.no_grad()
+    def see(self, batch):
+        """Run the frozen vision tower, once: a collated batch -> the batch with `image_features` and `video_features`, one (V, D)
+        per medium, in place of pixels. What the collator's store lacks is written to it."""
+        batch = dict(batch)
+        for kind, encode, pixels in (("image", self.core.get_image_features, batch.pop("pixel_values", None)),
+                                     ("video", self.core.get_video_features, batch.pop("pixel_values_videos", None))):
+            if pixels is None:
+                continue
+            grids = batch[f"{kind}_grid_thw"]
+            features = list(batch.get(f"{kind}_features") or [None] * len(grids))
+            missing = [i for i, known in enumerate(features) if known is None]
+            for i, made in zip(missing, encode(pixels, grids[missing]).pooler_output, strict=True):
+                features[i] = made
+                if file := batch.get(f"{kind}_file", features)[i]:
+                    about = {"second_per_grid_ts": batch["second_per_grid_ts"][i : i + 1]} if kind == "video" else {}
+                    os.makedirs(os.path.dirname(file), exist_ok=True)
+                    save_file({f"{kind}_features": made.contiguous(), f"{kind}_grid_thw": grids[i : i + 1], **about}, part := f"{file}.{os.getpid()}")
+                    os.replace(part, file)
+            batch[f"{kind}_features"] = features
+        return batch
+
     def inputs_embeds(self, batch):
-        """Token embeddings (B, T, D) with vision features in place. The vision tower is frozen, so it runs without a graph."""
-        core, ids = self.core, batch["input_ids"]
-        kinds = ((core.config.image_token_id, core.get_image_features, "pixel_values", "image_grid_thw"),
-                 (core.config.video_token_id, core.get_video_features, "pixel_values_videos", "video_grid_thw"))
+        """Token embeddings (B, T, D) with vision features in place, without a graph: all of it is frozen."""
+        batch, ids, config = self.see(batch), batch["input_ids"], self.core.config
         with torch.no_grad():
-            embeds = core.get_input_embeddings()(ids)  # (B, T, D)
-            for token, encode, pixels, grid in kinds:
-                if pixels in batch:
-                    features = torch.cat(encode(batch[pixels], batch[grid]).pooler_output)  # (V, D)
+            embeds = self.core.get_input_embeddings()(ids)  # (B, T, D)
+            for kind, token in (("image", config.image_token_id), ("video", config.video_token_id)):
+                if f"{kind}_features" in batch:
+                    features = torch.cat([f.to(embeds) for f in batch[f"{kind}_features"]])  # (V, D)
                     place = (ids == token)[..., None]
                     assert place.sum() == len(features), f"{int(place.sum())} placeholders for {len(features)} features"
-                    embeds = embeds.masked_scatter(place, features.to(embeds.dtype))
+                    embeds = embeds.masked_scatter(place, features)
         return embeds
 
     def forward(self, batch):
@@ -225,7 +245,8 @@ class GVE(nn.Module):
         part.mkdir(parents=True)
         if merge or not hasattr(self.backbone, "peft_config"):
             full = Qwen2_5_VLForConditionalGeneration.from_pretrained(self.base, dtype=next(self.core.parameters()).dtype)
-            full.model.load_state_dict(_merged_state(self.backbone))
+            lora = hasattr(self.backbone, "peft_config")
+            full.model.load_state_dict((copy.deepcopy(self.backbone).merge_and_unload() if lora else self.backbone).state_dict())
             full.save_pretrained(part)
         else:
             self.backbone.save_pretrained(part, safe_serialization=True)
@@ -314,21 +335,6 @@ def _hub_has_adapter(path):
     from transformers.utils import cached_file
     return cached_file(path, "adapter_config.json", _raise_exceptions_for_missing_entries=False,
                        _raise_exceptions_for_connection_errors=False) is not None
-
-
-def _merged_state(backbone):
-    """The state dict of the plain model with W + scaling * B A in place of each LoRA layer; the model itself is left as it is."""
-    if not hasattr(backbone, "peft_config"):
-        return backbone.state_dict()
-    state = {}
-    for name, module in backbone.get_base_model().named_modules():
-        if hasattr(module, "lora_A"):
-            weight = module.base_layer.weight
-            state[name + ".weight"] = (weight.float() + module.get_delta_weight("default").float()).to(weight.dtype)
-    for name, tensor in backbone.get_base_model().state_dict().items():
-        if ".lora_" not in name:
-            state.setdefault(name.replace(".base_layer", ""), tensor)
-    return state
 
 
 if __name__ == "__main__":
