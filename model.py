@@ -26,6 +26,8 @@ import torch.nn.functional as F
 from peft import LoraConfig, PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLModel, Qwen2_5_VLProcessor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import cached_file
 
 from data import DEFAULT_INSTRUCTION, END, IMAGE_TOKENS, MIN_TOKENS, Collator
 
@@ -111,6 +113,22 @@ def mrope_positions(token_types, attention_mask, image_grid_thw=None, video_grid
     return torch.where(vision, base_of_block + inside, base) * attention_mask.long()
 
 
+def window_attention(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, **_):
+    """Attend inside the vision tower's windows, one call per window length, where transformers' sdpa makes one per window.
+
+    query, key, value (1, H, P, d) in window order; cu_seq_lens_q (windows + 1,) boundaries along P -> (1, P, H, d), None
+    """
+    lengths, out = cu_seq_lens_q.diff(), torch.empty_like(query[0].transpose(0, 1))  # (windows,), (P, H, d)
+    for n in lengths.unique().tolist():
+        at = cu_seq_lens_q[:-1][lengths == n][:, None] + torch.arange(n, device=query.device)  # (W, n) the windows of length n
+        q, k, v = (x[0].transpose(0, 1)[at].transpose(1, 2) for x in (query, key, value))  # (W, H, n, d)
+        out[at] = F.scaled_dot_product_attention(q, k, v, scale=scaling).transpose(1, 2)
+    return out[None], None
+
+
+ALL_ATTENTION_FUNCTIONS.register("flash_windows", window_attention)  # only a "flash" is handed all windows at once
+
+
 class GVE(nn.Module):
     """Qwen2.5-VL as an embedder. `backbone` is transformers' Qwen2_5_VLModel (wrapped by PEFT when it carries LoRA)."""
 
@@ -136,7 +154,7 @@ class GVE(nn.Module):
         path = str(path)
         if not os.path.exists(path) and (path.count("/") != 1 or path.startswith((".", "/"))):
             raise ValueError(f"{path}: neither a checkpoint folder nor a hub id (owner/name)")
-        is_adapter = (Path(path) / "adapter_config.json").is_file() or _hub_has_adapter(path)
+        is_adapter = _file(path, "adapter_config.json") is not None
         base = find_base(base or PeftConfig.from_pretrained(path).base_model_name_or_path, path) if is_adapter else path
         try:
             processor = Qwen2_5_VLProcessor.from_pretrained(path)
@@ -264,11 +282,7 @@ class GVE(nn.Module):
         versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
         self.info = {**self.info, **(info or {}), "base": str(self.base), "dim": self.dim, "versions": versions}
         (part / "gve.json").write_text(json.dumps(self.info, indent=1) + "\n")
-        for file in sorted(part.rglob("*")):
-            if file.is_file():
-                target = folder / file.relative_to(part)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(file, target)
+        shutil.copytree(part, folder, copy_function=os.replace, dirs_exist_ok=True)
         shutil.rmtree(part)
 
 
@@ -300,6 +314,7 @@ def load_backbone(path, dtype):
     if missing or extra or wrong:
         raise ValueError(f"{path}: weights do not fit Qwen2.5-VL: missing {sorted(missing)[:3]}, without a place "
                          f"{sorted(extra)[:3]}, of another shape {sorted(wrong)[:3]}")
+    model.visual.config._attn_implementation = "flash_windows"
     return model
 
 
@@ -308,11 +323,10 @@ def _attach_adapter(backbone, path, trainable):
     config = PeftConfig.from_pretrained(path)
     config.inference_mode = not trainable
     model = get_peft_model(backbone, config)
-    file = Path(path) / "adapter_model.safetensors"
-    if not file.is_file():
-        from huggingface_hub import hf_hub_download
-        file = hf_hub_download(path, "adapter_model.safetensors")
-    tensors = load_file(str(file))
+    file = _file(path, "adapter_model.safetensors")
+    if file is None:
+        raise ValueError(f"{path}: adapter_config.json without adapter_model.safetensors")
+    tensors = load_file(file)
     # Adapters on ForConditionalGeneration carry one more "model."; before transformers 4.52 the language model had no own level.
     tensors = {_adapter_key(k): v for k, v in tensors.items()}
     expected = set(get_peft_model_state_dict(model))
@@ -328,13 +342,9 @@ def _adapter_key(key):
     return "base_model.model." + ("language_model." if key.startswith("layers.") else "") + key
 
 
-def _hub_has_adapter(path):
-    """True if `path` is a hub id whose repository holds an adapter; a local folder never asks the network."""
-    if os.path.exists(path):
-        return False
-    from transformers.utils import cached_file
-    return cached_file(path, "adapter_config.json", _raise_exceptions_for_missing_entries=False,
-                       _raise_exceptions_for_connection_errors=False) is not None
+def _file(path, name):
+    """The local path of a checkpoint's file, None if it has none; a local folder never asks the network."""
+    return cached_file(path, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,6 @@ from transformers import (
     Qwen2VLImageProcessor,
     Qwen2VLVideoProcessor,
 )
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from data import DEFAULT_INSTRUCTION, END, Collator, sample_indices
 from mini import bench, world
@@ -113,17 +112,6 @@ def build_model(tokenizer):
     model = Qwen2_5_VLForConditionalGeneration(config)
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = [stop, end], end
     return model
-
-
-def equal_windows(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, **_):
-    """Attend in windows of equal length in one call, where transformers loops: query (1, H, P, d) -> (1, P, H, d)."""
-    n, (_, heads, _, width) = len(cu_seq_lens_q) - 1, query.shape
-    cut = lambda x: x.view(heads, n, -1, width).transpose(0, 1)  # noqa: E731  (n, H, P/n, d)
-    out = F.scaled_dot_product_attention(cut(query), cut(key), cut(value), scale=scaling)
-    return out.transpose(1, 2).reshape(1, -1, heads, width), None
-
-
-ALL_ATTENTION_FUNCTIONS.register("flash_equal_windows", equal_windows)  # transformers passes all windows at once to a "flash"
 
 
 def scene_pool(n, seed):
@@ -282,7 +270,7 @@ def pretrain_base(out, seed=42, scenes=8000, seeing=1200, steps=2800, batch_size
                                 [HEAD + TAIL + " ".join(example(task, rng.randrange(scenes), pool, rng)[1:])
                                  for task in TASKS for _ in range(30)])
     collate, model = Collator(processor, padding_side="right"), build_model(processor.tokenizer).train()
-    model.model.visual.config._attn_implementation = "flash_equal_windows"
+    model.model.visual.config._attn_implementation = "flash_windows"  # model.window_attention
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(processor.tokenizer)} tokens, {len(pool)} scenes")
     learn_to_see(model, clips, pool, rng, seeing)
     eyes, rest = list(model.model.visual.parameters()), [p for name, p in model.named_parameters() if ".visual." not in name]

@@ -100,6 +100,26 @@ def test_inputs_and_hidden_states_equal_transformers(tiny, gve, media, kind, ins
     assert error.max() <= 1e-5, f"max {error.max():.2e}, mean {error.mean():.2e}"
 
 
+def test_windows_of_one_length_share_a_call_and_equal_transformers(gve, monkeypatch):
+    attend, tower, made, count = torch.nn.functional.scaled_dot_product_attention, gve.core.visual, [], []
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda *a, **k: count.append(1) or attend(*a, **k))
+    grid = torch.tensor([[4, 6, 10], [1, 10, 20], [2, 8, 8]])  # patches
+    pixels = torch.randn(int(grid.prod(1).sum()), 1176, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    for implementation in ("flash_windows", "sdpa"):
+        assert tower.config._attn_implementation == "flash_windows"
+        tower.config._attn_implementation = implementation
+        out = tower(pixels, grid_thw=grid).pooler_output
+        tower.config._attn_implementation = "flash_windows"
+        made.append((out, *torch.autograd.grad(out.square().sum(), pixels)))
+        # A window is 8 x 8 patches at most. Layer 1: 4 x (48, 12), (64, 64, 32, 16, 16, 8), 2 x 64, six lengths in 16 windows;
+        # layer 2 attends in whole frames: 4 x 60, 200, 2 x 64.
+        assert len(count) == {"flash_windows": 6 + 3, "sdpa": 16 + 7}[implementation]
+        count.clear()
+    for ours, theirs in zip(*made, strict=True):
+        error = (ours - theirs).abs()
+        assert error.max() <= 1e-5, f"max {error.max():.2e}, mean {error.mean():.2e}"
+
+
 # PEERS' golden run of transformers 4.51.3: 5 text tokens, one video of 8 x 8 patches, 4 text tokens; tokens_per_second 4.
 @pytest.mark.parametrize("grids, seconds, times, tail", [
     (4, 1.0, [5, 9, 13, 17], range(18, 22)), (4, 0.5, [5, 7, 9, 11], range(12, 16)),
