@@ -197,8 +197,8 @@ class Collator:
         return self.batch([self.prepare(item, instruction) for item in items])
 
     def prepare(self, item, instruction=None):
-        """Decode and tokenise one item -> {"ids": list of int} and, for each medium, its pixels (P, C*2*14*14) or, where the store
-        holds them, its features (V, D); its grid (1, 3); a video's seconds per grid."""
+        """Decode and tokenise one item -> {"ids": list of int} and, for each medium, its pixels (P, C*2*14*14), or its features
+        (V, D) where the store holds them, its grid (1, 3), and a video's seconds per grid (1,)."""
         sample, vision = {}, ""
         for kind in ("video", "image"):
             if item.get(kind):
@@ -220,9 +220,9 @@ class Collator:
         pixels = torch.from_numpy(np.array(pixels)).movedim(-1, -3)  # a copy: PIL's buffer is read-only
         unit = (processor.patch_size * processor.merge_size) ** 2  # pixels of one vision token, 28 x 28
         options = {"do_sample_frames": False, "cap_pixels_per_frame": False} if kind == "video" else {}
-        size = {"shortest_edge": MIN_TOKENS * unit, "longest_edge": self.most[kind] * unit}
+        options["size"] = {"shortest_edge": MIN_TOKENS * unit, "longest_edge": self.most[kind] * unit}
         try:
-            made = processor(**{kind + "s": [pixels]}, size=size, input_data_format="channels_first", return_tensors="pt", **options)
+            made = processor(**{kind + "s": [pixels]}, **options, input_data_format="channels_first", return_tensors="pt")
         except ValueError as error:  # transformers' resize refuses aspect ratios over 200
             raise MediaError(f"{media}: {error}") from error
         made = {k: v for k, v in made.items() if k.startswith("pixel_values") or k.endswith("grid_thw")}

@@ -206,14 +206,15 @@ class GVE(nn.Module):
             if pixels is None:
                 continue
             grids = batch[f"{kind}_grid_thw"]
-            features = list(batch.get(f"{kind}_features") or [None] * len(grids))
+            features, files = (list(batch.get(f"{kind}_{what}") or [None] * len(grids)) for what in ("features", "file"))
             missing = [i for i, known in enumerate(features) if known is None]
             for i, made in zip(missing, encode(pixels, grids[missing]).pooler_output, strict=True):
                 features[i] = made
-                if file := batch.get(f"{kind}_file", features)[i]:
+                if file := files[i]:
                     about = {"second_per_grid_ts": batch["second_per_grid_ts"][i : i + 1]} if kind == "video" else {}
                     os.makedirs(os.path.dirname(file), exist_ok=True)
-                    save_file({f"{kind}_features": made.contiguous(), f"{kind}_grid_thw": grids[i : i + 1], **about}, part := f"{file}.{os.getpid()}")
+                    part = f"{file}.{os.getpid()}"  # several ranks may meet the same medium at once
+                    save_file({f"{kind}_features": made.contiguous(), f"{kind}_grid_thw": grids[i : i + 1], **about}, part)
                     os.replace(part, file)
             batch[f"{kind}_features"] = features
         return batch

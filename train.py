@@ -14,6 +14,7 @@ Legend: K sources, G global batch, B this rank's rows, N hard negatives, D embed
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 import os
@@ -42,7 +43,7 @@ PAPER = dict(data="data", lr=3e-5, weight_decay=0.1, epochs=3, temperature=0.03,
              checkpointing=True, micro_batch=32, workers=4, probe_pairs=256)  # Table 9; N_p is not given there
 PRESETS = {
     "mini": dict(base="mini/base", prober="mini/prober", data="runs/mini", mixture="runs/mini/train/mixture.json",
-                 out="runs/gve-mini", steps=400),
+                 out="runs/gve-mini", features="runs/features", steps=400),
     "gve-3b": dict(PAPER, base="Qwen/Qwen2.5-VL-3B-Instruct", out="runs/gve-3b"),
     "gve-7b": dict(PAPER, base="Qwen/Qwen2.5-VL-7B-Instruct", out="runs/gve-7b"),
 }
@@ -81,6 +82,8 @@ class Flags:
                        ["float32", "bfloat16", "float64"]})
     checkpointing: bool = field(default=False, metadata={"help": "recompute activations in backward (gradient checkpointing)"})
     workers: int = field(default=1, metadata={"help": "decoding processes per rank"})
+    features: str = field(default="", metadata={"help": "folder to keep the vision tower's output of every medium in, for "
+                                                "sources of few media; empty: computed each time"})
     log_every: int = field(default=10, metadata={"help": "steps between log lines"})
     seed: int = field(default=42, metadata={"help": "of everything random"})
     device: str = field(default="", metadata={"help": "cpu or cuda; empty: cuda where there is one"})
@@ -230,6 +233,15 @@ def commit():
     return found.stdout.strip() or None
 
 
+def tower_id(gve):
+    """Name the vision tower by its weights and their dtype: what it makes of a medium may be reused under this name alone."""
+    digest = hashlib.sha256()
+    for name, tensor in gve.core.visual.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
 def pyramid_table(sources, sampler, relevance, error, p, steps):
     """The walk up the pyramid as text: R_k, P(k), expected steps and passes so far, per source and per level."""
     lines = [f"{'level':>5} {'task':<6} {'source':<24} {'R_k':>7} {'+-':>6} {'P(k)':>7} {'steps':>7} {'passes':>7}"]
@@ -268,7 +280,8 @@ def main(flags):
         gve.core.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     parameters = list(gve.lora_parameters().values())
     optimizer = torch.optim.AdamW(parameters, lr=flags.lr, weight_decay=flags.weight_decay, fused=kind == "cuda")
-    collate = Collator(gve.processor, frames=flags.frames, max_tokens=flags.max_tokens, max_length=flags.max_length)
+    store = f"{flags.features}/{tower_id(gve)}" if flags.features else None
+    collate = Collator(gve.processor, frames=flags.frames, max_tokens=flags.max_tokens, max_length=flags.max_length, store=store)
     torch.manual_seed(flags.seed + rank)  # dropout differs between ranks
 
     out, log_file = Path(flags.out), None

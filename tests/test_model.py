@@ -326,3 +326,27 @@ def test_adapter_without_its_base_names_it(lora, tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "./gone"}))
     with pytest.raises(ValueError, match="gone"):
         GVE.from_pretrained(tmp_path)
+
+
+def test_a_store_gives_the_same_vectors_and_decodes_nothing_twice(gve, media, tmp_path, monkeypatch):
+    folder = shutil.copytree(media, tmp_path / "media")
+    items = items_of(folder)["mixed"] + items_of(folder)["video"]
+    plain = gve(Collator(gve.processor)(items))
+    stored = Collator(gve.processor, store=str(tmp_path / "store"))
+    gve(stored(items[:2]))
+    assert torch.equal(gve(stored(items)), plain), "part from the store, part computed"
+
+    def closed(*_):
+        raise AssertionError("decoded again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("data.load_video", closed)
+        patch.setattr("data.load_image", closed)
+        patch.setattr(gve.core.visual, "forward", closed)
+        assert torch.equal(gve(stored(items)), plain), "all from the store"
+        for other in ({"frames": 4}, {"max_tokens": 9}):
+            with pytest.raises(AssertionError, match="decoded again"):
+                Collator(gve.processor, store=stored.store, **other)([{"video": str(folder / "a.mp4")}])
+    shutil.copy(folder / "c.mp4", folder / "a.mp4")
+    expected = gve(Collator(gve.processor)(items))
+    assert torch.equal(gve(stored(items)), expected) and not torch.equal(expected, plain), "a changed file is another medium"
