@@ -19,6 +19,8 @@ import json
 import math
 import os
 import resource
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -28,6 +30,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from data import Collator, Steps, load_mixture
@@ -40,7 +43,7 @@ LEVELS = (("T2T", "T2I"), ("TI2I", "TI2T", "TI2TI", "I2I", "I2T", "T2TI"), ("T2V
 LEVEL = {task: level for level, tasks in enumerate(LEVELS, 1) for task in tasks}
 
 PAPER = dict(data="data", lr=3e-5, weight_decay=0.1, epochs=3, temperature=0.03, seed=42, dtype="bfloat16", batch_scale=32.0,
-             checkpointing=True, micro_batch=32, workers=4, probe_pairs=256)  # Table 9; N_p is not given there
+             checkpointing=True, grad_cache=True, micro_batch=32, workers=4, probe_pairs=256)  # Table 9; N_p is not given there
 PRESETS = {
     "mini": dict(base="mini/base", prober="mini/prober", data="runs/mini", mixture="runs/mini/train/mixture.json",
                  out="runs/gve-mini", features="runs/features", steps=400),
@@ -67,6 +70,7 @@ class Flags:
     probe_pairs: int = field(default=32, metadata={"help": "N_p, positive pairs per source for R_k"})
     batch_scale: float = field(default=1.0, metadata={"help": "global batch of a source = its batch_size x this"})
     micro_batch: int = field(default=64, metadata={"help": "items per forward"})
+    grad_cache: bool = field(default=False, metadata={"help": "keep no graphs, embed twice: batches beyond memory (GradCache)"})
     lr: float = field(default=2e-3, metadata={"help": "peak learning rate of AdamW, cosine to zero"})
     warmup: float = field(default=0.03, metadata={"help": "share of the steps with rising rate (not given in the paper)"})
     weight_decay: float = field(default=0.1, metadata={"help": "AdamW's weight decay"})
@@ -84,6 +88,10 @@ class Flags:
     workers: int = field(default=1, metadata={"help": "decoding processes per rank"})
     features: str = field(default="", metadata={"help": "folder to keep the vision tower's output of every medium in, for "
                                                 "sources of few media; empty: computed each time"})
+    resume: str = field(default="", metadata={"help": "auto: go on from OUT's newest state, if it has one, with the same numbers",
+                                              "choices": ["", "auto"]})
+    save_every: int = field(default=0, metadata={"help": "steps between states to resume from; 0: at each epoch's end alone"})
+    keep: int = field(default=2, metadata={"help": "newest states to keep"})
     log_every: int = field(default=10, metadata={"help": "steps between log lines"})
     seed: int = field(default=42, metadata={"help": "of everything random"})
     device: str = field(default="", metadata={"help": "cpu or cuda; empty: cuda where there is one"})
@@ -151,7 +159,7 @@ def probe(gve, sources, flags, rank=0, world=1):
         queries, positives = [], []
         for row in rows:
             with contextlib.suppress(ValueError):  # an unusable row is listed when training meets it
-                query, positive, *_ = source.load(int(row), roots(flags))
+                query, positive, *_ = source.load(int(row), [flags.data, *flags.root])
                 queries.append(query)
                 positives.append(positive)
         options = dict(batch_size=flags.micro_batch, workers=flags.workers, frames=flags.frames, max_tokens=flags.max_tokens,
@@ -172,10 +180,6 @@ def probe(gve, sources, flags, rank=0, world=1):
     return mean.numpy(), ((squares / n - mean**2).clamp(min=0) / (n - 1).clamp(min=1)).sqrt().numpy()
 
 
-def roots(flags):
-    return [flags.data, *flags.root]
-
-
 def reduce_sum(parameters, extra):
     """Sum gradients and a vector of scalars over all ranks with one flat all-reduce; returns the summed vector (float64).
 
@@ -194,12 +198,40 @@ def reduce_sum(parameters, extra):
     return flat.double()
 
 
-def embed_parts(gve, batches):
-    """Embed a list of collated micro-batches with their graphs -> (rows, D); no rows: an empty tensor that joins in backward."""
-    if not batches:
-        dtype = torch.float64 if gve.core.dtype == torch.float64 else torch.float32
-        return torch.zeros(0, gve.dim, device=gve.device, dtype=dtype, requires_grad=True)
-    return torch.cat([gve(to_device(batch, gve.device)) for batch in batches])
+def rng_state(device, state=None):
+    """Return the random state that dropout draws from on this device; set it first where one is given."""
+    get, put = (torch.cuda.get_rng_state, torch.cuda.set_rng_state) if device.type == "cuda" else (
+        torch.get_rng_state, torch.set_rng_state)
+    if state is not None:
+        put(state)
+    return get()
+
+
+def embed_parts(gve, batches, cached=False):
+    """Embed a list of collated micro-batches -> (vectors (rows, D), what `replay` needs); the vision tower runs here, once.
+
+    cached (GradCache, arXiv 2101.06983): no graph is kept; the vectors are a leaf, and their gradient goes through a second
+    forward, one micro-batch after the other. No batches: an empty leaf, so that this rank joins in backward.
+    """
+    made, again = [], []
+    with torch.set_grad_enabled(not cached):
+        for batch in batches:
+            again.append((gve.see(to_device(batch, gve.device)), rng_state(gve.device)))
+            made.append(gve(again[-1][0]))
+    empty = torch.zeros(0, gve.dim, device=gve.device, dtype=torch.float64 if gve.core.dtype == torch.float64 else torch.float32)
+    vectors = torch.cat([*made, empty])
+    return (vectors.requires_grad_(), again) if cached or not batches else (vectors, [])
+
+
+def replay(gve, vectors, again):
+    """Send d loss / d vectors through fresh forwards of the same micro-batches, with the same dropout."""
+    after, at = rng_state(gve.device), 0
+    for batch, state in again:
+        rng_state(gve.device, state)
+        made = gve(batch)
+        made.backward(vectors.grad[at : at + len(made)])
+        at += len(made)
+    rng_state(gve.device, after)
 
 
 def curve_sums(q, p, n, p_ids, n_ids):
@@ -257,6 +289,48 @@ def pyramid_table(sources, sampler, relevance, error, p, steps):
     return "\n".join(lines)
 
 
+def everyones(value, world):
+    """Every rank's value, in rank order."""
+    values = [value] * world
+    if world > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+STOP = []  # the signal that asked this process to stop, once it came; the ranks agree on the step in the all-reduce
+
+
+def save_state(folder, optimizer, rng, facts, keep):
+    """Write <folder>/step-N with weights, optimiser, every rank's random state (world, n) and facts; whole or not at all."""
+    tensors, part = {"rng": rng}, folder / "part"
+    for i, p in enumerate(optimizer.param_groups[0]["params"]):
+        tensors |= {f"{i}.weight": p.detach(), **{f"{i}.{name}": value for name, value in optimizer.state[p].items()}}
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    save_file(tensors, part / "tensors.safetensors")
+    (part / "facts.json").write_text(json.dumps(facts))
+    for path in (*part.iterdir(), part):
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+    final = folder / f"step-{facts['step']:08d}"
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(part, final)
+    for old in sorted(folder.glob("step-*"))[:-keep]:
+        shutil.rmtree(old)
+
+
+def load_state(folder, optimizer):
+    """Restore weights and optimiser from the newest state -> (every rank's random state, facts)."""
+    newest = sorted(folder.glob("step-*"))[-1]
+    tensors, facts = load_file(newest / "tensors.safetensors"), json.loads((newest / "facts.json").read_text())
+    for i, p in enumerate(optimizer.param_groups[0]["params"]):
+        p.data.copy_(tensors[f"{i}.weight"])
+        optimizer.state[p] = {name: tensors[f"{i}.{name}"].to(p.device if name != "step" else "cpu")
+                              for name in ("step", "exp_avg", "exp_avg_sq")}
+    return tensors["rng"], facts
+
+
 def main(flags):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     kind = flags.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -284,10 +358,18 @@ def main(flags):
     collate = Collator(gve.processor, frames=flags.frames, max_tokens=flags.max_tokens, max_length=flags.max_length, store=store)
     torch.manual_seed(flags.seed + rank)  # dropout differs between ranks
 
-    out, log_file = Path(flags.out), None
+    out, log_file, resumed, config = Path(flags.out), None, None, dataclasses.asdict(flags) | {"world": world}
+    if flags.resume and any((out / "state").glob("step-*")):
+        rng, resumed = load_state(out / "state", optimizer)
+        changed = {k: (v, config[k]) for k, v in resumed["config"].items() if v != config[k]}
+        if changed.keys() - {"resume", "keep", "save_every"}:
+            raise ValueError(f"{out}: cannot resume with other settings (then, now): {changed}")
     if rank == 0:
+        if not resumed:
+            shutil.rmtree(out / "state", ignore_errors=True)  # another run's
         out.mkdir(parents=True, exist_ok=True)
-        log_file = open(out / "log.jsonl", "w")
+        log_file = open(out / "log.jsonl", "a" if resumed else "w")
+        log_file.truncate(resumed["log"] if resumed else 0)  # what came after the state is done again
 
     def log(event, **values):
         if log_file:
@@ -301,51 +383,65 @@ def main(flags):
         if rank == 0:
             tqdm.write(text)
 
-    config = dataclasses.asdict(flags)
     trained = sum(p.numel() for p in parameters)
-    log("start", config=config, commit=commit(), world=world, steps=steps, torch=torch.__version__, trained=trained,
-        sources={s.name: {"task": s.task, "samples": s.samples, "rows": len(s)} for s in sources})
+    log("resume" if resumed else "start", config=config, commit=commit(), steps=steps, torch=torch.__version__,
+        trained=trained, sources={s.name: {"task": s.task, "samples": s.samples, "rows": len(s)} for s in sources})
     say(f"{len(sources)} sources, {sum(sizes):,} pairs, {steps} steps on {world} x {kind}, {trained:,} trained weights -> {out}")
 
-    bar = tqdm(total=steps, desc="train", disable=rank != 0, dynamic_ncols=True)
     bad_rows, step, last = set(), 0, {}
-    for epoch in range(flags.epochs):
+    if resumed:
+        bad_rows, step = set(resumed["bad_rows"]), resumed["step"]
+    bar = tqdm(total=steps, initial=step, desc="train", disable=rank != 0, dynamic_ncols=True)
+    for epoch in range(resumed["epoch"] if resumed else 0, flags.epochs):
         # -- where on the pyramid are we: probe, then draw this epoch's batches --
-        last_step = round((epoch + 1) * steps / flags.epochs)
+        first_step, last_step = (round(e * steps / flags.epochs) for e in (epoch, epoch + 1))
         sigma_t, relevance, error = sigma(epoch, flags.epochs, flags.sigma_min, flags.sigma_max), None, None
-        if flags.schedule == "pyramid":
+        if resumed:
+            sampler.drawn, relevance, error = resumed["drawn"], resumed["relevance"], resumed["error"]
+        elif flags.schedule == "pyramid":
             prober = GVE.from_pretrained(flags.prober, dtype=flags.dtype, device=device) if epoch == 0 and flags.prober else gve
-            relevance, error = probe(prober, sources, flags, rank, world)
+            relevance, error = (x.tolist() for x in probe(prober, sources, flags, rank, world))
             del prober
+        drawn = list(sampler.drawn)
         plan, share = [], np.zeros(len(sources))
-        for s in range(step, last_step):
+        for s in range(first_step, last_step):
             p = source_probabilities(flags.schedule, relevance, sigma_t, sizes, levels, s / steps)
-            share += p / (last_step - step)
+            share += p / (last_step - first_step)
             plan.append(sampler.draw(s, p))
-        say(f"\nepoch {epoch + 1}/{flags.epochs}, sigma {sigma_t:.2f}, schedule {flags.schedule}\n"
-            + pyramid_table(sources, sampler, relevance, error, share, len(plan)))
-        log("epoch", epoch=epoch, step=step, sigma=sigma_t, schedule=flags.schedule, R=named(relevance), R_error=named(error),
-            P=named(share), passes=named(sampler.passes()),
-            level_P={level: round(float(share[np.array(levels) == level].sum()), 5) for level in range(1, 5)})
-        dataset = Steps(plan, sources, collate, rank=rank, world=world, micro_batch=flags.micro_batch, roots=roots(flags))
+        if not resumed:
+            say(f"\nepoch {epoch + 1}/{flags.epochs}, sigma {sigma_t:.2f}, schedule {flags.schedule}\n"
+                + pyramid_table(sources, sampler, relevance, error, share, len(plan)))
+            log("epoch", epoch=epoch, step=step, sigma=sigma_t, schedule=flags.schedule, R=named(relevance), R_error=named(error),
+                P=named(share), passes=named(sampler.passes()),
+                level_P={level: round(float(share[np.array(levels) == level].sum()), 5) for level in range(1, 5)})
+        dataset = Steps(plan[step - first_step:], sources, collate, rank=rank, world=world, micro_batch=flags.micro_batch,
+                        roots=[flags.data, *flags.root])
         loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=flags.workers, pin_memory=kind == "cuda")
+        batches = iter(loader)
+        if resumed:
+            rng_state(device, rng[rank].clone())  # last of all: probing and loaders draw numbers, too
+        resumed = None
 
         gve.train()
         clock = since = time.perf_counter()  # probing and saving are not training time
         seen, waited = 0, 0.0
-        for batch in loader:
+        for batch in batches:
             waited, source = waited + time.perf_counter() - clock, sources[batch["source"]]
             # -- forward: queries, positives, hard negatives --
-            q, p, n = (embed_parts(gve, batch[part]) for part in ("query", "positive", "negative"))  # (B, D), (B, D), (N, D)
+            parts = [embed_parts(gve, batch[part], flags.grad_cache) for part in ("query", "positive", "negative")]
+            q, p, n = (vectors for vectors, _ in parts)  # (B, D), (B, D), (N, D)
             p_ids, n_ids = batch["positive_ids"].to(device), batch["negative_ids"].to(device)
             # -- loss: this rank's share of the global mean, Eq. (1) in both directions --
             loss = info_nce_dist(q, p, 1 / flags.temperature, n=n, p_ids=p_ids, n_ids=n_ids,
                                  margin=None if flags.margin < 0 else flags.margin, symmetric=flags.symmetric)
             # -- backward, and one sum over ranks --
             loss.backward()
+            for part in parts:
+                replay(gve, *part)
             with torch.no_grad():
-                extra = torch.cat([loss.detach().double()[None], curve_sums(q, p, n, p_ids, n_ids).double()])
-            loss_sum, scores, n_scores, positives, gaps, rows = reduce_sum(parameters, extra).tolist()
+                extra = torch.cat([loss.detach().double()[None], curve_sums(q, p, n, p_ids, n_ids).double(),
+                                   torch.tensor([float(len(STOP))], device=device).double()])
+            loss_sum, scores, n_scores, positives, gaps, rows, stops = reduce_sum(parameters, extra).tolist()
             norm = float(torch.nn.utils.clip_grad_norm_(parameters, flags.clip or math.inf))
             if not math.isfinite(loss_sum) or not math.isfinite(norm):
                 raise FloatingPointError(f"step {step}: loss {loss_sum}, gradient norm {norm}; source {source.name}, rows "
@@ -371,16 +467,22 @@ def main(flags):
                 seen, waited, since = 0, 0.0, time.perf_counter()
             bar.update()
             bar.set_postfix(loss=f"{loss_sum:.3f}", source=source.name, refresh=False)
+            # -- save: the adapter and the state are whole at every moment --
+            if step == last_step or stops or flags.save_every and step % flags.save_every == 0:
+                states, bad = zip(*everyones((rng_state(device), bad_rows), world), strict=True)
+                if rank == 0:
+                    gve.save_pretrained(out, info={
+                        "config": config, "step": step, "seed": flags.seed, "commit": commit(), "metrics": last,
+                        "data": {s.name: {"rows": len(s), "drawn": d} for s, d in zip(sources, sampler.drawn, strict=True)}})
+                    save_state(out / "state", optimizer, torch.stack(states), {
+                        "step": step, "epoch": epoch, "drawn": drawn, "relevance": relevance, "error": error, "config": config,
+                        "bad_rows": sorted(set().union(*bad)), "log": log_file.tell()}, flags.keep)
+            if stops:
+                say(f"stopped after step {step} as asked; `--resume auto` goes on from here")
+                sys.exit(128 + (STOP or [signal.SIGTERM])[0])
             clock = time.perf_counter()
-        if rank == 0:  # the adapter is whole at every moment: files are written beside it and renamed
-            gve.save_pretrained(out, info={
-                "config": config, "step": step, "seed": flags.seed, "commit": commit(), "metrics": last,
-                "data": {s.name: {"rows": len(s), "drawn": d} for s, d in zip(sources, sampler.drawn, strict=True)}})
     bar.close()
-    if world > 1:  # every rank met its own
-        everyones = [None] * world
-        dist.all_gather_object(everyones, bad_rows)
-        bad_rows = set().union(*everyones)
+    bad_rows = set().union(*everyones(bad_rows, world))  # every rank met its own
     log("end", step=step, passes=named(sampler.passes()), bad_rows=sorted(bad_rows))
     say(f"\ntrained {step} steps; {len(bad_rows)} unusable rows replaced; checkpoint and log in {out}")
     if world > 1:
@@ -388,7 +490,14 @@ def main(flags):
     return gve
 
 
+def heed_signals():
+    """Let SIGTERM and SIGINT end the run after the step at hand: saved, exit status 128 + the signal's number."""
+    for wanted in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(wanted, lambda number, _: STOP.append(number))
+
+
 if __name__ == "__main__":
+    heed_signals()
     try:
         main(parse_flags(Flags, doc=__doc__, presets=PRESETS))
     except (ValueError, FileNotFoundError, FloatingPointError) as problem:

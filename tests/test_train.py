@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -31,12 +32,16 @@ def record(out):
     seen, reduce_sum = {"loss": [], "grad": []}, train.reduce_sum
 
     def spy_reduce(parameters, extra):
+        fate = os.environ.get("FATE", "never never never").split()  # signal, rank, step at which this process gets it
+        if fate[1:] == [os.environ.get("RANK", "0"), str(len(seen["loss"]))]:
+            os.kill(os.getpid(), int(fate[0]))
         summed = reduce_sum(parameters, extra)
         seen["loss"].append(summed[0].clone())
         seen["grad"].append(torch.cat([p.grad.flatten() for p in parameters]).double())
         return summed
 
     train.reduce_sum = spy_reduce
+    train.heed_signals()
     train.main(train.parse_flags(train.Flags, sys.argv[2:], presets=train.PRESETS))
     if int(os.environ.get("RANK", 0)) == 0:
         torch.save({k: torch.stack(v) for k, v in seen.items()}, out)
@@ -52,20 +57,23 @@ if __name__ == "__main__":
 def one_and_many(tiny, mixture, tmp_path_factory):
     """The same float64 run without dropout on 1, 2 and 3 ranks: 9 steps, hard negatives, batches of 4, 3 and 1 rows."""
     folder, seen = tmp_path_factory.mktemp("ranks"), {}
-    for world in (1, 2, 3):
-        out = folder / str(world)
+    for world, cached in ((1, False), (2, False), (3, False), (1, True), (3, True)):
+        out = folder / f"{world}-{cached}"
         more = flags_for(tiny, mixture, out, "--dtype", "float64", "--dropout", "0", "--steps", "9", "--schedule", "uniform",
-                         "--lr", "0.01")
-        launch = [] if world == 1 else ["-m", "torch.distributed.run", "--nproc-per-node", world, "--master-port", 29500 + world]
-        done = run(*launch, __file__, folder / f"{world}.pt", *more)
+                         "--lr", "0.01", *(("--grad-cache", "--micro-batch", "2") if cached else ()))
+        done = run(*launch(world), __file__, folder / f"{out}.pt", *more)
         assert done.returncode == 0, done.stderr[-3000:]
-        seen[world] = torch.load(folder / f"{world}.pt") | {"log": [json.loads(x) for x in open(out / "log.jsonl")]}
+        seen[world, cached] = torch.load(folder / f"{out}.pt") | {"log": [json.loads(x) for x in open(out / "log.jsonl")]}
     return seen
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_ranks_give_the_loss_and_gradients_of_one_process(one_and_many, world):
-    one, many = one_and_many[1], one_and_many[world]
+def launch(world):
+    return [] if world == 1 else ["-m", "torch.distributed.run", "--nproc-per-node", world, "--master-port", 29500 + world]
+
+
+@pytest.mark.parametrize(("world", "cached"), [(2, False), (3, False), (1, True), (3, True)])
+def test_ranks_and_grad_cache_give_the_loss_and_gradients_of_one_process(one_and_many, world, cached):
+    one, many = one_and_many[1, False], one_and_many[world, cached]
     sizes = {len(x["grad"]) for x in (one, many)}
     assert sizes == {9} and one["loss"].abs().min() >= 0 and (one["loss"] > 0.1).sum() >= 5
     for name in ("loss", "grad"):
@@ -75,9 +83,9 @@ def test_ranks_give_the_loss_and_gradients_of_one_process(one_and_many, world):
 
 
 def test_the_run_held_the_uneven_cases(one_and_many):
-    steps = [x for x in one_and_many[1]["log"] if x["event"] == "step"]
+    steps = [x for x in one_and_many[1, False]["log"] if x["event"] == "step"]
     assert {x["source"] for x in steps} == {"t2v", "ti2v", "t2t"}
-    sizes = [b for x in one_and_many[1]["log"] if x["event"] == "end" for b in x["passes"].values()]
+    sizes = [b for x in one_and_many[1, False]["log"] if x["event"] == "end" for b in x["passes"].values()]
     assert max(sizes) > 1  # some source was exhausted: its short last batch was drawn
     rows = {(x["source"], x["rows"]) for x in steps}
     assert ("ti2v", 1) in rows and ("t2v", 3) in rows, rows  # fewer rows than ranks, and hard negatives in a short batch
@@ -100,6 +108,86 @@ def test_the_same_run_twice_is_bit_identical_with_dropout(tiny, mixture, tmp_pat
     other = tmp_path / "c"
     go(*flags_for(tiny, mixture, other, "--steps", "4", "--schedule", "uniform", "--dropout", "0"))
     assert any(not torch.equal(a[k], v) for k, v in weights(other).items())  # dropout was at work
+
+
+def test_grad_cache_replays_dropout(tiny, mixture, tmp_path):
+    same = ("--dtype", "float64", "--steps", "4", "--schedule", "uniform", "--micro-batch", "2", "--dropout", "0.3")
+    for name, more in (("kept", ()), ("cached", ("--grad-cache",)), ("whole", ("--micro-batch", "64"))):
+        go(*flags_for(tiny, mixture, tmp_path / name, *same, *more))
+    kept, cached, whole = (weights(tmp_path / name) for name in ("kept", "cached", "whole"))
+    assert all((kept[k] - cached[k]).abs().max() <= 1e-9 * kept[k].abs().max() for k in kept)
+    assert any((kept[k] - whole[k]).abs().max() > 1e-3 * kept[k].abs().max() for k in kept)  # other micro-batches, other masks
+
+
+def steps_of(out):
+    rows = [json.loads(line) for line in open(out / "log.jsonl")]
+    return [(r["step"], r["loss"], r["lr"], r["source"]) for r in rows if r["event"] == "step"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny, mixture, tmp_path_factory):
+    """A run of 9 steps over 3 epochs on 2 ranks, pyramid and dropout on, with a damaged row; its flags as a function of out."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+
+    def flags(out):
+        return flags_for(tiny, mixture, out, "--steps", "9", "--probe-pairs", "4", "--save-every", "2", "--lr", "0.01")
+    done = run(*launch(2), __file__, out.parent / "seen.pt", *flags(out))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(steps_of(out)) == 9
+    return out, flags
+
+
+def resumes(uninterrupted, out, fate):
+    """Run with a signal, check how it ended, resume, compare with the run that nothing happened to."""
+    whole, flags = uninterrupted
+    began = time.time()
+    done = run(*launch(2), __file__, out.parent / "seen.pt", *flags(out), FATE=fate)
+    assert done.returncode != 0 and time.time() - began < 60 + 60
+    assert not (out / "state" / "step-00000009").exists()
+    again = run(*launch(2), __file__, out.parent / "seen.pt", *flags(out), "--resume", "auto")
+    assert again.returncode == 0, again.stderr[-9000:]
+    ours, expected = weights(out), weights(whole)
+    assert ours.keys() == expected.keys() and all(torch.equal(ours[k], expected[k]) for k in ours)
+    assert steps_of(out) == steps_of(whole)
+    events = [json.loads(line)["event"] for line in open(out / "log.jsonl")]
+    assert events.count("epoch") == 3 and events.count("resume") == 1 and events.count("start") == 1
+    return done
+
+
+@pytest.mark.parametrize("step", [5, *(pytest.param(s, marks=pytest.mark.slow) for s in (2, 3, 4, 6, 7, 8))])
+def test_a_killed_rank_ends_the_job_and_the_run_resumes_bit_for_bit(uninterrupted, tmp_path, step):
+    done = resumes(uninterrupted, tmp_path / "run", f"9 1 {step}")
+    assert "SIGKILL" in done.stderr
+
+
+@pytest.mark.slow
+def test_sigterm_finishes_the_step_saves_and_resumes_bit_for_bit(uninterrupted, tmp_path):
+    done = resumes(uninterrupted, tmp_path / "run", "15 0 3")
+    assert "stopped after step 5 as asked" in done.stdout + done.stderr
+
+
+def test_sigterm_finishes_the_step_and_saves(tiny, mixture, tmp_path):
+    flags = flags_for(tiny, mixture, tmp_path / "a", "--steps", "6", "--schedule", "uniform")
+    done = run(__file__, tmp_path / "seen.pt", *flags, FATE="15 0 3")
+    assert done.returncode == 128 + 15 and "stopped after step 5" in done.stdout + done.stderr
+    again = go(*flags, "--resume", "auto")
+    straight = go(*flags_for(tiny, mixture, tmp_path / "b", "--steps", "6", "--schedule", "uniform"))
+    for (name, a), b in zip(again.lora_parameters().items(), straight.lora_parameters().values(), strict=True):
+        assert torch.equal(a, b), name
+    assert [s[0] for s in steps_of(tmp_path / "a")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_resuming_with_other_settings_is_an_error_and_an_unfinished_state_is_not_loaded(tiny, mixture, tmp_path):
+    flags = flags_for(tiny, mixture, tmp_path, "--steps", "4", "--schedule", "uniform", "--save-every", "1", "--keep", "2")
+    go(*flags)
+    assert sorted(p.name for p in (tmp_path / "state").iterdir()) == ["step-00000003", "step-00000004"]
+    before = weights(tmp_path)
+    (tmp_path / "state" / "part").mkdir()
+    (tmp_path / "state" / "part" / "facts.json").write_text("{")
+    go(*flags, "--resume", "auto")  # nothing left to do
+    assert all(torch.equal(before[k], v) for k, v in weights(tmp_path).items())
+    with pytest.raises(ValueError, match="cannot resume with other settings.*'seed': .42, 7."):
+        go(*flags, "--resume", "auto", "--seed", "7")
 
 
 def test_only_lora_moves_and_in_bfloat16_at_3e_5_every_lora_tensor_does(tiny, mixture, tmp_path):
@@ -157,7 +245,7 @@ def test_damaged_clips_are_replaced_counted_and_listed(tiny, media, mixture, tmp
 
 
 def test_log_and_checkpoint_hold_what_the_record_needs(one_and_many):
-    log = one_and_many[1]["log"]
+    log = one_and_many[1, False]["log"]
     assert [x["event"] for x in log] == ["start"] + (["epoch"] + ["step"] * 3) * 3 + ["end"]
     curves = {"loss", "score", "positive", "gap", "lr", "grad_norm", "items_per_s", "waiting", "memory_gib", "rows", "source"}
     assert all(curves <= x.keys() for x in log if x["event"] == "step")
