@@ -70,12 +70,16 @@ def _rows(path):
                 yield from csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
 
 
-def pick(where, row, *names):
-    """Return the value of the first of `names` that is a key of the row; ValueError with the keys found if there is none."""
+def key_in(where, row, *names):
+    """Return the first of `names` that is a key of the row; ValueError with the keys found if there is none."""
     for name in names:
         if name in row:
-            return row[name]
+            return name
     raise ValueError(f"{where}: none of the keys {', '.join(names)}; keys found: {', '.join(map(str, row))}")
+
+
+def pick(where, row, *names):
+    return row[key_in(where, row, *names)]
 
 
 def pair(query, positive, negatives=()):

@@ -98,7 +98,8 @@ def test_vast_draws_one_vision_caption_under_the_seed(tmp_path):
 
 
 def test_llava_hound(tmp_path):
-    turns = [{"from": "human", "value": "<video>\nDescribe."}, {"from": "gpt", "value": "A man runs."}, {"from": "gpt", "value": ""}]
+    turns = [{"from": "human", "value": "<video>\nDescribe."}, {"from": "gpt", "value": "A man runs."},
+             {"from": "gpt", "value": "no"}]
     rows = [{"id": f"k{i}", "video": f"k{i}", "conversations": turns[:n]} for i, n in enumerate((3, 1))]
     media = ["train_300k/k0/f.jpg"]
     source = write(tmp_path / "up.jsonl", rows)
