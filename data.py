@@ -185,7 +185,8 @@ class Collator:
     store: folder of one vision tower's output per medium, read here and filled by GVE.see; a changed file is another medium.
     """
 
-    def __init__(self, processor, *, frames=8, max_tokens=200, max_length=8192, padding_side=None, prompt_style="system", store=None):
+    def __init__(self, processor, *, frames=8, max_tokens=200, max_length=8192, padding_side=None, prompt_style="system",
+                 store=None):
         sample_indices(1, frames)  # rejects odd counts early
         if max_tokens < MIN_TOKENS or prompt_style not in ("system", "user"):
             raise ValueError(f"max_tokens {max_tokens} (at least {MIN_TOKENS}), prompt_style {prompt_style!r} (system or user)")

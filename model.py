@@ -24,8 +24,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from peft import LoraConfig, PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLModel, Qwen2_5_VLProcessor
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLModel, Qwen2_5_VLProcessor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import cached_file
 
@@ -303,18 +304,27 @@ def find_base(base, adapter):
 
 
 def load_backbone(path, dtype):
-    """Load Qwen2_5_VLModel strictly: a missing tensor, or one without a place (lm_head aside), is an error. No remote code."""
+    """Load Qwen2_5_VLModel strictly from any class's checkpoint of it (GVE's Qwen25VLForEmbedding, say), whole or in shards: a
+    tensor that is missing or has no place is an error. The lm_head, tied or not, is left out. No remote code."""
     if os.path.exists(path) and not (Path(path) / "config.json").is_file():
         raise ValueError(f"{path}: not a checkpoint folder (no config.json or adapter_config.json)")
+    tensors, index = {}, _file(path, "model.safetensors.index.json")
     try:
-        model, report = Qwen2_5_VLModel.from_pretrained(path, dtype=dtype, use_safetensors=True, output_loading_info=True)
-    except OSError as error:
+        config = Qwen2_5_VLConfig.from_pretrained(path)
+        for name in sorted(set(json.loads(Path(index).read_text())["weight_map"].values())) if index else ["model.safetensors"]:
+            for key, tensor in load_file(_file(path, name) or f"{path}/{name}").items():
+                if tensors.setdefault(weight_key(key), tensor) is not tensor:
+                    raise ValueError(f"{path}: {name} holds {key}, which another name or file holds as well")
+    except (OSError, SafetensorError) as error:
         raise ValueError(f"{path}: cannot be loaded as a Qwen2.5-VL checkpoint: {str(error).splitlines()[0]}") from error
-    missing, extra = set(report["missing_keys"]), {k for k in report["unexpected_keys"] if not k.startswith("lm_head.")}
-    wrong = {str(k) for k in report["mismatched_keys"]}
+    head = tensors.pop("lm_head.weight", None)
+    if config.tie_word_embeddings and head is not None:  # some savers keep only this one of a tied pair
+        tensors.setdefault("language_model.embed_tokens.weight", head)
+    model, report = Qwen2_5_VLModel.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True)
+    missing, extra, wrong = (sorted(map(str, report[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched"))
     if missing or extra or wrong:
-        raise ValueError(f"{path}: weights do not fit Qwen2.5-VL: missing {sorted(missing)[:3]}, without a place "
-                         f"{sorted(extra)[:3]}, of another shape {sorted(wrong)[:3]}")
+        raise ValueError(f"{path}: weights do not fit Qwen2.5-VL: missing {missing[:3]}, without a place {extra[:3]}, "
+                         f"of another shape {wrong[:3]}")
     model.visual.config._attn_implementation = "flash_windows"
     return model
 
@@ -328,8 +338,7 @@ def _attach_adapter(backbone, path, trainable):
     if file is None:
         raise ValueError(f"{path}: adapter_config.json without adapter_model.safetensors")
     tensors = load_file(file)
-    # Adapters on ForConditionalGeneration carry one more "model."; before transformers 4.52 the language model had no own level.
-    tensors = {_adapter_key(k): v for k, v in tensors.items()}
+    tensors = {"base_model.model." + weight_key(k.removeprefix("base_model.model.")): v for k, v in tensors.items()}
     expected = set(get_peft_model_state_dict(model))
     if set(tensors) != expected:
         raise ValueError(f"{path}: adapter does not fit its base: without a place {sorted(set(tensors) - expected)[:3]}, "
@@ -338,9 +347,11 @@ def _attach_adapter(backbone, path, trainable):
     return model
 
 
-def _adapter_key(key):
-    key = key.removeprefix("base_model.model.").removeprefix("model.")
-    return "base_model.model." + ("language_model." if key.startswith("layers.") else "") + key
+def weight_key(key):
+    """A tensor's name in Qwen2_5_VLModel: classes with a head put "model." before it, on all but the vision tower until
+    transformers 4.52, when the language model had no level of its own ("model.layers.0", "visual.blocks.0")."""
+    key = key.removeprefix("model.")
+    return "language_model." + key if key.startswith(("layers.", "embed_tokens.", "norm.")) else key
 
 
 def _file(path, name):

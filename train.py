@@ -344,7 +344,7 @@ def main(flags):
         hint = "; run `python -m mini render` first" if flags.preset == "mini" else ""
         raise ValueError(f"{mixture}: no such mixture{hint}")
 
-    sources = load_mixture(mixture, roots(flags))
+    sources = load_mixture(mixture, [flags.data, *flags.root])
     sampler = Sampler(sources, flags.batch_scale, flags.seed)
     sizes, levels = [s.samples for s in sources], [LEVEL[s.task] for s in sources]
     steps = flags.steps or sum(math.ceil(size / batch) for size, batch in zip(sizes, sampler.batch, strict=True))
