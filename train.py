@@ -355,7 +355,8 @@ def main(flags):
     parameters = list(gve.lora_parameters().values())
     optimizer = torch.optim.AdamW(parameters, lr=flags.lr, weight_decay=flags.weight_decay, fused=kind == "cuda")
     store = f"{flags.features}/{tower_id(gve)}" if flags.features else None
-    collate = Collator(gve.processor, frames=flags.frames, max_tokens=flags.max_tokens, max_length=flags.max_length, store=store)
+    collate = Collator(gve.processor, frames=flags.frames, max_tokens=flags.max_tokens, max_length=flags.max_length,
+                       prompt_style=gve.prompt_style, store=store)
     torch.manual_seed(flags.seed + rank)  # dropout differs between ranks
 
     out, log_file, resumed, config = Path(flags.out), None, None, dataclasses.asdict(flags) | {"world": world}
