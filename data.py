@@ -4,6 +4,7 @@ An *item* is a dict with any of `text`, `image`, `video`. A *mixture* is a list 
 the same on every rank. decord decodes (PyAV what it cannot), transformers' own processors resize and cut patches.
 
     python data.py check runs/mini/train/mixture.json --root runs/mini    # prints nothing if all is well
+    python data.py mixture mixtures/gve-3b.json --root DIR                # which files are here, what a run over those would be
 
 Legend: F frames, H height, W width, B batch, T tokens, P patches, G global batch of a source, K sources.
 """
@@ -87,7 +88,6 @@ def load_video(video, frames=8):
         last = n if end is None else min(n, max(first + 1, math.ceil(end * fps - 1e-6)))  # at least one frame
         seconds = (last - first) / fps
         return first + sample_indices(last - first, frames)
-
     if not os.path.isdir(path):
         return _read(path, choose), seconds
     files = sorted(f for f in os.listdir(path) if Path(f).suffix.lower() in IMAGE_SUFFIXES)
@@ -160,13 +160,13 @@ def content_id(item):
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 1
 
 
-def _parse(line, where):
+def _parse(text, where, kind=dict):
     try:
-        if isinstance(row := json.loads(line), dict):
-            return row
+        if isinstance(value := json.loads(text), kind):
+            return value
     except ValueError as error:  # not JSON, or not UTF-8
         raise ValueError(f"{where}: not JSON: {error}") from error
-    raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}")
+    raise ValueError(f"{where}: expected a JSON {'object' if kind is dict else 'list'}, got {type(value).__name__}")
 
 
 def read_jsonl(path):
@@ -181,15 +181,17 @@ class Collator:
     """Turn resolved items into model inputs with transformers' processors and our prompt: collator(items, instruction) -> batch.
 
     frames per video (even), max_tokens vision tokens per video frame, max_length tokens in all, padding_side (the tokenizer's),
+    prompt_style: the instruction stands for the "system" turn or heads the "user" turn,
     store: folder of one vision tower's output per medium, read here and filled by GVE.see; a changed file is another medium.
     """
 
-    def __init__(self, processor, *, frames=8, max_tokens=200, max_length=8192, padding_side=None, store=None):
+    def __init__(self, processor, *, frames=8, max_tokens=200, max_length=8192, padding_side=None, prompt_style="system",
+                 store=None):
         sample_indices(1, frames)  # rejects odd counts early
-        if max_tokens < MIN_TOKENS:
-            raise ValueError(f"max_tokens must be at least {MIN_TOKENS}, got {max_tokens}")
+        if max_tokens < MIN_TOKENS or prompt_style not in ("system", "user"):
+            raise ValueError(f"max_tokens {max_tokens} (at least {MIN_TOKENS}), prompt_style {prompt_style!r} (system or user)")
         self.processor, self.frames, self.store, self.max_length = processor, frames, store, max_length
-        self.most = {"image": IMAGE_TOKENS, "video": max_tokens}
+        self.most, self.prompt_style = {"image": IMAGE_TOKENS, "video": max_tokens}, prompt_style
         self.tokenizer, self.padding_side = processor.tokenizer, padding_side or processor.tokenizer.padding_side
         self.end, self.image_pad, self.video_pad = self.tokenizer.convert_tokens_to_ids([END, "<|image_pad|>", "<|video_pad|>"])
 
@@ -204,7 +206,7 @@ class Collator:
             if item.get(kind):
                 sample |= self._see(kind, item[kind])
                 vision += f"<|vision_start|><|{kind}_pad|><|vision_end|>"
-        sample["ids"] = self._tokens(vision, item.get("text") or "", instruction or DEFAULT_INSTRUCTION, sample)
+        sample["ids"] = self._tokens(vision, item.get("text") or "", instruction or "", sample)
         return sample
 
     def _see(self, kind, media):
@@ -233,7 +235,9 @@ class Collator:
     def _tokens(self, vision, text, instruction, sample):
         """Token ids of the whole prompt; where they exceed max_length, the tail of the user's text goes and nothing else."""
         instruction, text = (s.replace("<|", "< |") for s in (instruction, text))  # users cannot write special tokens
-        head = f"<|im_start|>system\n{instruction}<|im_end|>\n<|im_start|>user\n{vision}"
+        # PAPER: Figure 4 only says that the prompt comes before text and media; a system turn is what Qwen and MTEB's GVE have.
+        system, lead = (instruction, "") if self.prompt_style == "system" else ("", instruction and instruction + "\n")
+        head = f"<|im_start|>system\n{system or DEFAULT_INSTRUCTION}<|im_end|>\n<|im_start|>user\n{lead}{vision}"
         tail = f"<|im_end|>\n<|im_start|>assistant\n{END}"
         encode = functools.partial(self.tokenizer.encode, add_special_tokens=False)
         ids, n_vision = encode(head + text + tail), 0
@@ -242,8 +246,7 @@ class Collator:
                 at, n = ids.index(pad), int(sample[grid].prod()) // self.processor.image_processor.merge_size**2
                 ids[at : at + 1] = [pad] * n
                 n_vision += n
-        excess = len(ids) - self.max_length
-        if excess > 0:
+        if (excess := len(ids) - self.max_length) > 0:
             n_tail = len(encode(tail))
             fixed = len(encode(head)) - vision.count("_pad|>") + n_vision + n_tail
             if fixed > self.max_length:
@@ -278,7 +281,7 @@ class Source:
     """One entry of a mixture (Tables 6 and 7). Its rows stay on disk: an index of line offsets costs 16 bytes each."""
     name: str
     task: str  # "T2V": query form 2 candidate form
-    path: str  # training file, relative to the mixture
+    path: str  # training file, relative to the mixture or under one of its roots
     samples: int = 0  # pairs that count as one pass: more rows are subsampled, fewer repeat; 0 = as many as there are rows
     negatives: int = 0  # hard negatives used per row
     batch_size: int = 32  # the paper's, per GPU on 32 GPUs; times --batch-scale it is the global batch
@@ -292,8 +295,6 @@ class Source:
             raise ValueError(f"task {self.task!r}; accepted: {', '.join(TASKS)}")
         if self.batch_size < 1 or self.samples < 0 or self.negatives < 0:
             raise ValueError("batch_size must be positive, samples and negatives not negative")
-        if not os.path.isfile(self.path):
-            raise ValueError(f"training file {self.path} does not exist")
         index, offset = [], 0
         with open(self.path, "rb") as file:
             for number, line in enumerate(file, 1):
@@ -323,20 +324,17 @@ class Source:
             raise ValueError(f"{where}: {error}") from error
 
 
-def load_mixture(path):
-    """Read a mixture -> list of Source; raises ValueError naming the file, the entry and what is accepted."""
-    try:
-        entries = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
-    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
+def load_mixture(path, roots=()):
+    """Read a mixture -> list of Source; files lie beside it or under a root. A ValueError names entry and accepted values."""
+    entries, sources = _parse(Path(path).read_bytes(), path, list), []
+    if not entries or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError(f"{path}: a mixture is a non-empty JSON list of sources (objects)")
-    sources = []
     for number, entry in enumerate(entries):
         where = f"{path}: entry {number} ({entry.get('name', 'no name')})"
         try:
-            sources.append(Source(**{**entry, "path": str(Path(path).parent / entry.get("path", "missing path"))}))
-        except (TypeError, ValueError) as error:  # Source's own signature knows the keys
+            places = [os.path.join(base, entry.get("path", "missing path")) for base in (Path(path).parent, *roots)]
+            sources.append(Source(**{**entry, "path": next(filter(os.path.isfile, places), " or ".join(places))}))
+        except (TypeError, ValueError, FileNotFoundError) as error:  # Source's own signature knows the keys
             raise ValueError(f"{where}: {error} (keys: {', '.join(f.name for f in dataclasses.fields(Source))})") from error
     if len({s.name for s in sources}) < len(sources):
         raise ValueError(f"{path}: two entries share a name: {sorted(s.name for s in sources)}")
@@ -372,10 +370,9 @@ class Steps(torch.utils.data.Dataset):
 
     def _usable(self, source, row, bad):
         """Prepare [query, positive, *negatives], each as (sample, content id), from `row` or the first usable one after it."""
-        def prepare(items):
-            instructions = [source.instruction] + [None] * (len(items) - 1)  # candidates get the default system turn
-            return [(self.collate.prepare(*pair), content_id(pair[0])) for pair in zip(items, instructions, strict=True)]
-
+        def prepare(items):  # the query alone carries the instruction
+            samples = [self.collate.prepare(items[0], source.instruction), *map(self.collate.prepare, items[1:])]
+            return list(zip(samples, map(content_id, items), strict=True))
         for attempt in range(100):
             try:
                 return source.load((row + attempt) % len(source), self.roots, prepare)
@@ -386,15 +383,15 @@ class Steps(torch.utils.data.Dataset):
 
 def check(path, roots=()):
     """Yield "file:line: reason" for each unusable row of a training file, or of a mixture's (*.json) files; media are decoded."""
-    for source in load_mixture(path) if str(path).endswith(".json") else [Source("file", "T2V", str(path), negatives=1_000_000)]:
-        def decode(items, promised=source.negatives):
-            if len(items) - 2 < promised < 1_000_000:
+    mixture = str(path).endswith(".json")
+    for source in load_mixture(path, roots) if mixture else [Source("file", "T2V", str(path), negatives=sys.maxsize)]:
+        def decode(items, promised=mixture * source.negatives):
+            if len(items) - 2 < promised:
                 raise ValueError(f"{len(items) - 2} negatives, the mixture promises {promised}")
             for item in items:
                 for media, load in (("video", load_video), ("image", load_image)):
                     if media in item:
                         load(item[media])
-
         for i in range(len(source)):
             try:
                 source.load(i, roots, decode)
@@ -404,9 +401,12 @@ def check(path, roots=()):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["check"])
+    parser.add_argument("command", choices=["check", "mixture"])
     parser.add_argument("file", help="training file (*.jsonl) or mixture (*.json)")
     parser.add_argument("--root", nargs="+", default=[], help="folders that media may lie in, beside the file's own")
     given = parser.parse_args()
+    if given.command == "mixture":
+        from extras.mixture import describe  # only this command needs it
+        sys.exit(describe(given.file, given.root))
     problems = len([print(problem) for problem in check(given.file, given.root)])
     sys.exit(f"{given.file}: {problems} unusable rows" if problems else None)

@@ -54,7 +54,8 @@ def encode(gve, items, instruction=None, *, batch_size=32, workers=0, frames=8, 
     kind = [("video" in item, "image" in item, len(item.get("text") or "")) for item in items]
     keys = sorted(first.values(), key=lambda i: kind[i])
     order = [keys[i : i + batch_size] for i in range(0, len(keys), batch_size)]
-    collate = Collator(gve.processor, frames=frames, max_tokens=max_tokens, max_length=max_length)
+    collate = Collator(gve.processor, frames=frames, max_tokens=max_tokens, max_length=max_length,
+                       prompt_style=gve.prompt_style)
     loader = torch.utils.data.DataLoader(Batches(items, order, collate, instruction), batch_size=None, num_workers=workers)
     vectors, failed = torch.full((len(items), gve.dim), torch.nan), {}
     training = gve.training
@@ -138,6 +139,7 @@ class Flags:
     ckpt: str = dataclasses.field(default="runs/gve-mini", metadata={"help": "checkpoint folder or hub id"})
     out: str = dataclasses.field(default="runs/vectors", metadata={"help": "folder to write"})
     instruction: str = dataclasses.field(default="", metadata={"help": "system turn for every item; empty: the default one"})
+    prompt_style: str = dataclasses.field(default="", metadata={"help": "system or user turn; empty: the checkpoint's own"})
     root: list[str] = dataclasses.field(default_factory=list, metadata={"help": "more folders that media may lie in"})
     batch_size: int = dataclasses.field(default=32, metadata={"help": "items per forward"})
     workers: int = dataclasses.field(default=2, metadata={"help": "decoding processes"})
@@ -156,7 +158,7 @@ def main(path, flags):
         except (ValueError, FileNotFoundError) as error:
             failed[i] = f"{path}:{number}: {error}"
             items.append({"text": " "})  # holds the place; its vector is blanked below
-    gve = GVE.from_pretrained(flags.ckpt, device=flags.device)
+    gve = GVE.from_pretrained(flags.ckpt, device=flags.device, prompt_style=flags.prompt_style)
     vectors, more = encode(gve, items, flags.instruction or None, batch_size=flags.batch_size, workers=flags.workers,
                            frames=flags.frames, max_tokens=flags.max_tokens, desc="encode")
     failed = {**{i: f"{path}:{rows[i][0]}: {reason}" for i, reason in more.items()}, **failed}

@@ -46,6 +46,7 @@ class Flags:
     datasets: list[str] = flag([], "the datasets to score; none: all that are there")
     frames: int = flag(8, "frames per video, even")
     max_tokens: int = flag(200, "visual tokens per frame at most, 28x28 pixels each")
+    prompt_style: str = flag("", "turn that holds a query's prompt, system or user; empty: the checkpoint's own, else system")
     batch_size: int = flag(32, "items per forward pass")
     workers: int = flag(0, "decoding processes; 0 decodes in this one")
     dtype: str = flag("", "float32 or bfloat16; empty: bfloat16 on a GPU, float32 elsewhere")
@@ -186,7 +187,7 @@ def protocol(gve, flags):
         "step": gve.info.get("step"), "commit": gve.info.get("commit"), "similarity": "cosine, float32", "ties": TIES,
         "frames": flags.frames, "max_tokens": flags.max_tokens,
         "max_length": inspect.signature(encode).parameters["max_length"].default,
-        "prompt": "queries: their dataset's prompt as system turn; corpus: the default system turn",
+        "prompt": f"queries: their dataset's prompt in the {gve.prompt_style} turn; corpus: the default system turn alone",
         "dtype": str(next(gve.core.parameters()).dtype).removeprefix("torch."), "device": str(gve.device),
         "batch_size": flags.batch_size, "torch": torch.__version__, "transformers": transformers.__version__,
     }
@@ -298,7 +299,7 @@ def main(flags):
     if not names:
         raise ValueError(f"{flags.uvrb}: none of the 16 datasets is here ({', '.join(uvrb.DATASETS)})")
     benches = [uvrb.read(flags.uvrb, name, flags.root) for name in dict.fromkeys(names)]
-    gve = GVE.from_pretrained(flags.ckpt, dtype=flags.dtype or None, device=flags.device)
+    gve = GVE.from_pretrained(flags.ckpt, dtype=flags.dtype or None, device=flags.device, prompt_style=flags.prompt_style)
     model, out = flags.name or Path(flags.ckpt).name, Path(flags.out or Path("runs") / Path(flags.ckpt).name)
     out.mkdir(parents=True, exist_ok=True)
 

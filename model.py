@@ -24,8 +24,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from peft import LoraConfig, PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLModel, Qwen2_5_VLProcessor
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLModel, Qwen2_5_VLProcessor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import cached_file
 
@@ -132,20 +133,21 @@ ALL_ATTENTION_FUNCTIONS.register("flash_windows", window_attention)  # only a "f
 class GVE(nn.Module):
     """Qwen2.5-VL as an embedder. `backbone` is transformers' Qwen2_5_VLModel (wrapped by PEFT when it carries LoRA)."""
 
-    def __init__(self, backbone, processor, base="", info=None):
+    def __init__(self, backbone, processor, base="", info=None, prompt_style=""):
         super().__init__()
         self.backbone = backbone
         self.processor = processor
         self.base = base  # what the adapter sits on: a folder or a hub id
         self.info = info or {}  # the checkpoint's gve.json
+        self.prompt_style = prompt_style or self.info.get("prompt_style", "system")
 
     @classmethod
-    def from_pretrained(cls, path, *, dtype=None, device=None, lora=False, base=None):
+    def from_pretrained(cls, path, *, dtype=None, device=None, lora=False, base=None, prompt_style=""):
         """Load a Qwen2.5-VL checkpoint, a LoRA adapter on one, or a merged folder; local folder or hub id, safetensors only.
 
         path: str or Path. dtype: torch dtype or its name, default bfloat16 on CUDA and float32 elsewhere. device: default CPU.
         lora: True or a dict of LoraConfig fields adds a fresh, trainable adapter; an adapter folder's own becomes trainable.
-        base: overrides the adapter's own record of its base model.
+        base: overrides the adapter's own record of its base model. prompt_style: data.Collator's; empty: gve.json's, or "system".
         Raises ValueError when files are missing or a tensor finds no place.
         """
         device = torch.device(device or "cpu")
@@ -170,7 +172,8 @@ class GVE(nn.Module):
             backbone = get_peft_model(backbone, config)  # LoRA weights in float32 over a bfloat16 base (autocast_adapter_dtype)
             backbone.peft_config["default"].base_model_name_or_path = str(base)
         info = Path(path) / "gve.json"
-        return cls(backbone, processor, base, json.loads(info.read_text()) if info.is_file() else {}).to(device).eval()
+        info = json.loads(info.read_text()) if info.is_file() else {}
+        return cls(backbone, processor, base, info, prompt_style).to(device).eval()
 
     @property
     def core(self):
@@ -247,7 +250,8 @@ class GVE(nn.Module):
         """
         if isinstance(items, dict):
             raise ValueError("embed takes a list of items, not one item")
-        collate = Collator(self.processor, frames=frames, max_tokens=max_tokens, max_length=max_length)
+        collate = Collator(self.processor, frames=frames, max_tokens=max_tokens, max_length=max_length,
+                           prompt_style=self.prompt_style)
         out = [self(to_device(collate(items[i : i + batch_size], instruction), self.device)).float().cpu()
                for i in range(0, len(items), batch_size)]
         return torch.cat(out) if out else torch.empty(0, self.dim)
@@ -281,7 +285,8 @@ class GVE(nn.Module):
             content = content | {"embedding_dimension": self.dim} if "Pooling" in name else content
             (part / name).write_text(json.dumps(content, indent=1))
         versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
-        self.info = {**self.info, **(info or {}), "base": str(self.base), "dim": self.dim, "versions": versions}
+        self.info = {**self.info, **(info or {}), "base": str(self.base), "dim": self.dim, "versions": versions,
+                     "prompt_style": self.prompt_style}
         (part / "gve.json").write_text(json.dumps(self.info, indent=1) + "\n")
         shutil.copytree(part, folder, copy_function=os.replace, dirs_exist_ok=True)
         shutil.rmtree(part)
@@ -294,27 +299,29 @@ def to_device(batch, device):
 
 def find_base(base, adapter):
     """Find an adapter's base: a path from here, from the adapter's folder or from this repository, else a hub id."""
-    for root in (Path(), Path(adapter), Path(__file__).resolve().parent):
-        if (root / base / "config.json").is_file():
-            return str(root / base)
-    if base.count("/") != 1 or base.startswith((".", "/")):
-        raise ValueError(f"{adapter}/adapter_config.json: base {base!r} is neither a checkpoint folder nor a hub id")
-    return base
+    roots = Path(), Path(adapter), Path(__file__).resolve().parent
+    return next((str(root / base) for root in roots if (root / base / "config.json").is_file()), base)
 
 
 def load_backbone(path, dtype):
-    """Load Qwen2_5_VLModel strictly: a missing tensor, or one without a place (lm_head aside), is an error. No remote code."""
-    if os.path.exists(path) and not (Path(path) / "config.json").is_file():
-        raise ValueError(f"{path}: not a checkpoint folder (no config.json or adapter_config.json)")
+    """Load Qwen2_5_VLModel strictly from any class's checkpoint of it (GVE's Qwen25VLForEmbedding, say), whole or in shards: a
+    tensor that is missing or has no place is an error. The lm_head, tied or not, is left out. No remote code."""
+    tensors, index = {}, _file(path, "model.safetensors.index.json")
     try:
-        model, report = Qwen2_5_VLModel.from_pretrained(path, dtype=dtype, use_safetensors=True, output_loading_info=True)
-    except OSError as error:
+        config = Qwen2_5_VLConfig.from_pretrained(path)
+        shards = json.loads(Path(index).read_text())["weight_map"].values() if index else ["model.safetensors"]
+        for name in sorted(set(shards)):
+            for key, tensor in load_file(_file(path, name) or f"{path}/{name}").items():
+                if tensors.setdefault(weight_key(key), tensor) is not tensor:
+                    raise ValueError(f"{path}: {name} holds {key}, which another name or file holds as well")
+    except (OSError, SafetensorError) as error:
         raise ValueError(f"{path}: cannot be loaded as a Qwen2.5-VL checkpoint: {str(error).splitlines()[0]}") from error
-    missing, extra = set(report["missing_keys"]), {k for k in report["unexpected_keys"] if not k.startswith("lm_head.")}
-    wrong = {str(k) for k in report["mismatched_keys"]}
-    if missing or extra or wrong:
-        raise ValueError(f"{path}: weights do not fit Qwen2.5-VL: missing {sorted(missing)[:3]}, without a place "
-                         f"{sorted(extra)[:3]}, of another shape {sorted(wrong)[:3]}")
+    tensors.pop("lm_head.weight", None)
+    model, report = Qwen2_5_VLModel.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype,
+                                                    output_loading_info=True, ignore_mismatched_sizes=True)  # they raise below
+    model.name_or_path = str(path)
+    if wrong := {k: sorted(map(str, report[k]))[:3] for k in ("missing_keys", "unexpected_keys", "mismatched_keys") if report[k]}:
+        raise ValueError(f"{path}: weights do not fit Qwen2.5-VL: {wrong}")
     model.visual.config._attn_implementation = "flash_windows"
     return model
 
@@ -324,12 +331,8 @@ def _attach_adapter(backbone, path, trainable):
     config = PeftConfig.from_pretrained(path)
     config.inference_mode = not trainable
     model = get_peft_model(backbone, config)
-    file = _file(path, "adapter_model.safetensors")
-    if file is None:
-        raise ValueError(f"{path}: adapter_config.json without adapter_model.safetensors")
-    tensors = load_file(file)
-    # Adapters on ForConditionalGeneration carry one more "model."; before transformers 4.52 the language model had no own level.
-    tensors = {_adapter_key(k): v for k, v in tensors.items()}
+    tensors = load_file(_file(path, "adapter_model.safetensors") or f"{path}/adapter_model.safetensors")
+    tensors = {"base_model.model." + weight_key(k.removeprefix("base_model.model.")): v for k, v in tensors.items()}
     expected = set(get_peft_model_state_dict(model))
     if set(tensors) != expected:
         raise ValueError(f"{path}: adapter does not fit its base: without a place {sorted(set(tensors) - expected)[:3]}, "
@@ -338,9 +341,11 @@ def _attach_adapter(backbone, path, trainable):
     return model
 
 
-def _adapter_key(key):
-    key = key.removeprefix("base_model.model.").removeprefix("model.")
-    return "base_model.model." + ("language_model." if key.startswith("layers.") else "") + key
+def weight_key(key):
+    """A tensor's name in Qwen2_5_VLModel: classes with a head put "model." before it, on all but the vision tower until
+    transformers 4.52, when the language model had no level of its own ("model.layers.0", "visual.blocks.0")."""
+    key = key.removeprefix("model.")
+    return "language_model." + key if key.startswith(("layers.", "embed_tokens.", "norm.")) else key
 
 
 def _file(path, name):

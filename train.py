@@ -2,7 +2,7 @@
 
     python train.py                                                     # --preset mini, minutes on 2 cores
     torchrun --nproc-per-node 2 train.py                                # the same from two ranks
-    torchrun --nproc-per-node 8 train.py --preset gve-3b --data DIR     # DIR/mixture.json and its files (data.py's formats)
+    torchrun --nproc-per-node 8 train.py --preset gve-3b --data DIR     # files of mixtures/gve-3b.json under DIR
 
 Every step draws one source. At each curriculum epoch's start the prober Psi_t measures how well each source's pairs agree,
 R_k = mean cosine of N_p positive pairs, and sources are drawn by P(k) = softmax(R_k / sigma_t) while sigma grows from 0.1 to 1.0:
@@ -47,8 +47,8 @@ PAPER = dict(data="data", lr=3e-5, weight_decay=0.1, epochs=3, temperature=0.03,
 PRESETS = {
     "mini": dict(base="mini/base", prober="mini/prober", data="runs/mini", mixture="runs/mini/train/mixture.json",
                  out="runs/gve-mini", features="runs/features", steps=500),
-    "gve-3b": dict(PAPER, base="Qwen/Qwen2.5-VL-3B-Instruct", out="runs/gve-3b"),
-    "gve-7b": dict(PAPER, base="Qwen/Qwen2.5-VL-7B-Instruct", out="runs/gve-7b"),
+    "gve-3b": dict(PAPER, base="Qwen/Qwen2.5-VL-3B-Instruct", out="runs/gve-3b", mixture="mixtures/gve-3b.json"),
+    "gve-7b": dict(PAPER, base="Qwen/Qwen2.5-VL-7B-Instruct", out="runs/gve-7b", mixture="mixtures/gve-7b.json"),
 }
 
 
@@ -57,7 +57,7 @@ class Flags:
     preset: str = field(default="mini", metadata={"help": "defaults of the other flags", "choices": list(PRESETS)})
     base: str = field(default="", metadata={"help": "checkpoint to start from: Qwen2.5-VL, or a LoRA folder to go on with"})
     data: str = field(default="", metadata={"help": "folder of the training data; media may lie anywhere under it"})
-    mixture: str = field(default="", metadata={"help": "mixture file; empty: DATA/mixture.json"})
+    mixture: str = field(default="", metadata={"help": "mixture, its files beside it or under DATA; empty: DATA/mixture.json"})
     root: list[str] = field(default_factory=list, metadata={"help": "more folders that media may lie in"})
     out: str = field(default="", metadata={"help": "checkpoint folder to write"})
     prober: str = field(default="", metadata={"help": "Psi_1, the first epoch's prober: any checkpoint; empty: the starting one"})
@@ -344,7 +344,7 @@ def main(flags):
         hint = "; run `python -m mini render` first" if flags.preset == "mini" else ""
         raise ValueError(f"{mixture}: no such mixture{hint}")
 
-    sources = load_mixture(mixture)
+    sources = load_mixture(mixture, [flags.data, *flags.root])
     sampler = Sampler(sources, flags.batch_scale, flags.seed)
     sizes, levels = [s.samples for s in sources], [LEVEL[s.task] for s in sources]
     steps = flags.steps or sum(math.ceil(size / batch) for size, batch in zip(sizes, sampler.batch, strict=True))
@@ -355,7 +355,8 @@ def main(flags):
     parameters = list(gve.lora_parameters().values())
     optimizer = torch.optim.AdamW(parameters, lr=flags.lr, weight_decay=flags.weight_decay, fused=kind == "cuda")
     store = f"{flags.features}/{tower_id(gve)}" if flags.features else None
-    collate = Collator(gve.processor, frames=flags.frames, max_tokens=flags.max_tokens, max_length=flags.max_length, store=store)
+    collate = Collator(gve.processor, frames=flags.frames, max_tokens=flags.max_tokens, max_length=flags.max_length,
+                       prompt_style=gve.prompt_style, store=store)
     torch.manual_seed(flags.seed + rank)  # dropout differs between ranks
 
     out, log_file, resumed, config = Path(flags.out), None, None, dataclasses.asdict(flags) | {"world": world}

@@ -2,6 +2,7 @@
 
     python uvrb.py check DIR             list every bad row of a benchmark folder as file:line: reason; status 1 if any (seconds)
     python uvrb.py check DIR --decode    also decode every video and image that it names (hours on the full release)
+    python uvrb.py derive NAME SOURCE OUT    build a dataset from its upstream annotation file (extras/derive.py)
 
 `read` turns one dataset's <DS>/jsonl/{queries,corpus,instances}.jsonl into items and lists of indices, `abilities` 16 scores into
 the paper's nine: applied to its Table 1 it gives its Table 2 to 0.0011, two misprints apart (tests/test_uvrb.py).
@@ -278,8 +279,13 @@ def main(argv=None):
     sub.add_argument("dir", help="benchmark folder, with <DS>/jsonl/queries.jsonl and so on")
     sub.add_argument("--root", nargs="+", default=[], help="further folders for media; paths are tried relative to them too")
     sub.add_argument("--decode", action="store_true", help="also decode every video and image")
+    from extras import derive  # only the command line needs it
+    derive.add_flags(commands.add_parser("derive", help="build a dataset from its upstream annotation file",
+                                         description=derive.__doc__, formatter_class=parser.formatter_class), DATASETS)
     args = parser.parse_args(argv)
     try:
+        if args.command == "derive":
+            return print(derive.derive(args, DATASETS[args.name][4:6]))
         bad = check(args.dir, args.root, args.decode)
     except (ValueError, FileNotFoundError) as e:
         sys.exit(str(e))

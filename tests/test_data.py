@@ -164,7 +164,7 @@ def test_content_ids_follow_content(media):
 
 
 @pytest.mark.parametrize("change, message", [({"sample": 3}, "keys: name, task"), ({"task": "V2X"}, "accepted: T2T"),
-                                             ({"path": "gone.jsonl"}, "does not exist"), ({"path": "empty.jsonl"}, "is empty"),
+                                             ({"path": "gone.jsonl"}, "No such file.*gone"), ({"path": "empty.jsonl"}, "empty"),
                                              ({"batch_size": 0}, "positive"), ({"batch_size": "4"}, "must be int"),
                                              ({"name": None}, "must be str")])
 def test_wrong_mixtures_name_file_entry_and_what_is_accepted(media, mixture, change, message):

@@ -1,0 +1,67 @@
+"""What a run over a mixture would be: the files that are here, their rows, steps, passes, GPU memory (Tables 6 to 9).
+
+    python data.py mixture mixtures/gve-3b.json --root DIR       # seconds; reads every training file once
+
+Memory is an estimate for LoRA on a bf16 base with gradient checkpointing, GiB per rank for one micro-batch of t tokens:
+    2 W + 16 A + t (2 L D + 40 I)
+W base weights, A LoRA weights (fp32: weight, gradient, two moments), L layers of width D, whose inputs are kept, I their MLP's
+width. Of one recomputed layer autograd holds 24.7 I bytes per token, counted with saved-tensor hooks (PEFT casts the input of
+each adapted projection to fp32); 40 I leaves room for what backward makes on the way. Graphs of more than one micro-batch kept
+at a time, as without GradCache, add 2 L D bytes for each of their tokens. No GPU has checked the estimate yet.
+"""
+
+import json
+import math
+import re
+from pathlib import Path
+
+from data import IMAGE_TOKENS, Source
+
+WIDTHS = {"3B": (3.75e9, 36, 2048, 11008, 256), "7B": (7.75e9, 28, 3584, 18944, 512)}  # W, L, D, I, width of keys and values
+TOKENS = {"T": 128, "I": IMAGE_TOKENS, "V": 800}  # per item: a guess for texts, the limits for images and 8 frames in 4 grids
+
+
+def lora_weights(layers, width, mlp, keys, r=16):
+    """Number of LoRA weights A of Table 9: rank r on q, k, v, up, gate and down of every layer."""
+    return layers * r * ((width + width) + 2 * (width + keys) + 3 * (width + mlp))
+
+
+def memory(model, tokens):
+    """GiB per rank of model "3B" or "7B" for a micro-batch of that many tokens, by the formula above."""
+    weights, layers, width, mlp, keys = WIDTHS[model]
+    state = 2 * weights + 16 * lora_weights(layers, width, mlp, keys)
+    return (state + tokens * (2 * layers * width + 40 * mlp)) / 2**30
+
+
+def describe(path, roots=(), batch_scale=32, epochs=3, micro_batch=32):
+    """Print each source of a mixture with its rows and steps, then the run over those that are here (the gve presets' numbers).
+
+    Returns an error text if no file is here. "passes": how often the rows of a source are seen under proportional sampling;
+    the pyramid draws by relevance, and logs its own.
+    """
+    present, absent = [], []
+    print(f"{'source':<26} {'task':<6} {'samples':>9} {'rows':>9} {'passes':>6} {'batch':>6} {'steps':>6}  file")
+    for entry in json.loads(Path(path).read_text(encoding="utf-8")):
+        found = next((file for base in (Path(path).parent, *roots) if (file := Path(base) / entry["path"]).is_file()), None)
+        if found is None:
+            absent.append(entry)
+            print(f"{entry['name']:<26} {entry['task']:<6} {entry.get('samples', 0):>9,} {'-':>9} {'-':>6} {'-':>6} {'-':>6}  "
+                  f"{entry['path']} is not here")
+            continue
+        source = Source(**{**entry, "path": str(found)})
+        batch = source.batch_size * batch_scale
+        steps = math.ceil(source.samples / batch)
+        present.append((source, steps))
+        print(f"{source.name:<26} {source.task:<6} {source.samples:>9,} {len(source):>9,} {source.samples / len(source):>6.2f} "
+              f"{batch:>6} {steps:>6,}  {entry['path']}")
+    if not present:
+        return f"{path}: none of its {len(absent)} files is here; --root names the folder that holds them"
+    pairs, total = sum(source.samples for source, _ in present), sum(steps for _, steps in present)
+    print(f"\n{len(present)} of {len(present) + len(absent)} sources, {pairs:,} pairs, {total:,} steps, {epochs} curriculum "
+          f"epochs of {total / epochs:,.0f} steps")
+    forms = {form for source, _ in present for form in re.findall(r"[TIV]+", source.task)}
+    item = 32 + max(sum(TOKENS[kind] for kind in form) for form in forms)  # 32: turns and instruction
+    sizes = ", ".join(f"{model} {memory(model, micro_batch * item):.0f} GiB" for model in WIDTHS)
+    print(f"GPU memory, 2 W + 16 A + t (2 L D + 40 I): about {sizes} for t = {micro_batch} items x {item} tokens")
+    if absent:
+        print(f"to train on what is here, delete the other {len(absent)} entries from a copy of {path}; name it with --mixture")
