@@ -20,7 +20,6 @@ import math
 import os
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -30,13 +29,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from data import Collator, Steps, load_mixture
 from embed import encode, parse_flags
 from kernels.infonce import info_nce_dist
 from model import GVE, to_device
+from state import STOP, everyones, heed_signals, load_state, rng_state, save_state
 
 # Figure 5, bottom up. # PAPER: the figure leaves out I2T and T2TI, which Tables 6 and 7 hold; both are level two here.
 LEVELS = (("T2T", "T2I"), ("TI2I", "TI2T", "TI2TI", "I2I", "I2T", "T2TI"), ("T2V", "I2V", "V2V"), ("TI2V", "TV2V"))
@@ -198,15 +197,6 @@ def reduce_sum(parameters, extra):
     return flat.double()
 
 
-def rng_state(device, state=None):
-    """Return the random state that dropout draws from on this device; set it first where one is given."""
-    get, put = (torch.cuda.get_rng_state, torch.cuda.set_rng_state) if device.type == "cuda" else (
-        torch.get_rng_state, torch.set_rng_state)
-    if state is not None:
-        put(state)
-    return get()
-
-
 def embed_parts(gve, batches, cached=False):
     """Embed a list of collated micro-batches -> (vectors (rows, D), what `replay` needs); the vision tower runs here, once.
 
@@ -252,11 +242,10 @@ def learning_rate(step, steps, peak, warmup):
     return peak * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
 
 
-def peak_memory(device):
+def memory(device):
     """Peak GiB: of the GPU where there is one, else of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else process) / 2**30
 
 
 def commit():
@@ -287,48 +276,6 @@ def pyramid_table(sources, sampler, relevance, error, p, steps):
         if members:
             lines.append(f"{level:>5} {'all':<6} {'':<39} {p[members].sum():7.3f} {p[members].sum() * steps:7.1f}")
     return "\n".join(lines)
-
-
-def everyones(value, world):
-    """Every rank's value, in rank order."""
-    values = [value] * world
-    if world > 1:
-        dist.all_gather_object(values, value)
-    return values
-
-
-STOP = []  # the signal that asked this process to stop, once it came; the ranks agree on the step in the all-reduce
-
-
-def save_state(folder, optimizer, rng, facts, keep):
-    """Write <folder>/step-N with weights, optimiser, every rank's random state (world, n) and facts; whole or not at all."""
-    tensors, part = {"rng": rng}, folder / "part"
-    for i, p in enumerate(optimizer.param_groups[0]["params"]):
-        tensors |= {f"{i}.weight": p.detach(), **{f"{i}.{name}": value for name, value in optimizer.state[p].items()}}
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    save_file(tensors, part / "tensors.safetensors")
-    (part / "facts.json").write_text(json.dumps(facts))
-    for path in (*part.iterdir(), part):
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
-    final = folder / f"step-{facts['step']:08d}"
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(part, final)
-    for old in sorted(folder.glob("step-*"))[:-keep]:
-        shutil.rmtree(old)
-
-
-def load_state(folder, optimizer):
-    """Restore weights and optimiser from the newest state -> (every rank's random state, facts)."""
-    newest = sorted(folder.glob("step-*"))[-1]
-    tensors, facts = load_file(newest / "tensors.safetensors"), json.loads((newest / "facts.json").read_text())
-    for i, p in enumerate(optimizer.param_groups[0]["params"]):
-        p.data.copy_(tensors[f"{i}.weight"])
-        optimizer.state[p] = {name: tensors[f"{i}.{name}"].to(p.device if name != "step" else "cpu")
-                              for name in ("step", "exp_avg", "exp_avg_sq")}
-    return tensors["rng"], facts
 
 
 def main(flags):
@@ -366,8 +313,9 @@ def main(flags):
         if changed.keys() - {"resume", "keep", "save_every"}:
             raise ValueError(f"{out}: cannot resume with other settings (then, now): {changed}")
     if rank == 0:
-        if not resumed:
-            shutil.rmtree(out / "state", ignore_errors=True)  # another run's
+        if not resumed and (out / "state").exists():  # another run's
+            shutil.rmtree(out / "state.old", ignore_errors=True)
+            os.replace(out / "state", out / "state.old")
         out.mkdir(parents=True, exist_ok=True)
         log_file = open(out / "log.jsonl", "a" if resumed else "w")
         log_file.truncate(resumed["log"] if resumed else 0)  # what came after the state is done again
@@ -462,7 +410,7 @@ def main(flags):
                 elapsed = time.perf_counter() - since
                 last = {"loss": loss_sum, "score": scores / n_scores, "positive": positives / rows, "gap": gaps / rows,
                         "lr": group["lr"], "grad_norm": norm, "items_per_s": seen / elapsed, "waiting": waited / elapsed,
-                        "memory_gib": peak_memory(device), "bad_rows": len(bad_rows)}
+                        "memory_gib": memory(device), "bad_rows": len(bad_rows)}
                 last = {k: float(f"{v:.6g}") for k, v in last.items()}
                 log("step", step=step, epoch=epoch, source=source.name, rows=int(rows), **last)
                 seen, waited, since = 0, 0.0, time.perf_counter()
@@ -480,7 +428,7 @@ def main(flags):
                         "bad_rows": sorted(set().union(*bad)), "log": log_file.tell()}, flags.keep)
             if stops:
                 say(f"stopped after step {step} as asked; `--resume auto` goes on from here")
-                sys.exit(128 + (STOP or [signal.SIGTERM])[0])
+                sys.exit(128 + (STOP or [15])[0])  # 15: the signal came to another rank
             clock = time.perf_counter()
     bar.close()
     bad_rows = set().union(*everyones(bad_rows, world))  # every rank met its own
@@ -489,12 +437,6 @@ def main(flags):
     if world > 1:
         dist.destroy_process_group()
     return gve
-
-
-def heed_signals():
-    """Let SIGTERM and SIGINT end the run after the step at hand: saved, exit status 128 + the signal's number."""
-    for wanted in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(wanted, lambda number, _: STOP.append(number))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,75 @@
+"""What a run needs to go on as if nothing had happened: its state on disk, the random numbers of every rank, signals.
+
+    <out>/state/step-N/tensors.safetensors    LoRA weights, AdamW's moments, each rank's random state
+    <out>/state/step-N/facts.json             step, epoch, curriculum state, flags, where the log stood
+
+A state is written beside its place, synced and renamed, so that what has the name is whole. train.py --resume auto reads it.
+"""
+
+import json
+import os
+import shutil
+import signal
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+
+STOP = []  # the signals that asked this process to stop
+
+
+def heed_signals():
+    """Let SIGTERM and SIGINT end the run after the step at hand: saved, exit status 128 + the signal's number."""
+    for wanted in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(wanted, lambda number, _: STOP.append(number))
+
+
+def everyones(value, world):
+    """Every rank's value, in rank order."""
+    values = [value] * world
+    if world > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def rng_state(device, state=None):
+    """Return the random state that dropout draws from on this device; set it first where one is given."""
+    if device.type == "cuda":
+        get, put = (lambda: torch.cuda.get_rng_state(device)), (lambda s: torch.cuda.set_rng_state(s, device))
+    else:
+        get, put = torch.get_rng_state, torch.set_rng_state
+    if state is not None:
+        put(state)
+    return get()
+
+
+def save_state(folder, optimizer, rng, facts, keep):
+    """Write folder/step-N: weights and moments of the optimiser's parameters, rng (world, n) uint8, facts; keep the newest."""
+    tensors, part = {"rng": rng}, folder / "part"
+    for i, p in enumerate(optimizer.param_groups[0]["params"]):
+        tensors |= {f"{i}.weight": p.detach(), **{f"{i}.{name}": value for name, value in optimizer.state[p].items()}}
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    save_file(tensors, part / "tensors.safetensors")
+    (part / "facts.json").write_text(json.dumps(facts))
+    for path in (*part.iterdir(), part):
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+    final = folder / f"step-{facts['step']:08d}"
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(part, final)
+    for old in sorted(folder.glob("step-*"))[:-keep]:
+        shutil.rmtree(old)
+
+
+def load_state(folder, optimizer):
+    """Restore weights and optimiser from the newest state -> (every rank's random state (world, n), facts)."""
+    newest = sorted(folder.glob("step-*"))[-1]
+    tensors, facts = load_file(newest / "tensors.safetensors"), json.loads((newest / "facts.json").read_text())
+    moments = {}
+    for i, p in enumerate(optimizer.param_groups[0]["params"]):
+        p.data.copy_(tensors[f"{i}.weight"])
+        moments[i] = {name: tensors[f"{i}.{name}"] for name in ("step", "exp_avg", "exp_avg_sq")}
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
+    return tensors["rng"], facts
