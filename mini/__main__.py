@@ -303,7 +303,7 @@ def pretrain_prober(out, seed=42):
     run(f"{RANKS} train.py --base {BASE} --prober {BASE} --mixture runs/mini/train/coarse.json --out {CACHE / 'prober'} "
         f"--epochs 1 --schedule uniform --steps 200 --seed {seed} --workers 0", OMP_NUM_THREADS="1")
     shutil.rmtree(out, ignore_errors=True)
-    shutil.copytree(CACHE / "prober", out, ignore=lambda _, names: [n for n in names if n in ("log.jsonl", "state", "state.old", "README.md")])
+    shutil.copytree(CACHE / "prober", out, ignore=shutil.ignore_patterns("log.jsonl", "state*"))
     weights = load_file(out / "adapter_model.safetensors")
     save_file({k: v.to(torch.bfloat16) for k, v in weights.items()}, out / "adapter_model.safetensors", {"format": "pt"})
 
