@@ -154,7 +154,7 @@ def probe(gve, sources, flags, rank=0, world=1):
                 query, positive, *_ = source.load(int(row), roots(flags))
                 queries.append(query)
                 positives.append(positive)
-        options = dict(batch_size=flags.micro_batch, workers=flags.workers, frames=flags.frames, max_tokens=flags.max_tokens,
+        options = dict(workers=flags.workers, frames=flags.frames, max_tokens=flags.max_tokens,
                        max_length=flags.max_length)
         (q, bad_q), (p, bad_p) = encode(gve, queries, source.instruction, **options), encode(gve, positives, **options)
         cosine = (q * p).sum(1).double()[[i for i in range(len(q)) if i not in bad_q | bad_p]]
