@@ -51,7 +51,7 @@ class Decoder(threading.local):
         parents.close()  # an open copy would hide the parent's death
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
         torch.set_num_threads(1)
-        with contextlib.suppress(EOFError):
+        with contextlib.suppress(EOFError, BrokenPipeError):
             while True:
                 pipe.send(prepare(pipe.recv()))
 
