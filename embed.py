@@ -108,7 +108,7 @@ def _batches(samples, failed, batch_tokens):
 
 
 @torch.no_grad()
-def encode(gve, items, instruction=None, *, batch_tokens=16384, workers=0, seconds=60, frames=8, max_tokens=200, max_length=8192,
+def encode(gve, items, instruction=None, *, batch_tokens=4096, workers=0, seconds=60, frames=8, max_tokens=200, max_length=8192,
            cache=None, desc=None):
     """Embed resolved items -> (vectors (n, D) float32 on the CPU, {index: reason} of the items that failed; their rows are NaN).
 
@@ -309,7 +309,7 @@ class Flags:
     out: str = dataclasses.field(default="runs/vectors", metadata={"help": "folder to write"})
     instruction: str = dataclasses.field(default="", metadata={"help": "system turn for every item; empty: the default one"})
     root: list[str] = dataclasses.field(default_factory=list, metadata={"help": "more folders that media may lie in"})
-    batch_tokens: int = dataclasses.field(default=16384, metadata={"help": "tokens per forward, padding included"})
+    batch_tokens: int = dataclasses.field(default=4096, metadata={"help": "tokens per forward, padding included"})
     workers: int = dataclasses.field(default=2, metadata={"help": "decoding processes per rank; 0 decodes inline"})
     seconds: float = dataclasses.field(default=60, metadata={"help": "time a worker has for a clip, in seconds"})
     frames: int = dataclasses.field(default=8, metadata={"help": "frames per video, even"})

@@ -48,7 +48,7 @@ class Flags:
     datasets: list[str] = flag([], "the datasets to score; none: all that are there")
     frames: int = flag(8, "frames per video, even")
     max_tokens: int = flag(200, "visual tokens per frame at most, 28x28 pixels each")
-    batch_tokens: int = flag(16384, "tokens per forward pass, padding included")
+    batch_tokens: int = flag(4096, "tokens per forward pass, padding included")
     workers: int = flag(0, "decoding processes per rank; 0 decodes in this one")
     seconds: float = flag(60.0, "time a decoding process has for a clip, in seconds")
     dtype: str = flag("", "float32 or bfloat16; empty: bfloat16 on a GPU, float32 elsewhere")

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -298,3 +299,77 @@ def test_command_writes_vectors_and_names_what_failed(tiny, media, tmp_path):
     gve = GVE.from_pretrained(tiny)
     expected = gve.embed([{"text": "hello"}, {"video": str(media / "b.mp4")}]).numpy()
     assert np.abs(vectors[[0, 2]] - expected).max() < 1e-5
+
+
+def anonymous():
+    """Memory of this process that no file backs, in GB."""
+    return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) / 1e6
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads RssAnon in /proc")
+@pytest.mark.parametrize("n, m", [(1000, 100_000), (10_000, 1_000_000)])
+def test_top_k_over_a_million_vectors_costs_little_more_than_the_products(tmp_path, n, m):
+    """1,024 wide in half precision on disk, k = 100. The values are small integers, so that scores are exact and ties abound."""
+    corpus = np.lib.format.open_memmap(tmp_path / "c.npy", "w+", np.float16, (m, 1024))
+    for start in range(0, m, 50_000):
+        corpus[start : start + 50_000] = np.random.default_rng(start).integers(-3, 4, (min(50_000, m), 1024), np.int8)
+    corpus.flush()
+    corpus, queries = np.load(tmp_path / "c.npy", mmap_mode="r"), torch.randint(-3, 4, (n, 1024)).float()
+    peak, done, began, spent = anonymous(), threading.Event(), time.perf_counter(), time.process_time()
+
+    def watch():
+        nonlocal peak
+        while not done.wait(0.02):
+            peak = max(peak, anonymous())
+
+    threading.Thread(target=watch).start()
+    scores, indices = top_k(queries, corpus, 100)
+    done.set()
+    clock, work = time.perf_counter() - began, time.process_time() - spent
+    began, spent = time.perf_counter(), time.process_time()
+    for start in range(0, m, 16384):
+        block = torch.from_numpy(np.array(corpus[start : start + 16384])).float()
+        for row in range(0, n, 1024):
+            queries[row : row + 1024] @ block.T
+    ratio = (time.perf_counter() - began) / clock, (time.process_time() - spent) / work
+    print(f"{n} x {m}: {clock:.0f} s, {1 / ratio[0]:.2f} times cast and product by the clock, {1 / ratio[1]:.2f} in processor time, "
+          f"peak {peak:.2f} GB")
+    some = torch.arange(0, n, n // 20)
+    full = torch.cat([queries[some] @ torch.from_numpy(np.array(corpus[i : i + 10_000])).float().T for i in range(0, m, 10_000)], 1)
+    best, order = full.sort(dim=1, descending=True, stable=True)
+    assert torch.equal(scores[some], best[:, :100]) and torch.equal(indices[some], order[:, :100])
+    assert peak <= 2 and 1 / ratio[1] <= 1.3
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (ROOT / "runs/mini/uvrb").is_dir(), reason="needs `python -m mini render`")
+def test_mini_uvrb_killed_at_20_moments_gives_the_numbers_of_an_uninterrupted_run(tmp_path):
+    import eval as ev
+    gve, rng, finished = GVE.from_pretrained(ROOT / "mini/prober"), random.Random(0), 0
+
+    def score(out, workers):
+        os.chdir(ROOT)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(GVE, "from_pretrained", lambda *args, **options: gve)
+            patch.setattr(ev, "Cache", lambda folder, model: Cache(folder, model, every=0.2))
+            ev.main(ev.Flags(ckpt="mini/prober", out=str(out), device="cpu", workers=workers))
+
+    for attempt in range(20):
+        work = multiprocessing.get_context("fork").Process(target=score, args=(tmp_path / "killed", attempt % 3))
+        work.start()
+        some = len(list(tmp_path.rglob("*.npy"))) + rng.randrange(6)
+        while len(list(tmp_path.rglob("*.npy"))) < some and work.is_alive():
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.2))
+        finished += not work.is_alive()
+        os.kill(work.pid, signal.SIGKILL)
+        work.join()
+    assert finished == 0, "the kills came too late"
+    for out in ("killed", "whole"):
+        score(tmp_path / out, 0)
+    killed, whole = (json.loads((tmp_path / out / "results.json").read_text())["datasets"] for out in ("killed", "whole"))
+    assert killed == whole
+    for folder in (tmp_path / "killed" / "cache").iterdir():
+        assert len(lines_of(folder)) == len(set(lines_of(folder))), "an item was encoded twice"
+    assert sorted(lines_of(tmp_path / "killed")) == sorted(lines_of(tmp_path / "whole"))
