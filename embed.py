@@ -1,116 +1,285 @@
 """Vectors for any number of items, and exact top-k over them (arXiv 2510.27571, section 4.1: cosines, no re-ranking).
 
     python embed.py items.jsonl --ckpt runs/gve-mini --out runs/vectors      # one item per line, an "id" beside it if you like
+    torchrun --nproc-per-node 8 embed.py items.jsonl --ckpt ... --out ...    # the ranks share the items
     -> runs/vectors/vectors.npy (n, D) float32, NaN where an item failed, and items.jsonl, one line per item with its fate
 
+What is encoded is kept in <out>/cache: a run that was killed goes on where it stopped.
 Legend: N queries, M corpus items, D embedding dim, n items.
 """
 
 import argparse
+import collections
+import contextlib
 import dataclasses
+import datetime
+import hashlib
+import itertools
 import json
+import multiprocessing
 import os
+import signal
 import sys
+import tempfile
+import threading
+import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import transformers
 from tqdm import tqdm
 
 from data import Collator, read_jsonl, resolve
 from model import GVE, to_device
 
 
-class Batches(torch.utils.data.Dataset):
-    """Decode and collate lists of items in DataLoader workers; an item that fails leaves its batch and takes nothing with it."""
+class Decoder(threading.local):
+    """Prepare items by index, in a process of its own for each thread that calls. One that dies, or takes longer than `seconds`
+    over an item, is replaced: a decoder that hangs in C ends only with its process. -> (i, sample or reason)"""
+    process = None
 
-    def __init__(self, items, order, collate, instruction):
-        self.items, self.order, self.collate, self.instruction = items, order, collate, instruction
+    def __init__(self, items, prepare, seconds, lock):
+        self.items, self.prepare, self.seconds, self.lock = items, prepare, seconds, lock
 
-    def __len__(self):
-        return len(self.order)
+    @staticmethod
+    def serve(parents, pipe, prepare):
+        parents.close()  # an open copy would hide the parent's death
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
+        torch.set_num_threads(1)
+        with contextlib.suppress(EOFError, BrokenPipeError):
+            while True:
+                pipe.send(prepare(pipe.recv()))
 
-    def __getitem__(self, b):
-        samples, good, failed = [], [], {}
-        for i in self.order[b]:
-            try:
-                samples.append(self.collate.prepare(self.items[i], self.instruction))
-                good.append(i)
-            except (ValueError, FileNotFoundError) as error:
-                failed[i] = str(error)
-        return (self.collate.batch(samples) if samples else None), good, failed
+    def __call__(self, i):
+        if self.process is None:
+            fork = multiprocessing.get_context("fork")  # the items need not be sent
+            with self.lock:  # held while the model runs, too: a fork copies locks as they stand, its threads' as well
+                self.pipe, theirs = fork.Pipe()
+                self.process = fork.Process(target=self.serve, args=(self.pipe, theirs, self.prepare), daemon=True)
+                self.process.start()
+                theirs.close()
+        try:
+            self.pipe.send(i)
+            if self.pipe.poll(self.seconds):
+                return i, self.pipe.recv()
+            reason = f"not decoded within {self.seconds:g} s"
+        except (EOFError, OSError):
+            reason = "its decoder crashed"
+        self.process.kill()
+        self.process = None
+        return i, f"{self.items[i]}: {reason}"
+
+
+def _prepared(order, items, prepare, workers, seconds, lock):
+    """Yield (i, what prepare(i) returns, or the reason why it cannot) in order; `workers` processes decode ahead."""
+    if not workers:
+        yield from ((i, prepare(i)) for i in order)
+        return
+    decoder, threads = Decoder(items, prepare, seconds, lock), ThreadPoolExecutor(workers)
+    futures = (threads.submit(decoder, i) for i in order)
+    ahead = collections.deque(itertools.islice(futures, 4 * workers))
+    try:
+        while ahead:
+            yield ahead.popleft().result()
+            ahead.extend(itertools.islice(futures, 1))
+    finally:
+        threads.shutdown(cancel_futures=True)
+
+
+def _batches(samples, failed, batch_tokens):
+    """Group (i, sample) into dicts of at most batch_tokens tokens, padding included; a reason in place of a sample is noted."""
+    batch, width = {}, 0
+    for i, sample in samples:
+        if isinstance(sample, str):
+            failed[i] = sample
+            continue
+        width = max(width, len(sample["ids"]))
+        if batch and width * (len(batch) + 1) > batch_tokens:
+            yield batch
+            batch, width = {}, len(sample["ids"])
+        batch[i] = {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in sample.items()}
+    if batch:
+        yield batch
 
 
 @torch.no_grad()
-def encode(gve, items, instruction=None, *, batch_size=32, workers=0, frames=8, max_tokens=200, max_length=8192, desc=None):
+def encode(gve, items, instruction=None, *, batch_tokens=4096, workers=0, seconds=60, frames=8, max_tokens=200, max_length=8192,
+           cache=None, desc=None):
     """Embed resolved items -> (vectors (n, D) float32 on the CPU, {index: reason} of the items that failed; their rows are NaN).
 
-    Equal items are encoded once. Batches hold items of like kind and length; the result is in the items' order.
-    workers: decoding processes, 0 decodes inline. desc: label of the progress bar, None shows none.
+    Equal items are encoded once; batches hold items of like kind and length, the result is in the items' order.
+    batch_tokens: tokens per forward, padding included. workers: decoding processes, which give a clip up after so many seconds;
+    0 decodes inline, without a limit. cache: a Cache of this model. With it the vectors lie in a file rather than in memory, and
+    torch.distributed's ranks share the work: all pass the same items and get the same. desc: label of a progress bar.
     """
-    names, first = [json.dumps(item, sort_keys=True) for item in items], {}
-    for i, name in enumerate(names):
-        first.setdefault(name, i)
-    kind = [("video" in item, "image" in item, len(item.get("text") or "")) for item in items]
-    keys = sorted(first.values(), key=lambda i: kind[i])
-    order = [keys[i : i + batch_size] for i in range(0, len(keys), batch_size)]
-    collate = Collator(gve.processor, frames=frames, max_tokens=max_tokens, max_length=max_length,
-                       prompt_style=gve.prompt_style)
-    loader = torch.utils.data.DataLoader(Batches(items, order, collate, instruction), batch_size=None, num_workers=workers)
-    vectors, failed = torch.full((len(items), gve.dim), torch.nan), {}
-    training = gve.training
+    collate = Collator(gve.processor, frames=frames, max_tokens=max_tokens, max_length=max_length, prompt_style=gve.prompt_style)
+    rank, world = (dist.get_rank(), dist.get_world_size()) if cache and dist.is_initialized() else (0, 1)
+    keys, first, failed, lock = [item_key(item) for item in items], {}, {}, threading.Lock()
+    for i, key in enumerate(keys):
+        first.setdefault(key, i)
+    order = sorted(first.values(), key=lambda i: ["video" in items[i], "image" in items[i], len(items[i].get("text") or "")])
+    vectors = torch.full((len(items), gve.dim), torch.nan) if cache is None else cache.room(len(items), gve.dim)
+    known = cache.open(instruction, collate).read(first, vectors) if cache else set()
+
+    def prepare(i):
+        try:
+            sample = collate.prepare(items[i], instruction)
+        except Exception as error:  # a decoder may raise anything over a damaged file; it is listed, not hidden
+            return str(error) if isinstance(error, (ValueError, FileNotFoundError)) else f"{items[i]}: {error!r}"
+        return {k: v.numpy() if isinstance(v, torch.Tensor) else v for k, v in sample.items()}
+
+    training, todo = gve.training, [i for i in order[rank::world] if i not in known]
     gve.eval()
-    with tqdm(total=len(keys), desc=desc, disable=desc is None, leave=False) as bar:
-        for batch, good, bad in loader:
-            if good:
-                vectors[good] = gve(to_device(batch, gve.device)).float().cpu()
-            failed.update(bad)
-            bar.update(len(good) + len(bad))
+    with tqdm(total=len(todo), desc=desc, disable=desc is None or rank > 0, leave=False) as bar:
+        for batch in _batches(_prepared(todo, items, prepare, workers, seconds, lock), failed, batch_tokens):
+            with lock:
+                vectors[list(batch)] = made = gve(to_device(collate.batch(list(batch.values())), gve.device)).float().cpu()
+            if cache:
+                cache.add([{"key": keys[i], "item": items[i]} for i in batch], made)
+            bar.update(len(batch))
     gve.train(training)
-    for i, name in enumerate(names):
-        j = first[name]
-        vectors[i] = vectors[j]
-        if j in failed:
-            failed[i] = failed[j]
-    return vectors, failed
+    if cache:
+        cache.flush()
+    if world > 1:
+        everyones = [None] * world
+        dist.all_gather_object(everyones, failed)  # all shards are on the disk when this returns
+        failed = {i: reason for reasons in everyones for i, reason in reasons.items()}
+        cache.read(first, vectors)
+    again = [i for i, key in enumerate(keys) if first[key] != i]
+    vectors[again] = vectors[[first[keys[i]] for i in again]]
+    return vectors, {i: failed[first[key]] for i, key in enumerate(keys) if first[key] in failed}
 
 
-def top_k(queries, corpus, k, *, block=65536, query_block=1024):
-    """Find each query's k best corpus rows by inner product, exactly, ties by corpus order.
+def hash_weights(module):
+    """SHA-256 of a module's weights, names, shapes and dtypes included. About a second per GB."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
-    queries (N, D), corpus (M, D), any float dtype, tensors or memory maps -> (scores (N, k) float32, indices (N, k) int64).
-    The corpus is read in blocks, so extra memory is query_block x block floats whatever M is.
+
+def item_key(item):
+    """Hash what an item's vector depends on: text, paths, spans and, standing for the content, the files' sizes and times."""
+    media = [m if isinstance(m, str) else m.get("path", m.get("video")) for m in (item.get("image"), item.get("video")) if m]
+    files = [f for path in media for f in (sorted(Path(path).iterdir()) if os.path.isdir(path) else [path]) if os.path.exists(f)]
+    stamps = [[os.path.basename(f), os.stat(f).st_size, os.stat(f).st_mtime_ns] for f in files]
+    return hashlib.sha256(json.dumps([item, stamps], sort_keys=True).encode()).hexdigest()
+
+
+def _write(path, write):
+    """Write a file through write(file); it gets its name when it is whole and on the disk."""
+    part = path.with_name(f"{uuid.uuid4().hex}.part")
+    with open(part, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+class Cache:
+    """A model's vectors on disk: FOLDER/KEY/ holds key.json, what KEY is a hash of (weights, code, instruction, protocol), and
+    shards, each X.npy (n, D) float32 and X.jsonl with a line {"key", "item"} per row.
+
+    Shards are only ever added, whole, by any number of processes; a killed one loses at most its last `every` seconds of work.
     """
-    k = min(k, len(corpus))
-    scores, indices = torch.empty(len(queries), k), torch.empty(len(queries), k, dtype=torch.int64)
-    for row in range(0, len(queries), query_block):
-        q = _tensor(queries[row : row + query_block]).float()
-        best_s, best_i = q.new_empty(len(q), 0), torch.empty(len(q), 0, dtype=torch.int64, device=q.device)
-        for start in range(0, len(corpus), block):
-            c = _tensor(corpus[start : start + block]).to(q)
-            s, i = _top(q @ c.T, min(k, len(c)))
-            # Earlier blocks stand first, so a stable sort keeps corpus order among equal scores.
-            best_s, order = torch.cat([best_s, s], 1).sort(dim=1, descending=True, stable=True)
-            best_s, best_i = best_s[:, :k], torch.cat([best_i, i + start], 1).gather(1, order)[:, :k]
-        scores[row : row + len(q)], indices[row : row + len(q)] = best_s.cpu(), best_i.cpu()
-    return scores, indices
+
+    def __init__(self, folder, gve, every=15):
+        self.folder, self.every, processor = Path(folder), every, gve.processor
+        self.folder.mkdir(parents=True, exist_ok=True)
+        parts = [Path(__file__).with_name(name).read_text() for name in ("data.py", "model.py")]  # an edit meets no old vector
+        parts += processor.image_processor.to_json_string(), processor.video_processor.to_json_string()
+        parts.append(processor.tokenizer.backend_tokenizer.to_str())
+        self.key = {"weights": hash_weights(gve), "code and processor": hashlib.sha256("".join(parts).encode()).hexdigest(),
+                    "device": gve.device.type, "torch": torch.__version__, "transformers": transformers.__version__}
+
+    def room(self, n, dim):
+        """NaN (n, dim) float32 in a file without a name: memory that the system can have back at any time."""
+        with tempfile.TemporaryFile(dir=self.folder) as file:
+            return torch.from_numpy(np.memmap(file, np.float32, "w+", shape=(max(n, 1), dim)))[:n].fill_(torch.nan)
+
+    def open(self, instruction, collate):
+        """Turn to the shards of one instruction and one setting of the Collator."""
+        settings = {k: v for k, v in vars(collate).items() if isinstance(v, (int, float, str, dict, type(None)))}
+        content = json.dumps(self.key | settings | {"instruction": instruction}, indent=1, sort_keys=True).encode()
+        self.here = self.folder / hashlib.sha256(content).hexdigest()[:16]
+        self.here.mkdir(parents=True, exist_ok=True)
+        _write(self.here / "key.json", lambda file: file.write(content))
+        self.lines, self.vectors, self.since = [], [], time.monotonic()
+        return self
+
+    def read(self, first, vectors):
+        """Copy what is there into vectors[first[key]], a memory-mapped shard at a time -> the set of these indices."""
+        known = set()
+        for path in sorted(self.here.glob("*.jsonl")):
+            keys, shard = [row["key"] for _, row in read_jsonl(path)], np.load(path.with_suffix(".npy"), mmap_mode="r")
+            rows = [row for row, key in enumerate(keys) if key in first]
+            at = [first[keys[row]] for row in rows]
+            vectors[at] = torch.from_numpy(shard[rows])
+            known.update(at)
+        return known
+
+    def add(self, lines, vectors):
+        self.lines += lines
+        self.vectors.append(vectors)
+        if time.monotonic() - self.since > self.every:
+            self.flush()
+
+    def flush(self):
+        """Write a shard: its vectors, and then the lines, which alone make it one."""
+        if self.lines:
+            name, text = uuid.uuid4().hex, "".join(json.dumps(line) + "\n" for line in self.lines)
+            _write(self.here / f"{name}.npy", lambda file: np.save(file, torch.cat(self.vectors).numpy()))
+            _write(self.here / f"{name}.jsonl", lambda file: file.write(text.encode()))
+        self.lines, self.vectors, self.since = [], [], time.monotonic()
+
+
+def top_k(queries, corpus, k, *, block=16384, query_block=1024):
+    """Find each query's k best corpus rows by inner product, exactly, ties by corpus order; rows with a NaN are never found.
+
+    queries (N, D), corpus (M, D), any float dtype, tensors or memory maps; computed in float32 on the queries' device
+    -> (scores (N, k) float32, indices (N, k) int64) on the CPU, -inf and -1 where there are fewer than k rows to find.
+    The corpus is read once, in blocks: extra memory is (N + block) x D and some query_block x block floats, whatever M is.
+    """
+    queries, k, start = _tensor(queries).float(), min(k, len(corpus)), 0
+    best_s = queries.new_full((len(queries), k), -torch.inf)
+    best_i = torch.full_like(best_s, -1, dtype=torch.int64)
+    while start < len(corpus):
+        # Blocks grow, because few scores beat the k-th best so far once a good part of the corpus has been seen. Picking those
+        # few costs a fraction of torch.topk over the block, which breaks ties arbitrarily, too.
+        stop = min(start + min(max(4 * k, 3 * start), block), len(corpus))
+        c = _tensor(corpus[start:stop]).to(queries)
+        for own in (slice(row, row + query_block) for row in range(0, len(queries), query_block)):
+            scores = queries[own] @ c.T  # (Q, stop - start)
+            row, column = (scores > best_s[own, -1:]).nonzero(as_tuple=True)  # in corpus order; equal ones come too late
+            count = row.bincount(minlength=len(scores))
+            place = k + torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row]
+            s = F.pad(best_s[own], (0, int(count.max())), value=-torch.inf)  # the best so far, then each row's better ones
+            i = F.pad(best_i[own], (0, int(count.max())), value=-1)
+            s[row, place], i[row, place] = scores[row, column], column + start
+            s, order = s.sort(dim=1, descending=True, stable=True)  # stable: corpus order among equal scores
+            best_s[own], best_i[own] = s[:, :k], i.gather(1, order)[:, :k]
+        start = stop
+    return best_s.cpu(), best_i.cpu()
 
 
 def _tensor(x):
     return torch.from_numpy(np.array(x)) if isinstance(x, np.ndarray) else torch.as_tensor(x)  # a copy: memory maps are read-only
 
 
-def _top(scores, k):
-    """topk with ties by column. torch.topk breaks them arbitrarily, also at its edge: rows with a tie there pay for a sort."""
-    s, i = scores.topk(k, dim=1)
-    i, order = i.sort(dim=1)
-    s, order = s.gather(1, order).sort(dim=1, descending=True, stable=True)
-    i = i.gather(1, order)
-    edge = s[:, -1:]
-    tied = (scores == edge).sum(1) > (s == edge).sum(1)
-    if tied.any():
-        s[tied], i[tied] = (x[:, :k] for x in scores[tied].sort(dim=1, descending=True, stable=True))
-    return s, i
+def join_ranks():
+    """Join torchrun's other processes, where it started this one -> rank."""
+    if "RANK" not in os.environ:
+        return 0
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))  # ranks wait for the slowest one's clips
+    return dist.get_rank()
 
 
 def parse_flags(cls, argv=None, doc=None, presets=None):
@@ -141,8 +310,9 @@ class Flags:
     instruction: str = dataclasses.field(default="", metadata={"help": "system turn for every item; empty: the default one"})
     prompt_style: str = dataclasses.field(default="", metadata={"help": "system or user turn; empty: the checkpoint's own"})
     root: list[str] = dataclasses.field(default_factory=list, metadata={"help": "more folders that media may lie in"})
-    batch_size: int = dataclasses.field(default=32, metadata={"help": "items per forward"})
-    workers: int = dataclasses.field(default=2, metadata={"help": "decoding processes"})
+    batch_tokens: int = dataclasses.field(default=4096, metadata={"help": "tokens per forward, padding included"})
+    workers: int = dataclasses.field(default=2, metadata={"help": "decoding processes per rank; 0 decodes inline"})
+    seconds: float = dataclasses.field(default=60, metadata={"help": "time a worker has for a clip, in seconds"})
     frames: int = dataclasses.field(default=8, metadata={"help": "frames per video, even"})
     max_tokens: int = dataclasses.field(default=200, metadata={"help": "vision tokens per video frame"})
     device: str = dataclasses.field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "torch device"})
@@ -158,23 +328,20 @@ def main(path, flags):
         except (ValueError, FileNotFoundError) as error:
             failed[i] = f"{path}:{number}: {error}"
             items.append({"text": " "})  # holds the place; its vector is blanked below
-    gve = GVE.from_pretrained(flags.ckpt, device=flags.device, prompt_style=flags.prompt_style)
-    vectors, more = encode(gve, items, flags.instruction or None, batch_size=flags.batch_size, workers=flags.workers,
-                           frames=flags.frames, max_tokens=flags.max_tokens, desc="encode")
+    rank, out = join_ranks(), Path(flags.out)
+    gve = GVE.from_pretrained(flags.ckpt, device=flags.device)
+    vectors, more = encode(gve, items, flags.instruction or None, batch_tokens=flags.batch_tokens, workers=flags.workers,
+                           seconds=flags.seconds, frames=flags.frames, max_tokens=flags.max_tokens,
+                           cache=Cache(out / "cache", gve), desc="encode")
+    if rank > 0:
+        return
     failed = {**{i: f"{path}:{rows[i][0]}: {reason}" for i, reason in more.items()}, **failed}
     vectors[list(failed)] = torch.nan
-    out = Path(flags.out)
-    out.mkdir(parents=True, exist_ok=True)
     lines = [{"id": row.get("id", str(i)), "line": number, **({"error": failed[i]} if i in failed else {})}
              for i, (number, row) in enumerate(rows)]
-    (out / "items.jsonl.part").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with open(out / "vectors.npy.part", "wb") as file:
-        np.save(file, vectors.numpy())
-    for name in ("vectors.npy", "items.jsonl"):
-        os.replace(out / f"{name}.part", out / name)
-    for reason in failed.values():
-        print(reason)
-    print(f"{out}: {len(rows) - len(failed)} of {len(rows)} items embedded, dim {gve.dim}")
+    _write(out / "vectors.npy", lambda file: np.save(file, vectors.numpy()))
+    _write(out / "items.jsonl", lambda file: file.write("".join(json.dumps(line) + "\n" for line in lines).encode()))
+    print(*failed.values(), f"{out}: {len(rows) - len(failed)} of {len(rows)} items embedded, dim {gve.dim}", sep="\n")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@
     python eval.py --published                              Table 2 recomputed from Table 1: two misprints, else within 0.0011
 
 Writes <out>/results.json, complete or not at all, and one line per dataset to <out>/log.jsonl. Nothing here is random.
+<out>/cache keeps the vectors: a run that was killed goes on where it stopped. Under torchrun the ranks share the encoding.
 
 Protocol: vision only, uniform frames, cosine in float32, no re-ranking. Queries carry their dataset's prompt (Table 5) as system
 turn, corpus items the default one. Ties rank in corpus order.
@@ -24,11 +25,12 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 
 import uvrb
-from embed import GVE, encode, parse_flags
+from embed import GVE, Cache, encode, join_ranks, parse_flags
 
 TIES = "corpus order: of equal scores the item that comes first in corpus.jsonl ranks first"
 TOLERANCE = 0.0011  # the paper's tables are rounded to 0.001; a mean of rounded cells is off by at most that
@@ -47,8 +49,9 @@ class Flags:
     frames: int = flag(8, "frames per video, even")
     max_tokens: int = flag(200, "visual tokens per frame at most, 28x28 pixels each")
     prompt_style: str = flag("", "turn that holds a query's prompt, system or user; empty: the checkpoint's own, else system")
-    batch_size: int = flag(32, "items per forward pass")
-    workers: int = flag(0, "decoding processes; 0 decodes in this one")
+    batch_tokens: int = flag(4096, "tokens per forward pass, padding included")
+    workers: int = flag(0, "decoding processes per rank; 0 decodes in this one")
+    seconds: float = flag(60.0, "time a decoding process has for a clip, in seconds")
     dtype: str = flag("", "float32 or bfloat16; empty: bfloat16 on a GPU, float32 elsewhere")
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "torch device")
     name: str = flag("", "the model's name in the tables; empty: the last part of --ckpt")
@@ -64,11 +67,12 @@ def ranks(queries, corpus, positives, pools=None, *, block=2**26):
     N lists of the indices to rank, positives included. Returns N ascending lists of the positives' ranks from 1, where other
     positives take up places too, as in trec_eval. About `block` scores exist at a time.
     """
-    queries, corpus = (F.normalize(x.float(), dim=-1) for x in (queries, corpus))
-    assert queries.isfinite().all() and corpus.isfinite().all(), "a NaN would compare false and so rank first"
     step, out = max(1, block // max(1, len(corpus))), []
     for start in range(0, len(queries), step):
-        for i, scores in enumerate(queries[start : start + step] @ corpus.T, start):  # scores (M,)
+        q = F.normalize(queries[start : start + step].float(), dim=-1)
+        cosines = torch.cat([q @ F.normalize(c.float(), dim=-1).T for c in corpus.split(65536)], 1)  # no copy of the corpus
+        assert cosines.isfinite().all(), "a NaN would compare false and so rank first"
+        for i, scores in enumerate(cosines, start):  # scores (M,)
             own = positives[i]
             if pools is not None:
                 pool = sorted(pools[i])  # corpus order again
@@ -146,23 +150,24 @@ def summarise(benchmark, model, protocol, datasets):
     return {"benchmark": benchmark, "model": model, "protocol": protocol, "datasets": datasets, "abilities": means, **averages}
 
 
-def embed(gve, rows, instruction, flags, desc):
+def embed(gve, rows, instruction, flags, desc, cache=None):
     """Encode the items of rows, equal ones once: (vectors (n, D), {index: "file:line: reason"} of those that have no vector)."""
-    vectors, failed = encode(gve, [row["item"] for row in rows], instruction, batch_size=flags.batch_size, workers=flags.workers,
-                             frames=flags.frames, max_tokens=flags.max_tokens, desc=desc)
+    vectors, failed = encode(gve, [row["item"] for row in rows], instruction, batch_tokens=flags.batch_tokens,
+                             workers=flags.workers, seconds=flags.seconds, frames=flags.frames, max_tokens=flags.max_tokens,
+                             cache=cache, desc=desc)
     for i in (~vectors.isfinite().all(1)).nonzero().flatten().tolist():
         if i not in failed:
             raise ValueError(f"{rows[i]['where']}: {flags.ckpt} gives a vector that is not finite")
     return vectors, {i: f"{rows[i]['where']}: {reason}" for i, reason in failed.items()}
 
 
-def evaluate(gve, benches, flags, report):
+def evaluate(gve, benches, flags, report, cache=None):
     """Encode and score every dataset: {name: entry of results.json}. report(bench, entry, reasons of failed items) after each."""
     # All corpora in one call: CRB-G, -S and -T, or VDC-O and -D, hold the same videos.
-    vectors, failed = embed(gve, [row for bench in benches for row in bench.corpus], None, flags, "corpora")
+    vectors, failed = embed(gve, [row for bench in benches for row in bench.corpus], None, flags, "corpora", cache)
     entries, offset = {}, 0
     for bench in benches:
-        queries, lost = embed(gve, bench.queries, uvrb.DATASETS[bench.name].prompt, flags, f"{bench.name} queries")
+        queries, lost = embed(gve, bench.queries, uvrb.DATASETS[bench.name].prompt, flags, f"{bench.name} queries", cache)
         own = range(offset, offset + len(bench.corpus))
         lost_corpus = {i - offset: reason for i, reason in failed.items() if i in own}
         entries[bench.name] = score(bench, queries, vectors[own.start : own.stop], lost, lost_corpus)
@@ -189,7 +194,7 @@ def protocol(gve, flags):
         "max_length": inspect.signature(encode).parameters["max_length"].default,
         "prompt": f"queries: their dataset's prompt in the {gve.prompt_style} turn; corpus: the default system turn alone",
         "dtype": str(next(gve.core.parameters()).dtype).removeprefix("torch."), "device": str(gve.device),
-        "batch_size": flags.batch_size, "torch": torch.__version__, "transformers": transformers.__version__,
+        "batch_tokens": flags.batch_tokens, "torch": torch.__version__, "transformers": transformers.__version__,
     }
 
 
@@ -299,11 +304,14 @@ def main(flags):
     if not names:
         raise ValueError(f"{flags.uvrb}: none of the 16 datasets is here ({', '.join(uvrb.DATASETS)})")
     benches = [uvrb.read(flags.uvrb, name, flags.root) for name in dict.fromkeys(names)]
+    rank = join_ranks()
     gve = GVE.from_pretrained(flags.ckpt, dtype=flags.dtype or None, device=flags.device, prompt_style=flags.prompt_style)
     model, out = flags.name or Path(flags.ckpt).name, Path(flags.out or Path("runs") / Path(flags.ckpt).name)
     out.mkdir(parents=True, exist_ok=True)
 
     def report(bench, entry, failed):
+        if rank > 0:
+            return
         with open(out / "log.jsonl", "a", encoding="utf-8") as log:
             log.write(json.dumps({"event": "eval", "model": model, "dataset": bench.name, **entry, "failed": failed}) + "\n")
         print(f"{bench.name:10}  {entry['metric']:4}  {number(entry['score']):>5}  (chance {number(entry['chance'])}, "
@@ -313,7 +321,11 @@ def main(flags):
         if failed[3:]:
             print(f"  no vector: {len(failed) - 3} more, listed in {out / 'log.jsonl'}")
 
-    result = summarise(benchmark, model, protocol(gve, flags), evaluate(gve, benches, flags, report))
+    result = summarise(benchmark, model, protocol(gve, flags), evaluate(gve, benches, flags, report, Cache(out / "cache", gve)))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if rank > 0:
+        return
     save(out / "results.json", result)
     print_tables([result])
     print(f"{out / 'results.json'}")

@@ -14,7 +14,6 @@ Legend: K sources, G global batch, B this rank's rows, N hard negatives, D embed
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import json
 import math
 import os
@@ -32,7 +31,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from data import Collator, Steps, load_mixture
-from embed import encode, parse_flags
+from embed import encode, hash_weights, parse_flags
 from kernels.infonce import info_nce_dist
 from model import GVE, to_device
 from state import STOP, everyones, heed_signals, load_state, rng_state, save_state
@@ -161,7 +160,7 @@ def probe(gve, sources, flags, rank=0, world=1):
                 query, positive, *_ = source.load(int(row), [flags.data, *flags.root])
                 queries.append(query)
                 positives.append(positive)
-        options = dict(batch_size=flags.micro_batch, workers=flags.workers, frames=flags.frames, max_tokens=flags.max_tokens,
+        options = dict(workers=flags.workers, frames=flags.frames, max_tokens=flags.max_tokens,
                        max_length=flags.max_length)
         (q, bad_q), (p, bad_p) = encode(gve, queries, source.instruction, **options), encode(gve, positives, **options)
         cosine = (q * p).sum(1).double()[[i for i in range(len(q)) if i not in bad_q | bad_p]]
@@ -254,15 +253,6 @@ def commit():
     return found.stdout.strip() or None
 
 
-def tower_id(gve):
-    """Name the vision tower by its weights and their dtype: what it makes of a medium may be reused under this name alone."""
-    digest = hashlib.sha256()
-    for name, tensor in gve.core.visual.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
-
-
 def pyramid_table(sources, sampler, relevance, error, p, steps):
     """The walk up the pyramid as text: R_k, P(k), expected steps and passes so far, per source and per level."""
     lines = [f"{'level':>5} {'task':<6} {'source':<24} {'R_k':>7} {'+-':>6} {'P(k)':>7} {'steps':>7} {'passes':>7}"]
@@ -301,7 +291,7 @@ def main(flags):
         gve.core.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     parameters = list(gve.lora_parameters().values())
     optimizer = torch.optim.AdamW(parameters, lr=flags.lr, weight_decay=flags.weight_decay, fused=kind == "cuda")
-    store = f"{flags.features}/{tower_id(gve)}" if flags.features else None
+    store = f"{flags.features}/{hash_weights(gve.core.visual)[:16]}" if flags.features else None
     collate = Collator(gve.processor, frames=flags.frames, max_tokens=flags.max_tokens, max_length=flags.max_length,
                        prompt_style=gve.prompt_style, store=store)
     torch.manual_seed(flags.seed + rank)  # dropout differs between ranks

@@ -262,8 +262,8 @@ def world(root, media):
 def evaluated(tiny, media, tmp_path_factory):
     root = tmp_path_factory.mktemp("world")
     folder = world(root, media)
-    done = run("--ckpt", tiny, "--uvrb", folder, "--root", media, "--name", "random", "--out", root / "out", "--batch-size", 3,
-               cwd=root)
+    done = run("--ckpt", tiny, "--uvrb", folder, "--root", media, "--name", "random", "--out", root / "out",
+               "--batch-tokens", 300, cwd=root)
     assert done.returncode == 0, done.stderr
     return folder, root / "out", done.stdout
 
@@ -300,7 +300,7 @@ def test_results_json_holds_the_protocol_and_every_contracted_key(evaluated, tin
     events = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [e["dataset"] for e in events] == list(result["datasets"])
     assert all(e["event"] == "eval" and e["failed"] == [] for e in events)
-    assert {path.name for path in out.iterdir()} == {"results.json", "log.jsonl"}
+    assert {path.name for path in out.iterdir()} == {"results.json", "log.jsonl", "cache"}
     assert "Table 1, tiny-UVRB" in text and "Table 2, tiny-UVRB" in text and "GVE-7B" in text
 
 
