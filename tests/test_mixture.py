@@ -68,6 +68,35 @@ def stand_ins(folder, rows=3):
         file.write_text("".join(lines))
 
 
+@pytest.mark.slow  # 8 ranks on however few cores
+def test_eight_ranks_walk_all_epochs_of_the_preset_over_38_small_stand_ins(tiny, media, tmp_path):
+    def item(form, i):
+        clip, seconds = str(media / f"{'abcd'[i % 4]}.mp4"), round(i / 16, 3)
+        made = {"text": f"{form} number {i}"} if "T" in form else {}
+        made |= {"image": {"video": clip, "time": seconds}} if "I" in form else {}
+        return made | ({"video": {"path": clip, "start": seconds}} if "V" in form else {})
+
+    for entry in entries("3b"):
+        query, positive = entry["task"].split("2")
+        rows = [{"query": item(query, i), "positive": item(positive, i + 9), "negatives": [
+            item(positive, i + 10 + n) for n in range(entry["negatives"])]} for i in range(9)]
+        file = tmp_path / "data" / entry["path"]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "8", "--master-port", "29555", "train.py",
+               "--preset", "gve-3b", "--data", str(tmp_path / "data"), "--root", str(media), "--base", tiny, "--steps", "12",
+               "--device", "cpu", "--dtype", "float32", "--workers", "0", "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=3000)
+    assert done.returncode == 0, [line for line in done.stderr.splitlines() if "rror" in line][:5]
+    log = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    epochs, end = [line for line in log if line["event"] == "epoch"], log[-1]
+    assert [round(epoch["sigma"], 2) for epoch in epochs] == [0.1, 0.55, 1.0] and end["event"] == "end" and end["step"] == 12
+    for epoch in epochs:  # each source's file was read and its pairs embedded at each epoch's start
+        assert set(epoch["R"]) == {entry["name"] for entry in entries("3b")} and all(abs(r) <= 1 for r in epoch["R"].values())
+        assert sum(epoch["P"].values()) == pytest.approx(1, abs=1e-3)
+    assert not end["bad_rows"] and (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
 def test_presets_find_their_files_under_the_data_folder(tmp_path):
     stand_ins(tmp_path)
     flags = train.parse_flags(train.Flags, ["--preset", "gve-3b", "--data", str(tmp_path)], presets=train.PRESETS)
