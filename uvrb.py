@@ -55,6 +55,12 @@ DATASETS = {row[0]: Dataset(*row) for row in (
     ("LoVR-C2V", "VIS", "", "R@1", 467, 467, "Find the original long video according to the short video clip."),
 )}
 
+# Table 11, zero-shot classification: clips are the queries, class names the corpus, accuracy is R@1. They enter no ability.
+# PAPER: sizes and prompt are not given; the prompt is ours and a folder is complete if all that it names could be encoded.
+ZERO_SHOT = {name: Dataset(name, "V2T", "", "R@1", 0, 0, "Find the label that names what happens in the video.")
+             for name in ("K700", "UCF101", "HMDB51", "SSV2", "Breakfast")}
+ALL = DATASETS | ZERO_SHOT
+
 
 def abilities(scores: dict) -> dict:
     """Average dataset scores into the nine abilities and two averages (section 3.1; the rules are recovered from Tables 1 and 2).
@@ -112,10 +118,10 @@ def benchmark(root) -> tuple[str, dict]:
         return "UVRB", {d.name: (d.queries, d.corpus) for d in DATASETS.values()}
     try:
         file = json.loads(path.read_text(encoding="utf-8"))
-        return str(file["name"]), {DATASETS[ds].name: (int(n["queries"]), int(n["corpus"])) for ds, n in file["datasets"].items()}
+        return str(file["name"]), {ALL[ds].name: (int(n["queries"]), int(n["corpus"])) for ds, n in file["datasets"].items()}
     except (ValueError, TypeError, KeyError, AttributeError) as e:
         form = '{"name": str, "datasets": {DS: {"queries": int, "corpus": int}}}'
-        raise ValueError(f"{path}: {type(e).__name__} {e}; wanted {form} with DS of {', '.join(DATASETS)}") from e
+        raise ValueError(f"{path}: {type(e).__name__} {e}; wanted {form} with DS of {', '.join(ALL)}") from e
 
 
 def read(root, name: str, roots=()) -> Bench:
@@ -136,14 +142,14 @@ def scan(root, name: str, roots=(), decode=False) -> tuple[Bench, list]:
 
     decode: load every video and image as well; what fails joins `.missing`.
     """
-    if name not in DATASETS:
-        raise ValueError(f"unknown dataset {name!r} (accepted: {', '.join(DATASETS)})")
+    if name not in ALL:
+        raise ValueError(f"unknown dataset {name!r} (accepted: {', '.join(ALL)})")
     root = Path(root).resolve()
     sizes, rows = benchmark(root)[1], folder_of(root, name)
     if rows is None:
         raise FileNotFoundError(f"{root}: no {name} (wanted: {name}/jsonl/queries.jsonl, also below UVRB/ or without jsonl/)")
     bad, missing = [], []
-    if name not in sizes:
+    if name not in sizes and name in DATASETS:
         bad.append(f"{root / 'benchmark.json'}: no sizes for {name}, whose folder is here")
     # Paths start at the dataset's folder or at a given root. Videos may lie beside the benchmark, not just anywhere.
     bases = [rows.parent if rows.name == "jsonl" else rows, *(Path(r).resolve() for r in roots)]
@@ -171,7 +177,7 @@ def scan(root, name: str, roots=(), decode=False) -> tuple[Bench, list]:
 
     queries, corpus = items(rows / "queries.jsonl"), items(rows / "corpus.jsonl")
     positives, pools = _instances(rows / "instances.jsonl", queries, corpus, bad)
-    expected = (sizes[name][0], None if DATASETS[name].task == "CMP" else sizes[name][1]) if name in sizes else (None, None)
+    expected = (sizes[name][0], None if ALL[name].task == "CMP" else sizes[name][1]) if name in sizes else (None, None)
     return Bench(name, queries, corpus, positives, pools, expected, missing), bad
 
 

@@ -43,7 +43,6 @@ from transformers import (
 from data import DEFAULT_INSTRUCTION, END, Collator, sample_indices
 from mini import bench, world
 from model import mrope_positions
-from uvrb import ABILITIES
 
 BASE, PROBER, CACHE = Path("mini/base"), Path("mini/prober"), Path("runs/pretrain")
 RANKS = f"{sys.executable} -m torch.distributed.run --nproc-per-node 2"  # two ranks of one thread beat one rank of two
@@ -369,24 +368,6 @@ def run(command, **environment):
         sys.exit(f"`{shown}` ended with status {status}")
 
 
-def radar(results, path):
-    """Draw the nine abilities of several results.json files as one radar plot."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    angles = [2 * math.pi * i / len(ABILITIES) for i in range(len(ABILITIES) + 1)]
-    figure, axes = pyplot.subplots(figsize=(6, 6), subplot_kw={"projection": "polar"})
-    for r in results:
-        values = [r["abilities"][a] or 0 for a in ABILITIES]
-        axes.plot(angles, values + values[:1], label=f"{r['model']} (AVG-A {r['AVG-A']:.3f})")
-        axes.fill(angles, values + values[:1], alpha=0.15)
-    axes.set_xticks(angles[:-1], ABILITIES)
-    axes.set_ylim(0, 1)
-    axes.set_title(f"{results[0]['benchmark']}: nine abilities, 8 frames")
-    axes.legend(loc="lower right", bbox_to_anchor=(1.15, -0.1))
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-
-
 def tour():
     """Walk the whole method: render, score the base, train, score the trained model, compare."""
     began, python = time.time(), sys.executable
@@ -397,9 +378,8 @@ def tour():
     run(f"{RANKS} train.py --workers 0", OMP_NUM_THREADS="1")
     run(f"{python} eval.py --ckpt runs/gve-mini --out runs/gve-mini --name trained")
     files = ["runs/base/results.json", "runs/gve-mini/results.json"]
-    run(f"{python} eval.py --tables {' '.join(files)}")
-    radar([json.loads(Path(f).read_text()) for f in files], "runs/radar.png")
-    print(f"\nradar plot of the nine abilities: runs/radar.png\nthe tour took {(time.time() - began) / 60:.1f} minutes")
+    run(f"{python} eval.py --table 1 2 --figure 2 --results {' '.join(files)} --out runs/tables")
+    print(f"\nthe tour took {(time.time() - began) / 60:.1f} minutes")
 
 
 def main(argv=None):

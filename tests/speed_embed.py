@@ -77,7 +77,8 @@ def main(checkpoint="mini/prober", n="500", workers="1", parts=5):
     for name in ways:
         apart = 1 - (ours * torch.cat(vectors[name])).sum(1)
         print(f"{name:22} {clock[name]:6.1f} s = {clock[name] / clock['embed.encode']:.2f} x ours, processor time "
-              f"{work[name]:6.1f} s = {work[name] / work['embed.encode']:.2f} x; 1 - cosine to ours: mean {apart.mean():.1e}, max {apart.max():.1e}")
+              f"{work[name]:6.1f} s = {work[name] / work['embed.encode']:.2f} x; "
+              f"1 - cosine to ours: mean {apart.mean():.1e}, max {apart.max():.1e}")
 
 
 if __name__ == "__main__":

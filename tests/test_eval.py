@@ -1,5 +1,9 @@
-"""eval.py: metrics against trec_eval, chance by sampling, ceilings by brute force, missing media, tables, the command."""
+"""eval.py: metrics against trec_eval, chance by sampling, ceilings by brute force, missing media, any model, the command.
 
+extras/tables.py: every table and figure, and what the paper's cells contradict.
+"""
+
+import csv
 import itertools
 import json
 import math
@@ -17,6 +21,7 @@ from conftest import moving_square, write_video
 import eval as ev
 import uvrb
 from embed import GVE, parse_flags, top_k
+from extras import tables
 
 REPO = Path(__file__).resolve().parent.parent
 TREC = {"R@1": "recall_1", "R@5": "recall_5", "R@10": "recall_10", "hit@1": "success_1", "hit@5": "success_5",
@@ -57,7 +62,42 @@ def test_metrics_equal_trec_evals(n, m, most):
     ours = ev.metrics(ev.ranks(queries, corpus, positives))
     for name, value in trec(queries, corpus, positives).items():
         assert ours[name] == pytest.approx(value, abs=1e-9), name
-    assert set(ours) == {*TREC, "MdR"}
+    assert set(ours) == {*TREC, "MdR", "MnR"}
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_metrics_equal_trec_evals_with_ties_duplicates_and_missing_items(seed):
+    """Rows of 16 signs have exact cosines, so ties are real; half the corpus is a copy, some queries and videos have no vector.
+
+    trec_eval puts the greater id first among equals: ids that fall along the corpus make its order ours.
+    """
+    rng = np.random.default_rng(seed)
+    n, m = 41, 30
+    corpus = torch.from_numpy(rng.choice([-1.0, 1.0], (m, 16)))[rng.permutation(np.r_[0:m, 0:m])].float()
+    queries = corpus[rng.integers(0, 2 * m, n)] * torch.from_numpy(rng.choice([-1.0, 1.0, 1.0, 1.0], (n, 16))).float()
+    positives = [sorted(rng.choice(2 * m, rng.integers(1, 6), replace=False).tolist()) for _ in range(n)]
+    pools = [sorted({*own, *rng.choice(2 * m, 12).tolist()}) for own in positives] if seed % 2 else None
+    lost_queries, lost_corpus = set(rng.choice(n, 4, replace=False).tolist()), set(rng.choice(2 * m, 5, replace=False).tolist())
+    b = bench(n, 2 * m)
+    b.positives, b.pools = positives, pools
+    entry = ev.score(b, queries, corpus, lost_queries, lost_corpus)
+    kept = [i for i in range(n) if i not in lost_queries and not lost_corpus & set(positives[i])]
+    cosines = (queries.double() @ corpus.double().T / 16).numpy()
+    runs = {str(i): {f"{999 - j}": float(cosines[i, j]) for j in (pools[i] if pools else range(2 * m)) if j not in lost_corpus}
+            for i in kept}
+    qrel = {str(i): {f"{999 - j}": 1 for j in positives[i]} for i in kept}
+    rows = list(pytrec_eval.RelevanceEvaluator(qrel, {"recall.1,5,10", "success.1,5,10", "P.1", "recip_rank", "ndcg_cut.10"})
+                .evaluate(runs).values())
+    assert entry["n"] == len(rows) == len(kept) > 10
+    for name, key in TREC.items():
+        assert entry[name] == pytest.approx(np.mean([row[key] for row in rows]), abs=1e-9), name
+    firsts = [1 / row["recip_rank"] for row in rows]
+    assert entry["MdR"] == pytest.approx(np.median(firsts)) and entry["MnR"] == pytest.approx(np.mean(firsts))
+
+
+def test_a_query_without_a_positive_is_rejected():
+    with pytest.raises(ValueError, match="without a positive"):
+        ev.metrics([[1], []])
 
 
 def test_metrics_in_pools_equal_trec_evals_over_the_same_candidates():
@@ -70,8 +110,50 @@ def test_metrics_in_pools_equal_trec_evals_over_the_same_candidates():
     assert ev.ranks(queries, corpus, positives, [p[::-1] for p in pools]) == ev.ranks(queries, corpus, positives, pools)
 
 
-def test_median_rank_is_of_the_first_positive():
+def test_median_and_mean_rank_are_of_the_first_positive():
     assert ev.metrics([[1], [4, 90], [3, 5]])["MdR"] == 3 and ev.metrics([[2], [5]])["MdR"] == 3.5
+    assert ev.metrics([[1], [4, 90], [4, 5]])["MnR"] == 3
+
+
+def test_trec_files_give_trec_eval_our_numbers(tmp_path):
+    """Read by whitespace as trec_eval does; ids with spaces survive. Only ties may rank otherwise, and here are none."""
+    queries, corpus, positives, rng = problem(19, 31, most=3)
+    for pools in (None, [sorted({*own, *rng.choice(31, 8).tolist()}) for own in positives]):
+        b = bench(19, 31)
+        b.positives, b.pools, b.corpus[7]["id"], b.queries[3]["id"] = positives, pools, "clip 7\tb.mp4", "q 3"
+        entry = ev.score(b, queries, corpus, {2: "lost"}, {30: "lost"}, trec=tmp_path / "trec" / "x")
+        runs, qrel = {}, {}
+        for line in (tmp_path / "trec" / "x.run").read_text().splitlines():
+            query, q0, doc, rank, cosine, _ = line.split()
+            runs.setdefault(query, {})[doc] = float(cosine)
+            assert q0 == "Q0" and int(rank) == len(runs[query])
+        for line in (tmp_path / "trec" / "x.qrels").read_text().splitlines():
+            query, _, doc, relevance = line.split()
+            qrel.setdefault(query, {})[doc] = int(relevance)
+        rows = pytrec_eval.RelevanceEvaluator(qrel, {"recip_rank", "ndcg_cut.10"}).evaluate(runs).values()
+        assert len(rows) == entry["n"] < 19 and all("%20" in key or " " not in key for key in qrel)
+        assert entry["MRR"] == pytest.approx(np.mean([row["recip_rank"] for row in rows]), abs=1e-9)
+        assert entry["nDCG@10"] == pytest.approx(np.mean([row["ndcg_cut_10"] for row in rows]), abs=1e-9)
+
+
+def test_bootstrap_intervals_are_those_of_a_proportion():
+    """400 queries of which a quarter hit: .25 +- 1.96 sqrt(.25 x .75 / 400). The two R@10 sets are at 1 with 4 candidates."""
+    corpus = torch.eye(4)
+    datasets = {}
+    for name in uvrb.DATASETS:
+        b = bench(400, 4, name=name, expected=(400, 4))
+        b.positives = [[0]] * 400
+        datasets[name] = ev.score(b, corpus[torch.arange(400) % 4], corpus, bootstrap=2000)
+        assert datasets[name]["MRR"] == pytest.approx((1 + 3 / 2) / 4), "first in the corpus, so second among the ties"
+    result = ev.summarise("UVRB", "x", PROTOCOL, datasets)
+    assert json.loads(json.dumps(result)) == result and "draws" not in datasets["MSRVTT"]
+    half = 1.96 * (0.25 * 0.75 / 400) ** 0.5
+    assert result["ci95"]["MSRVTT"] == pytest.approx([0.25 - half, 0.25 + half], abs=0.006)
+    middle, half = (14 * 0.25 + 2) / 16, half * 14**0.5 / 16  # 14 independent sets
+    assert result["ci95"]["AVG-D"] == pytest.approx([middle - half, middle + half], abs=0.002)
+    assert set(result["ci95"]) == {*uvrb.DATASETS, *uvrb.ABILITIES, "AVG-D", "AVG-A"}
+    low, high = tables.score_table("Table 1", tables.published(), [result])[1][1:]
+    assert (low["model"], high["model"]) == ("  2.5 %", "  97.5 %") and low["MSRVTT"] < 0.25 < high["MSRVTT"]
 
 
 def test_ties_rank_in_corpus_order():
@@ -182,42 +264,154 @@ def test_only_complete_datasets_enter_an_average():
     assert {k: v for k, v in part["abilities"].items() if v is not None}.items() <= whole["abilities"].items()
 
 
-def test_tables_show_published_rows_base_beside_trained_chance_ceiling_and_marks(capsys):
+def rows_of(text):
+    return {line.split()[0]: line.split()[1:] for line in text.splitlines() if line.split()}
+
+
+def test_tables_show_published_rows_base_beside_trained_chance_ceiling_and_marks(capsys, tmp_path):
     names = list(uvrb.DATASETS)
     base = ev.summarise("mini-UVRB", "base", PROTOCOL, {name: entry(0.031) for name in names})
     scored = {name: entry(0.411, name != "DiDeMo") for name in names if name != "PEV-K"}
+    scored["MS-TV"]["pooled"] = False
     trained = ev.summarise("mini-UVRB", "gve-mini", PROTOCOL, scored)
-    ev.print_tables([base, trained])
+    tables.show(["Table 1", "Table 2"], [base, trained], tmp_path, "nowhere")
     text = capsys.readouterr().out
-    one, two = text.split("Table 2, mini-UVRB")
-    assert one.strip().startswith("Table 1, mini-UVRB") and max(map(len, text.splitlines())) <= 200
-    rows = {line.split()[0]: line.split()[1:] for line in one.splitlines() if line.split()}
-    order = [line.split()[0] for line in one.splitlines() if line.split()]
+    one, two = text.split("Table 2: mini-UVRB")
+    assert one.strip().startswith("Table 1: mini-UVRB below the published rows, which are UVRB's: score per dataset")
+    assert max(map(len, text.splitlines())) <= 200
+    rows, order = rows_of(one), [line.split()[0] for line in one.splitlines() if line.split() and line[0].isalpha()]
     assert order.index("GVE-7B") < order.index("base") < order.index("gve-mini") < order.index("chance") < order.index("ceiling")
-    assert rows["GVE-7B"] == [f"{x:.3f}"[1:] for x in ev.published()["table1"]["GVE-7B"].values()]
+    published = tables.published()
+    assert rows["GVE-7B"] == [f"{x:.3f}"[1:] for x in published["table1"]["GVE-7B"].values()]
     assert rows["base"] == [".031"] * 17 and rows["chance"] == [".005"] * 17 and rows["ceiling"] == ["1.000"] * 17
     expected = {name: ".411" for name in names} | {"AVG": "-", "DiDeMo": ".411*", "PEV-K": "-"}
     assert dict(zip(rows["model"], rows["gve-mini"], strict=True)) == expected
-    rows = {line.split()[0]: line.split()[1:] for line in two.splitlines() if line.split()}
+    rows = rows_of(two)
     assert dict(zip(rows["model"], rows["CLIP4Clip"], strict=True)) == {
-        key: f"{x:.3f}"[1:] for key, x in ev.published()["table2"]["CLIP4Clip"].items()}
+        key: f"{x:.3f}"[1:] for key, x in published["table2"]["CLIP4Clip"].items()}
     assert {a for a, cell in zip(rows["model"], rows["gve-mini"], strict=True) if cell == "-"} == {"AVG", "TXT", "CG", "FG", "PR"}
     assert "* DiDeMo: 9/10 queries" in two and "not scored: PEV-K" in two
+    # The caption says that a composed set was ranked whole, in every format.
+    assert "MS-TI: no pools" not in two
+    for style in ("txt", "md", "tex"):
+        assert "MS-TV: no pools in its instances, so its whole corpus is ranked" in (tmp_path / f"table1.{style}").read_text()
+
+
+def models(n=4):
+    """n complete results with random scores: Figures 6-8 and 11-13 need several."""
+    rng, out = np.random.default_rng(3), []
+    for i in range(n):
+        sets = {name: entry(float(rng.random())) for name in [*uvrb.DATASETS, *uvrb.ZERO_SHOT]}
+        frames, tokens = ((8, 200), (16, 200), (48, 200), (8, 400))[i]
+        setting = {"frames": frames, "max_tokens": tokens, "pairs": 10 ** (i + 3), "training": {"lr": 0.5}}
+        out.append(ev.summarise("UVRB", f"model{i}", PROTOCOL | setting, sets))
+    return out
+
+
+def test_every_table_and_figure_is_one_option(tmp_path, capsys):
+    """All 11 tables and 7 figures in one call; the four formats hold the same cells, figures are PNG files."""
+    for i, result in enumerate(models()):
+        (tmp_path / f"{i}.json").write_text(json.dumps(result))
+    call("--table", *range(1, 12), "--figure", 2, 6, 7, 8, 11, 12, 13, "--results", *sorted(tmp_path.glob("?.json")), "--uvrb",
+         tmp_path, "--out", tmp_path / "t")
+    text = capsys.readouterr().out
+    for name in tables.TITLES:
+        path = tmp_path / "t" / name.lower().replace(" ", "")
+        assert f"{name}: " in text
+        rows = list(csv.reader(path.with_suffix(".csv").open()))
+        markdown = [line.strip("| \n").split(" | ") for line in path.with_suffix(".md").open() if line.startswith("|")]
+        latex = [line.removesuffix(" \\\\\n").split(" & ") for line in path.with_suffix(".tex").open() if " & " in line]
+        latex = [[c.replace("\\", "") for c in row] for row in latex]
+        assert [markdown[0], *markdown[2:]] == latex == rows and len({len(row) for row in rows}) == 1, name
+        plain = "".join(path.with_suffix(".txt").read_text().split("\n---")[1:])
+        assert sorted(plain.replace("-", "").split()) == sorted(" ".join(map(" ".join, rows)).replace("-", "").split()), name
+        if name.startswith("Figure"):
+            assert path.with_suffix(".png").read_bytes()[:4] == b"\x89PNG" and path.with_suffix(".png").stat().st_size > 20_000
+    with pytest.raises(ValueError, match="no Figure 3 here .accepted: Table 1, "):
+        call("--figure", 3, "--out", tmp_path)
+
+
+def test_tables_hold_the_papers_numbers_and_ours(monkeypatch, tmp_path):
+    paper, ours = tables.published(), models()
+    scores = {name: groups for name in ("Table 3", "Table 11") for groups in [tables.score_table(name, paper, ours)]}
+    assert [row["model"] for row in scores["Table 3"][1]] == ["GVE-i: model0", "GVE-s: model1", "GVE: model2", "GVE-i: model3"]
+    assert scores["Table 3"][1][0]["AVG-A"] == ours[0]["AVG-A"] and scores["Table 3"][0][0]["CMP"] == 0.237
+    zero = [ours[1]["datasets"][name]["score"] for name in ("K700", "UCF101", "HMDB51", "SSV2", "Breakfast")]
+    assert scores["Table 11"][1][1]["AVG"] == pytest.approx(np.mean(zero)) and scores["Table 11"][1][1]["SSV2"] == zero[3]
+    frames = {(row["model"], row["score"]): row for group in tables.curves("Figure 12", paper, ours) for row in group}
+    assert frames["GVE-7B", "LC"] | {8: 0.814, 16: 0.909, 48: 0.918} == frames["GVE-7B", "LC"]
+    assert [frames["runs/x", "VIS"][x] for x in (8, 16, 48)] == [r["abilities"]["VIS"] for r in ours[:3]], "not 8 x 400"
+    scaling = {row["score"]: row for row in tables.curves("Figure 11", paper, ours)[1]}["CMP"]
+    slope = np.polyfit([3, 4, 5, 6], [r["abilities"]["CMP"] for r in ours], 1)[0]  # over log10: the gain per decade
+    assert scaling["per decade"] == pytest.approx(slope) and scaling[1000] == ours[0]["abilities"]["CMP"]
+    # Tables 6-8 come from mixtures/*.json: one source each of text, image, video and UVRD.
+    (tmp_path / "mixtures").mkdir()
+    for size, factor in (("3b", 1), ("7b", 2)):
+        rest = {"path": "x", "negatives": 0, "batch_size": 32, "instruction": ""}
+        mixture = [{"name": name, "task": task, "samples": n * factor, **rest}
+                   for name, task, n in (("a", "T2T", 1), ("b", "TI2TI", 20), ("c", "T2V", 300), ("UVRD-T2T", "T2T", 4000))]
+        (tmp_path / "mixtures" / f"gve-{size}.json").write_text(json.dumps(mixture))
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    totals = {row["data"]: (row["3B"], row["7B"]) for row in tables.paper_table("Table 8", paper, [], "", ())[1]}
+    assert totals == {"text": (1, 2), "image": (20, 40), "video": (300, 600), "UVRD": (4000, 8000), "all": (4321, 8642)}
+    assert [row["name"] for row in tables.paper_table("Table 7", paper, [], "", ())[1]] == ["UVRD-T2T"]
+
+
+def test_correlations_equal_scipys():
+    stats, rng = pytest.importorskip("scipy.stats"), np.random.default_rng(0)
+    for _ in range(20):
+        x, y = rng.integers(0, 6, (2, 9)).astype(float)  # with ties
+        assert tables.correlation(x, y) == pytest.approx(stats.pearsonr(x, y)[0])
+        assert tables.correlation(x, y, ranked=True) == pytest.approx(stats.spearmanr(x, y)[0])
+
+
+WRONG = {("Table 2", "GME-2B", "AVG"),
+         ("Table 1", "VLM2Vec-V2", "AVG"), *(("Table 2", "VLM2Vec-V2", c) for c in ("AVG", "TXT", "CG")),
+         ("Table 8", "image", "3B"), ("Table 8", "image", "7B"),
+         *(("Figure 11", "GVE-7B at full", c) for c in ("TXT", "CMP", "VIS", "CG", "FG", "LC")),
+         ("text", "Figure 8, MSRVTT", "All"), ("text", "Figure 7, T-S", "All"), ("text", "Figure 7, S-FG", "All"),
+         ("text", "Table 2, Unite-7B", "VIS")}
 
 
 def test_published_errata_are_found_by_computing(capsys):
-    paper = {key: value for key, value in ev.published().items() if key in ("table1", "table2")}
-    wrong = ev.disagreements(paper)
-    assert len(wrong) == 5
-    assert {cell[1:] for cell in wrong} == {("GME-2B", "AVG"), *(("VLM2Vec-V2", c) for c in ("AVG", "TXT", "CG"))}
+    paper = tables.published()
+    del paper["errata"]
+    wrong, blocks = tables.disagreements(paper)
+    assert set(wrong) == WRONG  # and so section 5.2's 28 gains per decade follow from Figures 6 and 11
     assert wrong["Table 2", "GME-2B", "AVG"] == (0.416, pytest.approx(0.516, abs=5e-4))
-    paper["table1"]["UniME-7B"]["VDC-D"] += 0.1  # one digit of one cell
-    assert {cell for cell in ev.disagreements(paper) if cell not in wrong} == {
-        ("Table 1", "UniME-7B", "AVG"), *(("Table 2", "UniME-7B", c) for c in ("AVG", "TXT", "LC"))}
-    ev.print_published()
+    assert [wrong["Table 8", "image", size] for size in ("3B", "7B")] == [(1_820_000, 1_910_000), (2_800_000, 2_970_000)]
+    assert blocks[0] == "Figure 7, CLIP: of 36 printed cells Pearson gives 1, Spearman 36"
+    call("--published")
     text = capsys.readouterr().out
-    assert "5 printed cells" in text and "Table 2, GME-2B, AVG: printed 0.416, its cells give 0.5161" in text
-    assert text.count("!") == 6  # one in the caption
+    assert "17 published values do not follow" in text and text.count("!") == 6  # one in the caption
+    assert "Table 2, GME-2B, AVG: printed 0.416, the others give 0.5161" in text
+    assert "Table 8, image, 3B: printed 1,820,000, the others give 1,910,000" in text
+
+
+def test_any_cell_with_one_changed_digit_names_its_row():
+    """Every cell of Tables 1, 2, 11 and of Figure 7's CLIP block, one after the other, its second digit changed.
+
+    Table 3 too, but for GVE-i and GVE-s the first digit: CMP and VIS enter nothing but an average of six, and their AVG-D follows
+    from no other cell.
+    """
+    paper = tables.published()
+
+    def finds(cells, key, step, where, row):
+        before, cells[key] = cells[key], round(cells[key] + (step if cells[key] < 0.9 else -step), 3)
+        found = {(w, r) for w, r, *_ in tables.disagreements(paper)[0].keys() - WRONG}
+        cells[key] = before
+        return (where, row) in found or where == "Table 1" and ("Table 2", row) in found
+
+    for where, block in (("Table 1", "table1"), ("Table 2", "table2"), ("Table 3", "table3"), ("Table 11", "table11")):
+        for row, cells in paper[block].items():
+            for key in cells:
+                alone = where == "Table 3" and row[3:5] in ("-i", "-s")
+                if alone and key == "AVG-D" or (where, row, key) in WRONG or row == "VLM2Vec-V2" and where != "Table 11":
+                    continue  # VLM2Vec-V2's rows are wrong as they stand
+                assert finds(cells, key, 0.1 if alone else 0.01, where, row), (where, row, key)
+    for row, cells in paper["figure7_correlations"]["lower_triangle_rows"]["CLIP"].items():
+        for i, ability in enumerate(uvrb.ABILITIES[: len(cells)]):
+            assert finds(cells, i, 0.01, "Figure 7", f"{row}-{ability}"), (row, ability)
 
 
 def test_save_leaves_the_old_file_when_it_cannot_write_the_new_one(tmp_path):
@@ -275,7 +469,7 @@ def test_the_command_scores_real_clips_as_embedding_them_one_by_one_does(evaluat
     assert list(result["datasets"]) == ["MSRVTT", "MS-TI", "LoVR-C2V"]
     for name, entry in result["datasets"].items():
         b = uvrb.read(folder, name, [media])
-        prompt = ev.published()["datasets"][name]["prompt"]
+        prompt = tables.published()["datasets"][name]["prompt"]
         queries = torch.cat([gve.embed([row["item"]], prompt) for row in b.queries])
         corpus = torch.cat([gve.embed([row["item"]]) for row in b.corpus])
         expected = trec(queries, corpus, b.positives, b.pools)
@@ -300,8 +494,180 @@ def test_results_json_holds_the_protocol_and_every_contracted_key(evaluated, tin
     events = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [e["dataset"] for e in events] == list(result["datasets"])
     assert all(e["event"] == "eval" and e["failed"] == [] for e in events)
-    assert {path.name for path in out.iterdir()} == {"results.json", "log.jsonl", "cache"}
-    assert "Table 1, tiny-UVRB" in text and "Table 2, tiny-UVRB" in text and "GVE-7B" in text
+    styles = ("txt", "md", "csv", "tex")
+    files = {"results.json", "log.jsonl", "mteb", "cache", *(f"table{n}.{style}" for n in (1, 2) for style in styles)}
+    assert {path.name for path in out.iterdir()} == files
+    assert "Table 1: tiny-UVRB" in text and "Table 2: tiny-UVRB" in text and "GVE-7B" in text
+
+
+def test_mteb_files_have_the_documented_keys(evaluated):
+    """MTEB 2.x: these keys at the top, main_score, hf_subset and languages in every entry of scores[split]."""
+    folder, out, _ = evaluated
+    result = json.loads((out / "results.json").read_text())
+    assert sorted(path.stem for path in (out / "mteb").iterdir()) == sorted(result["datasets"])
+    for name, entry in result["datasets"].items():
+        file = json.loads((out / "mteb" / f"{name}.json").read_text())
+        assert {"dataset_revision", "task_name", "mteb_version", "scores", "evaluation_time"} <= set(file)
+        row, = file["scores"]["test"]
+        assert (file["task_name"], row["hf_subset"], row["languages"]) == (name, "default", ["eng-Latn"])
+        assert row["main_score"] == entry["score"] and row["recall_at_5"] == entry["R@5"] and row["mrr"] == entry["MRR"]
+        assert [row[key] for key in ("ndcg_at_10", "hit_rate_at_1", "precision_at_1")] == [
+            entry[key] for key in ("nDCG@10", "hit@1", "P@1")]
+        assert len(file["dataset_revision"]) == 64 and file["evaluation_time"] > 0
+
+
+ENCODER = """
+import sys
+sys.path.insert(0, {repo!r})
+from model import GVE
+gve = GVE.from_pretrained({ckpt!r})
+def embed(items, instruction):
+    assert len(items) <= 4
+    return gve.embed(items, instruction).numpy()
+def short(items, instruction):
+    return [[1.0, 0.0]]
+def half(items, instruction):
+    return [[float("nan")] * 2 if "text" in item else [1.0, 0.0] for item in items]
+"""
+
+
+def test_any_model_from_a_file_or_a_folder_gets_the_numbers_of_the_checkpoint(evaluated, tiny, media, tmp_path, capsys):
+    """The same weights behind --encoder, and their vectors, of any length and in any order, behind --embeddings."""
+    folder, out, _ = evaluated
+    expected = json.loads((out / "results.json").read_text())["datasets"]
+    (tmp_path / "mine.py").write_text(ENCODER.format(repo=str(REPO), ckpt=tiny))
+    common = ("--uvrb", folder, "--root", media, "--out", tmp_path / "out")
+    call("--encoder", f"{tmp_path / 'mine.py'}:embed", "--batch-size", 4, *common)
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["datasets"] == expected
+    gve, rng = GVE.from_pretrained(tiny), np.random.default_rng(0)
+    for name in expected:
+        b = uvrb.read(folder, name, [media])
+        rows = [("query", row, uvrb.DATASETS[name].prompt) for row in b.queries] + [("corpus", row, None) for row in b.corpus]
+        rows = [rows[i] for i in rng.permutation(len(rows))]
+        (tmp_path / "v" / name).mkdir(parents=True)
+        vectors = torch.cat([gve.embed([row["item"]], prompt) for _, row, prompt in rows]).numpy()
+        np.save(tmp_path / "v" / name / "vectors.npy", vectors * rng.uniform(0.5, 9, (len(rows), 1)).astype(np.float32))
+        lines = [json.dumps({"id": row["id"], "kind": kind}) + "\n" for kind, row, _ in rows]
+        (tmp_path / "v" / name / "items.jsonl").write_text("".join(lines))
+    call("--embeddings", tmp_path / "v", *common)
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["datasets"] == expected
+    out = capsys.readouterr().out
+    assert "Table 2: tiny-UVRB" in out and "MS-TI/vectors.npy: corpus vectors are " in out
+    np.save(tmp_path / "v" / "MS-TI" / "vectors.npy", np.ones((11, 3), np.float32))
+    with pytest.raises(ValueError, match=r"MS-TI/vectors.npy: float32 \(11, 3\); wanted floats \(11, 64\)"):
+        call("--embeddings", tmp_path / "v", *common)
+
+
+def vectors_of(bench, folder, change=lambda rows, vectors: (rows, vectors)):
+    """Write a folder for --embeddings in which every query is its first positive; `change` spoils it."""
+    rows = [{"id": row["id"], "kind": kind} for kind, own in (("corpus", bench.corpus), ("query", bench.queries)) for row in own]
+    vectors = np.eye(len(bench.corpus), dtype=np.float32)
+    rows, vectors = change(rows, np.concatenate([vectors, vectors[[own[0] for own in bench.positives]]]))
+    folder.joinpath(bench.name).mkdir(parents=True, exist_ok=True)
+    np.save(folder / bench.name / "vectors.npy", vectors)
+    (folder / bench.name / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_missing_extra_and_damaged_vectors_are_reported(tmp_path, capsys):
+    b = bench(6, 8)
+
+    def change(rows, vectors):
+        vectors[2] = np.nan  # c2
+        return rows[:7] + [{"id": "c99", "kind": "corpus"}] + rows[8:-1] + [{"id": "q77", "kind": "query"}], vectors
+
+    _, queries, corpus, lost, lost_corpus = next(ev.from_folder(vectors_of(b, tmp_path, change), [b]))
+    assert set(lost) == {5} and set(lost_corpus) == {2, 7}
+    assert "q.jsonl:6" in lost[5] and "c.jsonl:3" in lost_corpus[2] and "'c7'" in lost_corpus[7]
+    out = capsys.readouterr().out
+    assert "1 query ids are not in MSRVTT and left out: q77" in out and "1 corpus ids are not in MSRVTT and left out: c99" in out
+    entry = ev.score(b, queries, corpus, lost, lost_corpus)
+    assert (entry["n"], entry["corpus"], entry["score"], entry["complete"]) == (4, 6, 1.0, False)
+    whole = next(ev.from_folder(vectors_of(b, tmp_path), [b]))
+    assert ev.score(*whole)["complete"] and ev.score(*whole)["score"] == 1.0
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda rows, v: (rows, v[:-1]), r"float32 \(13, 8\); wanted floats \(14, D\), a row per line"),
+    (lambda rows, v: (rows, v.astype(np.int64)), "int64"), (lambda rows, v: (rows, v[:, :, None]), r"\(14, 8, 1\)"),
+    (lambda rows, v: (rows[:3] + rows[:1] + rows[4:], v), "items.jsonl:4: .* wanted a new"),
+    (lambda rows, v: (rows[:3] + [{"id": "c3", "kind": "video"}] + rows[4:], v), 'items.jsonl:4: .*"kind": "query" or "corpus"'),
+    (lambda rows, v: (rows[:3] + [{"id": 3, "kind": "corpus"}] + rows[4:], v), "items.jsonl:4"),
+    (lambda rows, v: (rows, v * (np.arange(14) != 9)[:, None]), "items.jsonl:10: its vector has length 0")])
+def test_a_wrong_folder_of_vectors_is_an_error_that_names_the_line(tmp_path, change, words):
+    with pytest.raises(ValueError, match=words):
+        next(ev.from_folder(vectors_of(bench(6, 8), tmp_path, change), [bench(6, 8)]))
+
+
+def test_a_wrong_encoder_is_an_error_and_an_item_it_cannot_embed_is_a_loss(tiny, tmp_path):
+    (tmp_path / "mine.py").write_text(ENCODER.format(repo=str(REPO), ckpt=tiny))
+    rows = bench(3, 2).queries + [{"id": "v", "item": {"video": "a.mp4"}, "where": "q.jsonl:4"}]
+    rows[1]["item"] = {"text": "y"}
+    with pytest.raises(ValueError, match=r"mine.py:short: shape \(1, 2\) for 3 items; wanted \(3, D\)"):  # 4 rows, two equal
+        ev.from_function(f"{tmp_path}/mine.py:short", 8)(rows, None, "")
+    vectors, failed = ev.from_function(f"{tmp_path}/mine.py:half", 2)(rows, None, "")
+    assert set(failed) == {0, 1, 2} and failed[1].startswith("q.jsonl:2: ") and vectors[3].tolist() == [1, 0]
+    with pytest.raises(ValueError, match="has no function 'nothing'"):
+        ev.from_function(f"{tmp_path}/mine.py:nothing", 8)
+    with pytest.raises(OSError, match="gone.py"):
+        ev.from_function(f"{tmp_path}/gone.py:embed", 8)
+    for spec in (f"{tmp_path}/mine.py", "mine:embed"):
+        with pytest.raises(ValueError, match="wanted FILE.py:FUNCTION"):
+            ev.from_function(spec, 8)
+
+
+def test_frames_and_tokens_vary_one_at_a_time(evaluated, tiny, media, tmp_path, capsys):
+    folder, out, _ = evaluated
+    common = ("--ckpt", tiny, "--uvrb", folder, "--root", media, "--datasets", "MSRVTT", "--name", "tiny", "--out", tmp_path)
+    with pytest.raises(ValueError, match="--frames and --max-tokens"):
+        call("--frames", 8, 16, "--max-tokens", 200, 400, *common)
+    call("--frames", 4, 8, *common)
+    four, eight = (json.loads((tmp_path / f"{f}x200" / "results.json").read_text()) for f in (4, 8))
+    assert (four["protocol"]["frames"], eight["protocol"]["frames"], eight["model"]) == (4, 8, "tiny 8x200")
+    assert eight["datasets"]["MSRVTT"] == json.loads((out / "results.json").read_text())["datasets"]["MSRVTT"]
+    text = capsys.readouterr().out
+    assert "Figure 12: tiny-UVRB" in text and (tmp_path / "figure12.png").is_file() and not (tmp_path / "figure13.png").exists()
+
+
+@pytest.mark.skipif(not (REPO / "runs/mini/scenes.jsonl").is_file(), reason="runs/mini is not there: python -m mini render")
+def test_zero_shot_classification_is_video_to_label_retrieval(tiny, tmp_path, capsys):
+    """A small namesake of UCF101 from the mini world's truth: 12 clips, 4 classes, the theme. Labels are the corpus."""
+    scenes = [json.loads(line) for line in (REPO / "runs/mini/scenes.jsonl").open()]
+    theme_of = {s["id"]: s["scenes"][0]["theme"] for s in scenes if len(s["scenes"]) == 1}
+    themes = sorted(set(theme_of.values()))[:4]
+    clips = [i for theme in themes for i in [i for i in theme_of if theme_of[i] == theme][:3]]
+    folder = tmp_path / "uvrb" / "UCF101" / "jsonl"
+    folder.mkdir(parents=True)
+    files = {"queries": [{"id": i, "video": str(REPO / "runs/mini/videos" / f"{i}.mp4")} for i in clips],
+             "corpus": [{"id": theme, "text": theme} for theme in themes],
+             "instances": [{"qid": i, "pos": [theme_of[i]]} for i in clips]}
+    for name, rows in files.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    root = (REPO / "runs/mini").resolve()
+    call("--ckpt", tiny, "--uvrb", tmp_path / "uvrb", "--root", root, "--out", tmp_path / "out", "--name", "tiny")
+    entry = json.loads((tmp_path / "out" / "results.json").read_text())["datasets"]["UCF101"]
+    gve, prompt = GVE.from_pretrained(tiny), uvrb.ZERO_SHOT["UCF101"].prompt
+    queries = gve.embed([{"video": row["video"]} for row in files["queries"]], prompt)
+    best = (queries @ gve.embed([{"text": theme} for theme in themes]).T).argmax(1).tolist()
+    accuracy = np.mean([themes[k] == theme_of[i] for k, i in zip(best, clips, strict=True)])
+    assert entry["score"] == pytest.approx(accuracy) and entry["chance"] == pytest.approx(1 / 4) and entry["complete"]
+    text = capsys.readouterr().out
+    assert "Table 11" in text and "Table 1:" not in text
+    assert rows_of(text)["tiny"] == ["-", "-", f"{accuracy:.3f}".replace("0.", "."), "-", "-", "-"]
+
+
+def test_table_4_counts_the_data(evaluated, media, capsys, tmp_path):
+    folder, *_ = evaluated
+    call("--table", 4, "--uvrb", folder, "--root", media, "--out", tmp_path)
+    text = capsys.readouterr().out
+    assert "Table 4: tiny-UVRB below the published rows" in text
+    rows = [line.split() for line in text.splitlines() if line.startswith(("MSRVTT ", "MS-TI ", "LoVR-C2V "))]
+    assert rows[0] == ["MSRVTT", "1,000", "1,000", "15.0", "9.4"]  # published; ours: 12 frames at 8 a second, pools of 3
+    assert rows[3:] == [["MSRVTT", "5", "7", "1.5", "4.0"], ["MS-TI", "4", "3", "1.5", "3.0"], ["LoVR-C2V", "7", "7", "1.5", "-"]]
+    world(tmp_path / "holed", media)
+    (tmp_path / "holed" / "videos" / "3.mp4").write_bytes(b"no video")
+    row = tables.measured(tmp_path / "holed" / "uvrb", [media])[0]
+    assert (row["dataset"], row["corpus"], row["duration_s"]) == ("MSRVTT", 7, "1.5*")
 
 
 def test_a_fingerprint_is_of_the_weights(tiny, tmp_path):
@@ -315,12 +681,13 @@ def test_a_fingerprint_is_of_the_weights(tiny, tmp_path):
     assert ev.fingerprint(copy) != ev.fingerprint(tiny)
 
 
-def test_tables_option_prints_existing_results_side_by_side(evaluated, tmp_path, capsys):
+def test_results_option_prints_existing_results_side_by_side(evaluated, tmp_path, capsys):
     _, out, _ = evaluated
     other = json.loads((out / "results.json").read_text()) | {"model": "other"}
     (tmp_path / "other.json").write_text(json.dumps(other))
-    call("--tables", out / "results.json", tmp_path / "other.json")
+    call("--results", out / "results.json", tmp_path / "other.json", "--out", tmp_path)
     lines = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.split()]
+    lines = lines[lines.index("GVE-7B"):]
     assert lines.index("other") - lines.index("random") == 1
     assert lines.count("chance") == lines.count("ceiling") == 2
 
@@ -346,7 +713,7 @@ def test_missing_and_damaged_media_are_named_and_never_averaged(tiny, media, tmp
 @pytest.mark.parametrize("args, words", [
     (["--framse", "8"], "unrecognized arguments: --framse"), (["--frames", "eight"], "invalid int value"),
     (["--uvrb", "nowhere"], "nowhere: no such benchmark folder"), (["--uvrb", "."], "none of the 16 datasets is here"),
-    (["--tables", "gone.json"], "gone.json")])
+    (["--results", "gone.json"], "gone.json")])
 def test_what_a_user_mistypes_is_an_error_that_names_it(tmp_path, monkeypatch, capsys, args, words):
     monkeypatch.chdir(tmp_path)
     with pytest.raises((ValueError, OSError, SystemExit)) as error:
