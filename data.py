@@ -381,32 +381,14 @@ class Steps(torch.utils.data.Dataset):
         raise ValueError(f"100 rows on end cannot be used, the last: {bad[-1]}")
 
 
-def check(path, roots=()):
-    """Yield "file:line: reason" for each unusable row of a training file, or of a mixture's (*.json) files; media are decoded."""
-    mixture = str(path).endswith(".json")
-    for source in load_mixture(path, roots) if mixture else [Source("file", "T2V", str(path), negatives=sys.maxsize)]:
-        def decode(items, promised=mixture * source.negatives):
-            if len(items) - 2 < promised:
-                raise ValueError(f"{len(items) - 2} negatives, the mixture promises {promised}")
-            for item in items:
-                for media, load in (("video", load_video), ("image", load_image)):
-                    if media in item:
-                        load(item[media])
-        for i in range(len(source)):
-            try:
-                source.load(i, roots, decode)
-            except ValueError as error:
-                yield str(error)
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["check", "mixture"])
     parser.add_argument("file", help="training file (*.jsonl) or mixture (*.json)")
     parser.add_argument("--root", nargs="+", default=[], help="folders that media may lie in, beside the file's own")
     given = parser.parse_args()
+    from extras.mixture import check, describe  # only these commands need it
     if given.command == "mixture":
-        from extras.mixture import describe  # only this command needs it
         sys.exit(describe(given.file, given.root))
     problems = len([print(problem) for problem in check(given.file, given.root)])
     sys.exit(f"{given.file}: {problems} unusable rows" if problems else None)

@@ -27,10 +27,10 @@ from peft import LoraConfig, PeftConfig, get_peft_model, get_peft_model_state_di
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLModel, Qwen2_5_VLProcessor
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import cached_file
 
 from data import DEFAULT_INSTRUCTION, END, IMAGE_TOKENS, MIN_TOKENS, Collator
+from kernels import windows  # registers the attention that load_backbone names
 
 # Table 9: r 16, alpha 32, dropout 0.1 on q, k, v, up, gate, down of the language model; o_proj is not in the list. The expression
 # has to name the language model, because the vision tower's MLP has the same three projection names.
@@ -112,22 +112,6 @@ def mrope_positions(token_types, attention_mask, image_grid_thw=None, video_grid
     base_of_block = base.gather(1, first)
     inside = torch.stack([time, i % (h * w) // w, i % w])  # (3, B, T)
     return torch.where(vision, base_of_block + inside, base) * attention_mask.long()
-
-
-def window_attention(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, **_):
-    """Attend inside the vision tower's windows, one call per window length, where transformers' sdpa makes one per window.
-
-    query, key, value (1, H, P, d) in window order; cu_seq_lens_q (windows + 1,) boundaries along P -> (1, P, H, d), None
-    """
-    lengths, out = cu_seq_lens_q.diff(), torch.empty_like(query[0].transpose(0, 1))  # (windows,), (P, H, d)
-    for n in lengths.unique().tolist():
-        at = cu_seq_lens_q[:-1][lengths == n][:, None] + torch.arange(n, device=query.device)  # (W, n) the windows of length n
-        q, k, v = (x[0].transpose(0, 1)[at].transpose(1, 2) for x in (query, key, value))  # (W, H, n, d)
-        out[at] = F.scaled_dot_product_attention(q, k, v, scale=scaling).transpose(1, 2)
-    return out[None], None
-
-
-ALL_ATTENTION_FUNCTIONS.register("flash_windows", window_attention)  # only a "flash" is handed all windows at once
 
 
 class GVE(nn.Module):
@@ -306,9 +290,12 @@ def find_base(base, adapter):
 def load_backbone(path, dtype):
     """Load Qwen2_5_VLModel strictly from any class's checkpoint of it (GVE's Qwen25VLForEmbedding, say), whole or in shards: a
     tensor that is missing or has no place is an error. The lm_head, tied or not, is left out. No remote code."""
-    tensors, index = {}, _file(path, "model.safetensors.index.json")
+    tensors = {}
     try:
+        if not _file(path, "config.json"):  # transformers would go on with its class default, of 72B's size
+            raise OSError("no config.json")
         config = Qwen2_5_VLConfig.from_pretrained(path)
+        index = _file(path, "model.safetensors.index.json")
         shards = json.loads(Path(index).read_text())["weight_map"].values() if index else ["model.safetensors"]
         for name in sorted(set(shards)):
             for key, tensor in load_file(_file(path, name) or f"{path}/{name}").items():
@@ -322,7 +309,7 @@ def load_backbone(path, dtype):
     model.name_or_path = str(path)
     if wrong := {k: sorted(map(str, report[k]))[:3] for k in ("missing_keys", "unexpected_keys", "mismatched_keys") if report[k]}:
         raise ValueError(f"{path}: weights do not fit Qwen2.5-VL: {wrong}")
-    model.visual.config._attn_implementation = "flash_windows"
+    model.visual.config._attn_implementation = windows.NAME
     return model
 
 

@@ -1,5 +1,6 @@
-"""What a run over a mixture would be: the files that are here, their rows, steps, passes, GPU memory (Tables 6 to 9).
+"""What a run over a mixture would be (files, rows, steps, passes, GPU memory; Tables 6 to 9), and the rows that it cannot use.
 
+    python data.py check mixtures/gve-3b.json --root DIR         # decodes every medium of every row
     python data.py mixture mixtures/gve-3b.json --root DIR       # seconds; reads every training file once
 
 Memory is an estimate for LoRA on a bf16 base with gradient checkpointing, GiB per rank for one micro-batch of t tokens:
@@ -13,9 +14,10 @@ at a time, as without GradCache, add 2 L D bytes for each of their tokens. No GP
 import json
 import math
 import re
+import sys
 from pathlib import Path
 
-from data import IMAGE_TOKENS, Source
+from data import IMAGE_TOKENS, Source, load_image, load_mixture, load_video
 
 WIDTHS = {"3B": (3.75e9, 36, 2048, 11008, 256), "7B": (7.75e9, 28, 3584, 18944, 512)}  # W, L, D, I, width of keys and values
 TOKENS = {"T": 128, "I": IMAGE_TOKENS, "V": 800}  # per item: a guess for texts, the limits for images and 8 frames in 4 grids
@@ -65,3 +67,21 @@ def describe(path, roots=(), batch_scale=32, epochs=3, micro_batch=32):
     print(f"GPU memory, 2 W + 16 A + t (2 L D + 40 I): about {sizes} for t = {micro_batch} items x {item} tokens")
     if absent:
         print(f"to train on what is here, delete the other {len(absent)} entries from a copy of {path}; name it with --mixture")
+
+
+def check(path, roots=()):
+    """Yield "file:line: reason" for each unusable row of a training file, or of a mixture's (*.json) files; media are decoded."""
+    mixture = str(path).endswith(".json")
+    for source in load_mixture(path, roots) if mixture else [Source("file", "T2V", str(path), negatives=sys.maxsize)]:
+        def decode(items, promised=mixture * source.negatives):
+            if len(items) - 2 < promised:
+                raise ValueError(f"{len(items) - 2} negatives, the mixture promises {promised}")
+            for item in items:
+                for media, load in (("video", load_video), ("image", load_image)):
+                    if media in item:
+                        load(item[media])
+        for i in range(len(source)):
+            try:
+                source.load(i, roots, decode)
+            except ValueError as error:
+                yield str(error)

@@ -41,6 +41,7 @@ from transformers import (
 )
 
 from data import DEFAULT_INSTRUCTION, END, Collator, sample_indices
+from kernels import windows
 from mini import bench, world
 from model import mrope_positions
 
@@ -269,7 +270,7 @@ def pretrain_base(out, seed=42, scenes=8000, seeing=1200, steps=2800, batch_size
                                 [HEAD + TAIL + " ".join(example(task, rng.randrange(scenes), pool, rng)[1:])
                                  for task in TASKS for _ in range(30)])
     collate, model = Collator(processor, padding_side="right"), build_model(processor.tokenizer).train()
-    model.model.visual.config._attn_implementation = "flash_windows"  # model.window_attention
+    model.model.visual.config._attn_implementation = windows.NAME
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(processor.tokenizer)} tokens, {len(pool)} scenes")
     learn_to_see(model, clips, pool, rng, seeing)
     eyes, rest = list(model.model.visual.parameters()), [p for name, p in model.named_parameters() if ".visual." not in name]
