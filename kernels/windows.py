@@ -1,0 +1,25 @@
+"""Qwen2.5-VL's windowed vision attention without flash-attention and without a loop over windows.
+
+transformers' sdpa makes one call per window and layer; the windows of any batch have few distinct lengths, so few calls suffice.
+"""
+
+import torch
+import torch.nn.functional as F
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+
+def window_attention(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, **_):
+    """Attend inside the vision tower's windows, one call per window length, where transformers' sdpa makes one per window.
+
+    query, key, value (1, H, P, d) in window order; cu_seq_lens_q (windows + 1,) boundaries along P -> (1, P, H, d), None
+    """
+    lengths, out = cu_seq_lens_q.diff(), torch.empty_like(query[0].transpose(0, 1))  # (windows,), (P, H, d)
+    for n in lengths.unique().tolist():
+        at = cu_seq_lens_q[:-1][lengths == n][:, None] + torch.arange(n, device=query.device)  # (W, n) the windows of length n
+        q, k, v = (x[0].transpose(0, 1)[at].transpose(1, 2) for x in (query, key, value))  # (W, H, n, d)
+        out[at] = F.scaled_dot_product_attention(q, k, v, scale=scaling).transpose(1, 2)
+    return out[None], None
+
+
+NAME = "flash_windows"  # only a "flash" is handed all windows at once
+ALL_ATTENTION_FUNCTIONS.register(NAME, window_attention)
