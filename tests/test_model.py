@@ -1,6 +1,7 @@
 """model.py against transformers' own processor, chat template and model; pooling, M-RoPE, loading and saving."""
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import QWEN_TEMPLATE
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLModel, Qwen2_5_VLProcessor
 
@@ -350,3 +352,8 @@ def test_a_store_gives_the_same_vectors_and_decodes_nothing_twice(gve, media, tm
     shutil.copy(folder / "c.mp4", folder / "a.mp4")
     expected = gve(Collator(gve.processor)(items))
     assert torch.equal(gve(stored(items)), expected) and not torch.equal(expected, plain), "a changed file is another medium"
+    picture = str(tmp_path / "p.bmp")
+    for seed, time in ((1, 1_000_000_000), (2, 2_000_000_000)):  # of the same size
+        Image.fromarray(np.random.default_rng(seed).integers(0, 256, (56, 56, 3), dtype=np.uint8)).save(picture)
+        os.utime(picture, ns=(time, time))
+        assert torch.equal(gve(stored([{"image": picture}])), gve(Collator(gve.processor)([{"image": picture}])))
