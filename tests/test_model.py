@@ -54,7 +54,6 @@ INDICES = {"a.mp4": ([0, 2, 4, 6, 9, 11, 13, 15], 2.0), "wide.mp4": ([0, 3, 5, 8
 def by_transformers(tiny, items, instruction):
     """Inputs of a batch through transformers' processor and Qwen's chat template alone."""
     import decord
-    from PIL import Image
     processor = Qwen2_5_VLProcessor.from_pretrained(tiny, chat_template=QWEN_TEMPLATE)
     texts, images, videos, seconds = [], [], [], []
     for item in items:
@@ -270,7 +269,6 @@ def test_merged_folder_is_read_by_transformers_itself(lora, tmp_path):
 
 @pytest.mark.parametrize("merge", [False, True])
 def test_sentence_transformers_loads_the_folder_and_gives_our_vectors(lora, media, tmp_path, merge):
-    from PIL import Image
     from sentence_transformers import SentenceTransformer
     lora.save_pretrained(tmp_path, merge=merge)
     theirs = SentenceTransformer(str(tmp_path), device="cpu")
