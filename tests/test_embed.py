@@ -200,7 +200,8 @@ def test_a_shard_is_there_only_with_both_files(gve, tmp_path, monkeypatch):
     """The run ends between the first and the second file."""
     replace, moved = os.replace, []
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(os, "replace", lambda a, b: moved.append(b) or (replace(a, b) if len(moved) < 3 else signal.raise_signal(2)))
+        patch.setattr(os, "replace", lambda a, b: moved.append(b) or (
+            replace(a, b) if len(moved) < 3 else signal.raise_signal(signal.SIGINT)))
         encode(gve, [{"text": "one"}], cache=Cache(tmp_path, gve))
     assert moved[0].name == "key.json" and moved[1].exists() and not moved[2].exists() and lines_of(tmp_path) == []
     vectors, failed = encode(gve, [{"text": "one"}], cache=Cache(tmp_path, gve))
