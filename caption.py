@@ -180,7 +180,7 @@ def transformers_captioner(name, *, frames, max_tokens, device, batch_size, max_
     dtype = torch.bfloat16 if "cuda" in device else torch.float32
     model = transformers.AutoModelForImageTextToText.from_pretrained(name, dtype=dtype).to(device).eval()
     processor.tokenizer.padding_side, films = "left", getattr(processor, "video_processor", None) is not None
-    pad = model.generation_config.pad_token_id
+    pad = processor.tokenizer.pad_token_id
 
     def prepare(batch):
         """-> (why each request's media failed, or None; model inputs of the others)"""
@@ -219,7 +219,7 @@ def transformers_captioner(name, *, frames, max_tokens, device, batch_size, max_
         for failures, inputs in ahead(prepare, batches, workers, 2):
             made = iter(())
             if inputs is not None:
-                out = model.generate(**inputs.to(device), max_new_tokens=max_new_tokens, do_sample=False)
+                out = model.generate(**inputs.to(device), max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad)
                 out = out[:, inputs["input_ids"].shape[1] :]  # (B, T)
                 made = zip(processor.batch_decode(out, skip_special_tokens=True), inputs["attention_mask"].sum(1).tolist(),
                            (out != pad).sum(1).tolist(), strict=True)

@@ -315,10 +315,11 @@ def plan(rows, pool, flags):
     """List the pairs that a part's captioned videos shall give; composed ones get reference and query later."""
     jobs, frames = [], {row["of"]: row for row in rows if row["kind"] == "image" and row["fate"] == "kept"}
     for row in (row for row in rows if row["kind"] == "video" and row["fate"] == "kept"):
-        video, rng, frame = pool[row["of"]], random.Random(f"{flags.seed}/{row['of']}/pairs"), frames.get(row["of"])
-        texts, whole = [{"text": text} for text in rng.sample([*row["captions"].values()], len(row["captions"]))], row["item"]
+        video, frame, texts = pool[row["of"]], frames.get(row["of"]), [{"text": text} for text in row["captions"].values()]
+        random.Random(f"{flags.seed}/{row['of']}/texts").shuffle(texts)
         for k, task in enumerate(wanted(video, flags)):
-            query, positive = {}, whole
+            name = f"{row['of']} {task} {k}"
+            query, positive, rng = {}, row["item"], random.Random(f"{flags.seed}/{name}")  # no draw depends on what else worked
             if task == "T2T" and len(texts) > 2:
                 query, positive = texts[-2:]  # T2V does not select these two
             elif task == "T2V":
@@ -330,7 +331,7 @@ def plan(rows, pool, flags):
             elif task == "V2V" and video["clips"]:
                 query = clip_of(video, rng)
             if query or task in COMPOSED:
-                jobs.append({"id": f"{row['of']} {task} {k}", "of": row["of"], "task": task, "query": query, "positive": positive})
+                jobs.append({"id": name, "of": row["of"], "task": task, "query": query, "positive": positive})
     return jobs
 
 
