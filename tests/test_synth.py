@@ -55,13 +55,16 @@ def run(*words, ok=True):
     return printed.getvalue() + failed
 
 
-def forked(*words, **environment):
-    """The same in a process of its own, forked so that nothing is imported again."""
-    def work():
-        os.environ.update(environment)
-        run(*words)
+def as_rank(rank, world, flags):
+    os.environ.update(RANK=rank, WORLD_SIZE=world)
+    synth.main(flags)
 
-    child = multiprocessing.get_context("fork").Process(target=work)
+
+def apart(*words, rank="0", world="1"):
+    """The same in a process of its own, forked from a server that has imported torch already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["synth", "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl"])
+    child = context.Process(target=as_rank, args=(rank, world, parse_flags(synth.Flags, [str(word) for word in words])))
     child.start()
     return child
 
@@ -273,7 +276,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_rows_of_a_whole_one(whole,
     (flags, folder), rng, killed = whole, random.Random(kills), 0
     for _ in range(kills):
         began = len(list(tmp_path.glob("*/*.jsonl")))
-        child, more = forked(*flags, "--out", tmp_path), rng.choice((0, 1, 2) if kills < 20 else (0, 0, 1))
+        child, more = apart(*flags, "--out", tmp_path), rng.choice((0, 1, 2) if kills < 20 else (0, 0, 1))
         while child.is_alive() and len(list(tmp_path.glob("*/*.jsonl"))) < began + more:
             time.sleep(0.005)
         time.sleep(rng.random() * 0.5)
@@ -288,7 +291,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_rows_of_a_whole_one(whole,
 def test_two_processes_and_shards_share_the_work_and_make_the_same_rows(raw, tmp_path):
     common = ["--videos", raw / "captions.jsonl", "--part", 3, "--stages", 1]
     run(*common, "--out", tmp_path / "one")
-    children = [forked(*common, "--out", tmp_path / "two", RANK=str(rank), WORLD_SIZE="2") for rank in (0, 1)]
+    children = [apart(*common, "--out", tmp_path / "two", rank=rank, world="2") for rank in "01"]
     for child in children:
         child.join()
     assert [child.exitcode for child in children] == [0, 0]
