@@ -7,15 +7,13 @@ Three stages, each a folder of JSON lines below --out with one row per job, its 
     1-pool      quality control; pool.jsonl beside it is the asset pool, after what only all rows together can tell
     2-captions  enrichment: five captions per video and per key frame
     3-pairs     task extension: T2T, T2I, T2V, I2V, V2V, composed queries (TI2V, TV2V), hard negatives
-then <out>/train: a training file per task and the mixture.json that train.py takes. The same command goes on where a killed run
+then <out>/uvrd: a training file per task, and the mixture.json that train.py takes. The same command goes on where a killed run
 stopped and tries again what failed. Work is shared by torchrun's ranks, by --shard 0/4 ... 3/4, or by the same command run twice.
 Legend: N videos in the pool, D embedding dim, n sampled frames of a video.
 """
 
 import collections
-import contextlib
 import dataclasses
-import fcntl
 import functools
 import itertools
 import json
@@ -23,7 +21,6 @@ import os
 import random
 import re
 import sys
-import time
 import zlib
 from pathlib import Path
 
@@ -35,15 +32,10 @@ from caption import WORDS, ahead, captioner, obtain, requests_for, useless_text
 from data import read_frames, read_jsonl, resolve
 from embed import encode, parse_flags, top_k
 from model import GVE
+from parts import lock, read, share, tell, write
 
-TASKS = {  # Table 7: thousands of pairs, hard negatives, batch size per GPU; the instructions are ours, theirs are not listed
-    "T2T": (100, 0, 64, "Find a text that describes the same video."),
-    "T2I": (210, 0, 32, "Find the image that matches the given caption."),
-    "T2V": (879, 1, 64, "Find the video that matches the given caption."),
-    "I2V": (200, 0, 64, "Find the video that the given image was taken from."),
-    "V2V": (36, 0, 64, "Find the video that the given clip was cut from."),
-    "TI2V": (89, 1, 64, "Find the video that shows the given image changed as the text says."),
-    "TV2V": (35, 1, 64, "Find the video that shows the given clip changed as the text says.")}
+TABLE7 = {m["task"]: m for m in json.loads((Path(__file__).parent / "mixtures" / "gve-3b.json").read_text())
+          if m["name"].startswith("UVRD-")}  # samples, hard negatives, batch sizes and our instructions of its seven tasks
 COMPOSED = ("TI2V", "TV2V")
 
 
@@ -95,73 +87,6 @@ class Flags:
 
 DECISIVE = ("prober prompts part seed script min_side min_frames probe_fps min_motion consistency duplicate key_frames clips "
             "hallucination shares negatives margin twin frames max_tokens").split()  # one --out, one value
-
-
-# Shared, resumable work
-
-def read(path):
-    return [row for _, row in read_jsonl(path)]
-
-
-def write(path, rows):
-    """Write JSON lines under a temporary name and rename: the file is whole or not there."""
-    with open(f"{path}.part", "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.part", path)
-
-
-@contextlib.contextmanager
-def lock(path, wait=True):
-    """Hold a lock that dies with its process; gives False where another holds it and wait is False."""
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            held = True
-        except BlockingIOError:
-            held = False
-        yield held
-
-
-def share(stage, parts, do, flags):
-    """Do what is missing or failed of a stage's parts (lists of jobs with an "id") beside others who do the same -> rows by part.
-
-    do(p, jobs) -> a row with "id" and "fate" per job. The first pass takes what is free, this rank's own parts first; the second
-    waits for parts that others hold and finishes what they left, so that all ranks leave a stage together.
-    """
-    folder, began = Path(flags.out) / stage, time.time()
-    folder.mkdir(exist_ok=True)
-    (i, n), rank, world = map(int, flags.shard.split("/")), int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    paths, mine = [folder / f"{p:05}.jsonl" for p in range(len(parts))], range(i, len(parts), n)
-    for wait, p in itertools.product((False, True), sorted(mine, key=lambda p: p // n % world != rank)):
-        with lock(paths[p].with_suffix(".lock"), wait) as held:
-            there = paths[p].exists()
-            if not held or there and (wait or paths[p].stat().st_mtime > began):  # this run's failures wait for the next run
-                continue
-            old, start = {row["id"]: row for row in read(paths[p])} if there else {}, time.time()
-            jobs = [job for job in parts[p] if job["id"] not in old or old[job["id"]]["fate"] == "failed"]
-            if jobs or not there:
-                new = {row["id"]: row for row in do(p, jobs)}
-                write(paths[p], [new.get(job["id"]) or old[job["id"]] for job in parts[p]])
-                tokens = [sum(row.get("tokens", (0, 0))[k] for row in new.values()) for k in (0, 1)]
-                event = {"stage": stage, "part": p, "seconds": round(time.time() - start, 2), "tokens": tokens}
-                with open(Path(flags.out) / "log.jsonl", "a") as file:
-                    file.write(json.dumps(event | collections.Counter(row["fate"] for row in new.values())) + "\n")
-    if missing := sum(not path.exists() for path in paths):
-        raise ValueError(f"{stage}: {missing} of {len(paths)} parts belong to other shards; run this again when they are done")
-    return [read(path) for path in paths]
-
-
-def tell(stage, rows, flags):
-    """Print what a stage kept, why it did not keep the rest, and what that took -> seconds."""
-    count = collections.Counter((row["fate"], row.get("why", "").split(":")[0]) for row in rows)
-    lost = [f", {fate} {n} ({why})" for (fate, why), n in sorted(count.items()) if fate != "kept"]
-    events = [e for e in read(Path(flags.out) / "log.jsonl") if e["stage"] == stage] if rows else []
-    seconds, tokens = sum(e["seconds"] for e in events), [sum(e["tokens"][k] for e in events) for k in (0, 1)]
-    print(f"{stage}: kept {count['kept', '']} of {len(rows)}{''.join(lost)}; {seconds:.0f} s of one process, {tokens[0]} tokens "
-          f"read, {tokens[1]} written", flush=True)
-    return seconds
 
 
 # Stage 1: quality control
@@ -278,6 +203,14 @@ def wanted(row, flags):
     return [task for task, share in flags.share.items() for _ in range(int(share + rng.random()))]
 
 
+def captions_of(row, flags):
+    """List what to caption of a video: itself and, if it shall give T2I pairs, a key frame."""
+    jobs = [{"id": f"{row['id']} video", "of": row["id"], "kind": "video", "text": row["text"], "item": {"video": row["video"]}}]
+    frame = frame_of(row, random.Random(f"{flags.seed}/{row['id']}/frame"))
+    more = [{"id": f"{row['id']} image", "of": row["id"], "kind": "image", "text": "", "item": frame}]
+    return jobs + more * ("T2I" in wanted(row, flags))
+
+
 def enrich(jobs, ask, see, pool, flags):
     """Caption videos and key frames; drop captions that are less like their video than the raw caption is."""
     asked = [requests_for(job["kind"], [job["item"]], flags.prompts, random.Random(f"{flags.seed}/{job['id']}"), job["text"])
@@ -371,8 +304,8 @@ def extend(jobs, ask, see, pool, matrix, flags):
 
 
 def assemble(rows, flags):
-    """Write <out>/train: a training file per task with media relative to it, and the mixture, whose samples keep the shares."""
-    folder, mixture = Path(flags.out) / "train", []
+    """Write <out>/uvrd: a training file per task with media relative to it, and a mixture whose samples keep the shares."""
+    folder, mixture = Path(flags.out) / "uvrd", []
     folder.mkdir(exist_ok=True)
 
     def local(x):
@@ -382,14 +315,13 @@ def assemble(rows, flags):
             k: os.path.relpath(v, folder) if k in ("video", "path") and isinstance(v, str) else local(v) for k, v in x.items()}
 
     made = collections.Counter(row["task"] for row in rows)
-    for task, (_, _, batch_size, instruction) in TASKS.items():
+    for task, source in TABLE7.items():
         mine, keys = [row for row in rows if row["task"] == task], ("query", "positive", "negatives", "id")
-        write(folder / f"uvrd-{task}.jsonl", [{key: local(row[key]) for key in keys if row.get(key)} for row in mine])
-        if made[task]:
-            samples = round(flags.share[task] / (flags.share["T2V"] or 1) * made["T2V"]) or made[task]
-            mixture.append({"name": f"uvrd-{task}", "task": task, "path": f"uvrd-{task}.jsonl", "samples": samples,
-                            "negatives": flags.negative[task], "batch_size": batch_size, "instruction": instruction})
-            print(f"    {task}: {made[task]} pairs, {samples} samples in the mixture")
+        write(folder / f"{task.lower()}.jsonl", [{key: local(row[key]) for key in keys if row.get(key)} for row in mine])
+        if mine:
+            samples = round(flags.share[task] / (flags.share["T2V"] or 1) * made["T2V"]) or len(mine)
+            mixture.append(source | {"path": f"{task.lower()}.jsonl", "samples": samples, "negatives": flags.negative[task]})
+            print(f"    {task}: {len(mine)} pairs, {samples} samples in the mixture")
     (folder / "mixture.json.part").write_text(json.dumps(mixture, indent=1) + "\n")
     os.replace(folder / "mixture.json.part", folder / "mixture.json")
 
@@ -410,16 +342,17 @@ def dry_run(n, flags):
 def numbers(words, default, kind):
     """Read TASK=NUMBER words over the defaults of a flag."""
     for task, _, value in (word.partition("=") for word in words):
-        if task not in TASKS or not re.fullmatch(r"\d+(\.\d+)?" if kind is float else r"\d+", value):
-            raise ValueError(f"{task}={value}: wanted TASK=NUMBER, TASK one of {', '.join(TASKS)}")
+        if task not in TABLE7 or not re.fullmatch(r"\d+(\.\d+)?" if kind is float else r"\d+", value):
+            raise ValueError(f"{task}={value}: wanted TASK=NUMBER, TASK one of {', '.join(TABLE7)}")
         default[task] = kind(value)
     return default
 
 
 def main(flags):
     """Run the stages and print what each kept. Raises ValueError for wrong flags and input."""
-    flags.share = numbers(flags.shares, {task: n / TASKS["T2V"][0] for task, (n, *_) in TASKS.items()}, float)
-    flags.negative = numbers(flags.negatives, {task: k for task, (_, k, *_) in TASKS.items()}, int)
+    per_video = {task: source["samples"] / TABLE7["T2V"]["samples"] for task, source in TABLE7.items()}
+    flags.share = numbers(flags.shares, per_video, float)
+    flags.negative = numbers(flags.negatives, {task: source["negatives"] for task, source in TABLE7.items()}, int)
     if not re.fullmatch(r"\d+/[1-9]\d*", flags.shard):
         raise ValueError(f"--shard {flags.shard!r}: wanted i/n")
     if flags.prompts == "auto":
@@ -448,28 +381,26 @@ def main(flags):
     ask = lambda requests: asker()(requests) if requests else ()  # noqa: E731
     cut = lambda rows: [rows[i : i + flags.part] for i in range(0, len(rows), flags.part)]  # noqa: E731
 
-    rows = share("1-pool", cut(rows), lambda p, jobs: control(p, jobs, see, flags), flags)
+    rows = share(out, "1-pool", cut(rows), lambda p, jobs: control(p, jobs, see, flags), flags.shard)
     with lock(out / "lock"):
         if not (out / "pool.jsonl").exists():
             select(sum(rows, []), flags)
     rows, matrix = read(out / "pool.jsonl"), torch.from_numpy(np.load(out / "pool.npy"))  # (N, D)
-    seconds = tell("1-pool", rows, flags)
+    seconds = tell(out, "1-pool", rows)
     print(f"    captions dropped: {dict(collections.Counter(row['text_dropped'] for row in rows if 'text_dropped' in row))}; "
           f"{sum(len(row.get('cuts', ())) for row in rows)} cuts")
     if flags.stages < 2:
         return
     kept = [row for row in rows if row["fate"] == "kept"]
     pool = {row["id"]: {**row, "vector": matrix[i], "row": i, "item": {"video": row["video"]}} for i, row in enumerate(kept)}
-    parts = [[{"id": f"{row['id']} {kind}", "of": row["id"], "kind": kind, "text": row["text"] * (kind == "video"), "item": item}
-              for row in part for kind, item in (("video", pool[row["id"]]["item"]), ("image", frame_of(row, random.Random(row["id"]))))
-              if kind == "video" or "T2I" in wanted(row, flags)] for part in cut(kept)]
-    captions = share("2-captions", parts, lambda p, jobs: enrich(jobs, ask, see, pool, flags), flags)
-    seconds += tell("2-captions", sum(captions, []), flags)
+    parts = [[job for row in part for job in captions_of(row, flags)] for part in cut(kept)]
+    captions = share(out, "2-captions", parts, lambda p, jobs: enrich(jobs, ask, see, pool, flags), flags.shard)
+    seconds += tell(out, "2-captions", sum(captions, []))
     if flags.stages < 3:
         return
-    pairs = sum(share("3-pairs", [plan(part, pool, flags) for part in captions],
-                      lambda p, jobs: extend(jobs, ask, see, pool, matrix, flags), flags), [])
-    seconds += tell("3-pairs", pairs, flags)
+    parts = [plan(part, pool, flags) for part in captions]
+    pairs = sum(share(out, "3-pairs", parts, lambda p, jobs: extend(jobs, ask, see, pool, matrix, flags), flags.shard), [])
+    seconds += tell(out, "3-pairs", pairs)
     good = [row for row in pairs if row["fate"] == "kept"]
     with lock(out / "lock"):
         assemble(good, flags)

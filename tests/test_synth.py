@@ -23,6 +23,7 @@ from conftest import moving_square, write_tiny, write_video
 
 import caption
 import data
+import parts
 import synth
 from embed import parse_flags
 from mini import bench, world
@@ -257,13 +258,13 @@ def test_a_captioner_that_always_refuses_ends_with_everything_dropped(raw, tmp_p
 def whole(raw, tmp_path_factory):
     """An uninterrupted run with captioner mini -> (flags, its folder)."""
     flags = ["--videos", raw / "captions.jsonl", "--part", 4, "--max-new-tokens", 64, "--tries", 1, "--shares", *(
-        f"{task}=1" for task in synth.TASKS)]
+        f"{task}=1" for task in synth.TABLE7)]
     run(*flags, "--out", out := tmp_path_factory.mktemp("whole"))
     return flags, out
 
 
 def test_mini_makes_a_mixture_that_loads_whole(whole, raw):
-    mixture = whole[1] / "train" / "mixture.json"
+    mixture = whole[1] / "uvrd" / "mixture.json"
     assert list(data.check(mixture, [raw])) == []
     sources = {source.task: source for source in data.load_mixture(mixture)}
     assert sources.keys() >= {"T2T", "T2I", "T2V", "I2V", "TI2V"}
@@ -305,14 +306,14 @@ def test_two_processes_and_shards_share_the_work_and_make_the_same_rows(raw, tmp
 
 def test_a_shard_is_never_done_twice_at_once(tmp_path):
     """Two threads at one part: the second waits and then finds it done."""
-    flags, done = synth.Flags(out=str(tmp_path)), []
+    done = []
 
     def do(p, jobs):
         done.append(p)
         time.sleep(0.3)
         return [{"id": job["id"], "fate": "kept"} for job in jobs]
 
-    threads = [threading.Thread(target=synth.share, args=("s", [[{"id": "a"}], [{"id": "b"}]], do, flags)) for _ in range(2)]
+    threads = [threading.Thread(target=parts.share, args=(tmp_path, "s", [[{"id": "a"}], [{"id": "b"}]], do)) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -348,7 +349,7 @@ def test_odd_folders_ids_and_files(tmp_path, media):
     run("--videos", tmp_path / "in", "--captioner", server.name, "--out", tmp_path / "out", "--negatives", "T2V=0", "--duplicate", 2)
     rows = {row["id"]: row for row in synth.read(tmp_path / "out" / "pool.jsonl")}
     assert {i: row["fate"] for i, row in rows.items()} == {"i.png": "dropped", "notes.txt": "dropped", "one/ä b.mp4": "kept", "two/ä b.mp4": "kept"}
-    assert list(data.check(tmp_path / "out" / "train" / "mixture.json", [tmp_path])) == []
+    assert list(data.check(tmp_path / "out" / "uvrd" / "mixture.json", [tmp_path])) == []
 
 
 @pytest.mark.parametrize("line, wrong", [('{"video": 3}', "captions.jsonl:2: video and text"), ("{", "captions.jsonl:2: not JSON"),
