@@ -31,8 +31,9 @@ from model import mrope_positions
 
 URL = r"https?://|www\.|\b\w+\.(com|org|net)\b"
 FILE = r"\.(mp4|avi|mov|mkv|webm|wmv|jpe?g|png|gif)\b|^\W*(img|dsc|vid|mvi|gopr|pxl|clip|video|untitled|final)[\W\d_]*$"
-FILLER = (r"subscribe|click (here|the|on|below)|link (below|in)|follow (me|us)|watch (now|more|full)|all rights reserved|copyright|"
-          r"©|royalty[- ]free|stock (footage|video)|no (description|caption|title)|lorem ipsum|sponsored|download|^(#\w+\s*)+$")
+FILLER = (r"subscribe|click (here|the|on|below)|link (below|in)|follow (me|us)|watch (now|more|full)|all rights reserved|©|"
+          r"copyright|royalty[- ]free|stock (footage|video)|no (description|caption|title)|lorem ipsum|sponsored|download|"
+          r"^(#\w+\s*)+$")
 RULES = {  # annotation rectification: what is no description. rule(text, its words, script); the first that holds counts
     "empty": lambda text, words, script: not words,
     "URL": lambda text, words, script: re.search(URL, text, re.I),
@@ -54,10 +55,10 @@ PROMPTS = {  # our wording of A.6's specification; requests_for() fills the slot
 - abstract (30-100 words): topic and mood, for someone who forgot the details;
 - keywords (5-30 words): key terms, separated by commas;
 - partial (10-70 words): one object, moment or place only.
-In each, 30-60 % is spatial (objects, looks, positions), 30-60 % temporal (actions, changes, order), up to 20 % theme, background,
-style and camera, up to 10 % anything else; give most room to {focus}. At least one caption has fewer than 20 words
-and one more than 100. State only what can be seen: no names, causes or sounds. Write {readability} sentences for readers with
-{education}.{raw}""",
+In each, 30-60 % is spatial (objects, looks, positions), 30-60 % temporal (actions, changes, order), up to 20 % theme,
+background, style and camera, up to 10 % anything else; give most room to {focus}. At least one caption
+has fewer than 20 words and one more than 100. State only what can be seen: no names, causes or sounds. Write {readability}
+sentences for readers with {education}.{raw}""",
     "image": """Describe this frame of a video for a search engine in five captions:
 - concise (10-25 words): the moment and where things are, in one sentence;
 - rich (50-200 words): every object, its looks and where it stands to the others;
@@ -67,10 +68,10 @@ and one more than 100. State only what can be seen: no names, causes or sounds. 
 In each, 50-70 % is spatial, up to 30 % what this one moment proves (no sequence of events), 10-20 % style and composition, up to
 10 % anything else. At least one caption has fewer than 20 words. State only what can be seen. Write {readability} sentences for
 readers with {education}.{raw}""",
-    "TI2V": """First comes a reference image, then the target video. Write the text that finds the target together with the image, by
-this strategy: {strategy}. Check that it
-1. has at most 50 words, 2. means nothing without the image, 3. does not describe the image again, 4. names a specific attribute of
-the target, 5. rules out at least half of the videos that fit the image, 6. is true of the target and not of the reference,
+    "TI2V": """First comes a reference image, then the target video. Write the text that finds the target together with the image,
+by this strategy: {strategy}. Check that it
+1. has at most 50 words, 2. means nothing without the image, 3. does not describe the image again, 4. names a specific attribute
+of the target, 5. rules out at least half of the videos that fit the image, 6. is true of the target and not of the reference,
 7. reads like something a person would type.""",
     "TV2V": """First comes a reference clip, then the target video. Write the text, usually 5-15 words, that finds the target
 together with the clip. It says how the target differs, by this relation: {strategy}. It means nothing without the clip and does
@@ -79,9 +80,10 @@ SHORT = {"video": "Describe the video in the {style} style.", "image": "Describe
          "TI2V": "Describe what changes from the reference to the target video.",
          "TV2V": "Describe what changes from the reference to the target video."}
 FOCUS = {"what things look like and where they are": 0.3, "what happens and in which order": 0.6, "theme, style and camera": 0.1}
-STRATEGY = {"TI2V": ("the same subject in another action", "the same subject in another place", "the same subject without one thing",
-                     "the same relation between other things"),
-            "TV2V": ("what happens next", "another point of view", "another quality or condition", "the same action, done otherwise")}
+STRATEGY = {
+    "TI2V": ("the same subject in another action", "the same subject in another place", "the same subject without one thing",
+             "the same relation between other things"),
+    "TV2V": ("what happens next", "another point of view", "another quality or condition", "the same action, done otherwise")}
 
 
 def useless_text(text, script="LATIN"):
@@ -106,6 +108,22 @@ def requests_for(kind, media, prompts, rng, raw=""):
     form = json.dumps(dict.fromkeys(WORDS[kind], "..."))
     return [{"media": media, "prompt": f"{PROMPTS[kind].format(**slots)}\nAnswer with one JSON object and nothing else: {form}",
              "want": WORDS[kind], "plain": False}]
+
+
+def dry_run(n, share, prompts, frames, max_tokens):
+    """Print the prompts and what n videos cost if none is dropped; 1.35 tokens a word, the middle of each range of words.
+
+    share: pairs per video of each task; frames per video; max_tokens vision tokens per frame, of which two frames share one.
+    """
+    vision, half = {"video": frames / 2, "image": 1, "TI2V": frames / 2 + 1, "TV2V": frames}, 1.35 / 2
+    share, total = {"video": 1, "image": min(1, share["T2I"]), **share}, np.zeros(3, int)
+    for kind in WORDS:
+        requests = requests_for(kind, [], prompts, random.Random(0))
+        each = [(1, max_tokens * vision[kind] + 2 * half * len(request["prompt"].split()),
+                 half * sum(map(sum, request["want"].values()))) for request in requests]
+        total += (cost := (n * share[kind] * np.sum(each, 0)).round().astype(int))
+        print(f"--- {kind}: calls, tokens read, tokens written: {cost.tolist()}", *(x["prompt"] for x in requests), sep="\n")
+    print(f"--- {n} videos: calls, tokens read, tokens written: {total.tolist()}")
 
 
 def parse(answer, want, plain):
@@ -158,7 +176,7 @@ def ahead(make, things, workers, depth):
 
 
 def show(request, frames, max_tokens):
-    """Decode a request's media -> [(kind, PIL images of at most max_tokens * 28 * 28 pixels, seconds)], or why that failed (str)."""
+    """Decode a request's media -> [(kind, PIL images of at most max_tokens * 28 * 28 pixels, seconds)], or why not (str)."""
     shown = []
     try:
         for item in request["media"]:
@@ -252,8 +270,8 @@ def server_captioner(url, model, *, frames, max_tokens, max_new_tokens, concurre
                 data = "data:image/jpeg;base64," + base64.b64encode(jpeg.getvalue()).decode()
                 content.append({"type": "image_url", "image_url": {"url": data}})
         content.append({"type": "text", "text": request["prompt"]})
-        body = {"model": model, "messages": [{"role": "user", "content": content}], "max_tokens": max_new_tokens, "temperature": 0}
-        wait = 0.0
+        turn, wait = {"role": "user", "content": content}, 0.0
+        body = {"model": model, "messages": [turn], "max_tokens": max_new_tokens, "temperature": 0}
         for attempt in range(retries + 1):
             time.sleep(wait)
             wait = backoff * 2**attempt * random.uniform(0.8, 1.2)

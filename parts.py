@@ -11,6 +11,7 @@ import fcntl
 import itertools
 import json
 import os
+import re
 import time
 from pathlib import Path
 
@@ -51,6 +52,8 @@ def share(out, stage, parts, do, shard="0/1"):
     """
     folder, began = Path(out) / stage, time.time()
     folder.mkdir(exist_ok=True)
+    if not re.fullmatch(r"\d+/[1-9]\d*", shard):
+        raise ValueError(f"shard {shard!r}: wanted i/n")
     (i, n), rank, world = map(int, shard.split("/")), int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     paths, mine = [folder / f"{p:05}.jsonl" for p in range(len(parts))], range(i, len(parts), n)
     for wait, p in itertools.product((False, True), sorted(mine, key=lambda p: p // n % world != rank)):

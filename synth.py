@@ -28,7 +28,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from caption import WORDS, ahead, captioner, obtain, requests_for, useless_text
+from caption import ahead, captioner, dry_run, obtain, requests_for, useless_text
 from data import read_frames, read_jsonl, resolve
 from embed import encode, parse_flags, top_k
 from model import GVE
@@ -68,11 +68,11 @@ class Flags:
     duplicate: float = flag(0.6, "videos whose brightness gradients agree in sign this much (1 all, 0 by chance) are one")
     key_frames: int = flag(3, "most key frames per video")
     clips: int = flag(2, "most clips per video, 2-10 s each")
-    hallucination: float = flag(0.1, "a caption goes if its cosine with the video is this far below the raw caption's")
+    hallucination: float = flag(0.3, "a caption goes if its cosine with the video is this far below the raw caption's")
     shares: list[str] = flag([], "pairs per video, as T2I=0.5; default Table 7's in units of T2V")
     negatives: list[str] = flag([], "hard negatives per pair, as TI2V=2; default Table 7's")
     margin: float = flag(0.0, "a hard negative's score exceeds the positive's by at most this")
-    twin: float = flag(0.995, "a video with this cosine to the positive is neither its negative nor its reference")
+    twin: float = flag(0.98, "a video with this cosine to the positive is neither its negative nor its reference")
     frames: int = flag(8, "frames of a video that captioner and prober see")
     max_tokens: int = flag(200, "vision tokens (28 x 28 pixels) per frame")
     batch_size: int = flag(32, "items per forward")
@@ -131,9 +131,9 @@ def look(row, flags):
     except (ValueError, FileNotFoundError) as error:
         return row | {"fate": "dropped", "why": f"unreadable: {error}"}
     gray, tick, length = small.mean(1), facts["step"] / facts["rate"], facts["frames"] / facts["rate"]
-    change = F.pad((small[1:] - small[:-1]).abs().mean((1, 2, 3)), (2, 2))
-    beside = change.unfold(0, 5, 1)[:, [0, 1, 3, 4]].amax(1)  # a cut stands out from the two steps on either side
-    cuts = ((change[2:-2] > 8) & (change[2:-2] > 1.5 * beside)).nonzero()[:, 0] + 1
+    change = (small[1:] - small[:-1]).abs().mean((1, 2, 3))  # (n - 1,)
+    beside = F.pad(change, (2, 3)).unfold(0, 5, 1)[: len(change), [0, 1, 3, 4]].amax(1)
+    cuts = ((change > 8) & (change > 1.5 * beside)).nonzero()[:, 0] + 1  # stand out from the two steps on either side
     shots = list(itertools.pairwise([0, *cuts.tolist(), len(small)]))
     motion = sum(((gray[a:b].amax(0) - gray[a:b].amin(0)) > 24).float().mean().item() * (b - a) for a, b in shots) / len(small)
     row |= {**facts, "seconds": round(length, 3), "motion": round(motion, 4), "cuts": [round(a * tick, 3) for a, _ in shots[1:]]}
@@ -326,24 +326,12 @@ def assemble(rows, flags):
     os.replace(folder / "mixture.json.part", folder / "mixture.json")
 
 
-def dry_run(n, flags):
-    """Print the prompts and what n videos cost if none is dropped; 1.35 tokens a word, the middle of each range of words."""
-    vision, half = {"video": flags.frames / 2, "image": 1, "TI2V": flags.frames / 2 + 1, "TV2V": flags.frames}, 1.35 / 2
-    share, total = {"video": 1, "image": min(1, flags.share["T2I"]), **flags.share}, np.zeros(3, int)
-    for kind in WORDS:
-        requests = requests_for(kind, [], flags.prompts, random.Random(flags.seed))
-        each = [(1, flags.max_tokens * vision[kind] + 2 * half * len(request["prompt"].split()),
-                 half * sum(map(sum, request["want"].values()))) for request in requests]
-        total += (cost := (n * share[kind] * np.sum(each, 0)).round().astype(int))
-        print(f"--- {kind}: calls, tokens read, tokens written: {cost.tolist()}", *(x["prompt"] for x in requests), sep="\n")
-    print(f"--- {n} videos: calls, tokens read, tokens written: {total.tolist()}")
-
-
 def numbers(words, default, kind):
     """Read TASK=NUMBER words over the defaults of a flag."""
-    for task, _, value in (word.partition("=") for word in words):
+    for word in words:
+        task, _, value = word.partition("=")
         if task not in TABLE7 or not re.fullmatch(r"\d+(\.\d+)?" if kind is float else r"\d+", value):
-            raise ValueError(f"{task}={value}: wanted TASK=NUMBER, TASK one of {', '.join(TABLE7)}")
+            raise ValueError(f"{word}: wanted TASK=NUMBER, TASK one of {', '.join(TABLE7)}")
         default[task] = kind(value)
     return default
 
@@ -353,8 +341,6 @@ def main(flags):
     per_video = {task: source["samples"] / TABLE7["T2V"]["samples"] for task, source in TABLE7.items()}
     flags.share = numbers(flags.shares, per_video, float)
     flags.negative = numbers(flags.negatives, {task: source["negatives"] for task, source in TABLE7.items()}, int)
-    if not re.fullmatch(r"\d+/[1-9]\d*", flags.shard):
-        raise ValueError(f"--shard {flags.shard!r}: wanted i/n")
     if flags.prompts == "auto":
         flags.prompts = "short" if flags.captioner == "mini" else "full"
     if flags.device == "cuda":
@@ -363,7 +349,7 @@ def main(flags):
         sys.stdout = open(os.devnull, "w")
     out, rows = Path(flags.out), inputs(flags)
     if flags.dry_run:
-        return dry_run(len(rows), flags)
+        return dry_run(len(rows), flags.share, flags.prompts, flags.frames, flags.max_tokens)
     out.mkdir(parents=True, exist_ok=True)
     now = {"videos": f"of {len(rows)} rows, checksum {zlib.crc32(json.dumps(rows).encode())}"}
     now |= {key: getattr(flags, key) for key in DECISIVE}
@@ -375,8 +361,8 @@ def main(flags):
                 raise ValueError(f"{out} was begun with --{key.replace('_', '-')} {value}, not {now[key]}: take another --out")
     sizes = {key: getattr(flags, key) for key in ("batch_size", "frames", "max_tokens")}
     prober = functools.cache(lambda: GVE.from_pretrained(flags.prober, device=flags.device))
-    asker = functools.cache(lambda: captioner(flags.captioner, device=flags.device, **sizes, **{key: getattr(flags, key) for key in (
-        "workers", "max_new_tokens", "concurrency", "retries", "backoff", "timeout")}))
+    rest = {key: getattr(flags, key) for key in "device workers max_new_tokens concurrency retries backoff timeout".split()}
+    asker = functools.cache(lambda: captioner(flags.captioner, **sizes, **rest))
     see = lambda items: encode(prober(), items, **sizes)[0]  # noqa: E731  -> (len(items), D) float32
     ask = lambda requests: asker()(requests) if requests else ()  # noqa: E731
     cut = lambda rows: [rows[i : i + flags.part] for i in range(0, len(rows), flags.part)]  # noqa: E731
@@ -401,9 +387,8 @@ def main(flags):
     parts = [plan(part, pool, flags) for part in captions]
     pairs = sum(share(out, "3-pairs", parts, lambda p, jobs: extend(jobs, ask, see, pool, matrix, flags), flags.shard), [])
     seconds += tell(out, "3-pairs", pairs)
-    good = [row for row in pairs if row["fate"] == "kept"]
     with lock(out / "lock"):
-        assemble(good, flags)
+        assemble(good := [row for row in pairs if row["fate"] == "kept"], flags)
     rate = seconds / max(1, len(good))
     print(f"    {rate:.2f} s a pair; 1.55M pairs at this rate: {rate * 1.55e6 / 3600:.0f} hours of one such process")
     if failed := sum(row["fate"] == "failed" for row in sum(captions, []) + pairs):

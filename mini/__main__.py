@@ -393,7 +393,7 @@ def main(argv=None):
     sub.add_argument("--check", action="store_true", help="only measure the committed base")
     sub.add_argument("--only", choices=("base", "prober"), help="make one of the two")
     sub = commands.add_parser("report")
-    sub.add_argument("--synth", nargs=2, metavar=("RAW", "OUT"), default=["runs/raw", "runs/synth"], help="judge what synth.py made")
+    sub.add_argument("--synth", nargs="*", metavar="DIR", help="judge what synth.py made; default: of runs/raw, in runs/synth")
     args = parser.parse_args(argv)
     os.chdir(Path(__file__).resolve().parent.parent)
     if args.command is None:
@@ -403,7 +403,7 @@ def main(argv=None):
         print(f"runs/mini: {made['videos']} videos, {made['queries']} test queries, {made['pairs']} training pairs, "
               f"{f'written in {time.time() - began:.0f} s' if made['fresh'] else 'complete and current, nothing done'}")
     elif args.command == "report":
-        report.synth_report(*args.synth)
+        report.synth_report(*(args.synth or ("runs/raw", "runs/synth")))
     else:
         if not args.check and args.only != "prober":
             pretrain_base(BASE, args.seed)

@@ -12,7 +12,8 @@ from mini import world
 
 LOOKS = {"size": {w: size for size, words in world.SIZES.items() for w in words}, "texture": {w: w for w in ("plain", "striped")},
          "colour": {w: w for w in world.COLOURS}, "shape": {w: w for w in world.SHAPES}}
-NOUN = re.compile("".join(rf"(?:\b({'|'.join(LOOKS[k])}) )?" for k in ("size", "texture", "colour")) + rf"\b({'|'.join(world.SHAPES)})\b")
+NOUN = re.compile("".join(rf"(?:\b({'|'.join(LOOKS[k])}) )?" for k in ("size", "texture", "colour")) +
+                  rf"\b({'|'.join(world.SHAPES)})\b")
 REASON = {"wrong": ("consistency",), "boilerplate": (), "static": ("static",), "broken": ("unreadable", "frames", "resolution"),
           "copy": ("duplicate",), "again": ("duplicate",)}
 
@@ -83,7 +84,7 @@ def synth_report(raw, out):
         planted = {i for i, v in truth.items() if v.get("fault") in same and not {i, v.get("of")} & gone}
         planted &= {i for i in planted if fault != "boilerplate" or text.get(i) is not None}
         right = len(hit & {i for i, v in truth.items() if v.get("fault") in same})
-        print(f"{fault + 's' * (fault == 'copy'):<12} {len(planted):7}  {len(hit):5}  {right / max(1, len(hit)):9.3f}  "
+        print(f"{fault:<12} {len(planted):7}  {len(hit):5}  {right / max(1, len(hit)):9.3f}  "
               f"{len(hit & planted) / max(1, len(planted)):6.3f}")
 
     def accuracy(pairs):
@@ -91,12 +92,14 @@ def synth_report(raw, out):
         total = sum(stated(c) for _, c in claims)
         return f"{1 - sum(misses(v, c) for v, c in claims) / max(1, total):.3f} of {total} facts in {len(pairs)} captions"
 
+    kept = [row for row in pool if row["fate"] == "kept"]
     made = [row for row in rows("2-captions") if row["kind"] == "video" and "captions" in row]
     after = [(row["of"], t) for row in made for t in row["captions"].values()]
-    print("raw captions right:                ", accuracy([(row["id"], row["text"]) for row in pool if row["fate"] == "kept" and row["text"]]))
-    print("before the hallucination check:    ", accuracy(after + [(r["of"], t) for r in made for t in r.get("removed", {}).values()]))
+    removed = [(row["of"], t) for row in made for t in row.get("removed", {}).values()]
+    print("raw captions right:                ", accuracy([(row["id"], row["text"]) for row in kept if row["text"]]))
+    print("before the hallucination check:    ", accuracy(after + removed))
     print("after it:                          ", accuracy(after))
-    kept, pairs = [truth[row["id"]] for row in pool if row["fate"] == "kept"], [row for row in rows("3-pairs") if row["fate"] == "kept"]
+    kept, pairs = [truth[row["id"]] for row in kept], [row for row in rows("3-pairs") if row["fate"] == "kept"]
     composed = [(row, facts_in(row["query"]["text"])) for row in pairs if row["task"] in ("TI2V", "TV2V")]
     if composed:
         alone = sum(all(v["id"] == row["of"] for v in kept if misses(v, claim) == 0) for row, claim in composed)
