@@ -7,8 +7,8 @@ Three stages, each a folder of JSON lines below --out with one row per job, its 
     1-pool      quality control; pool.jsonl beside it is the asset pool, after what only all rows together can tell
     2-captions  enrichment: five captions per video and per key frame
     3-pairs     task extension: T2T, T2I, T2V, I2V, V2V, composed queries (TI2V, TV2V), hard negatives
-then <out>/uvrd: a training file per task, and the mixture.json that train.py takes. The same command goes on where a killed run
-stopped and tries again what failed. Work is shared by torchrun's ranks, by --shard 0/4 ... 3/4, or by the same command run twice.
+then <out>/uvrd: training files and the mixture.json that train.py takes. The same command goes on where a killed run stopped and
+tries again what failed; torchrun's ranks, --shard 0/4 ... 3/4 and the same command run twice share the work.
 Legend: N videos in the pool, D embedding dim, n sampled frames of a video.
 """
 
@@ -343,8 +343,7 @@ def main(flags):
     flags.negative = numbers(flags.negatives, {task: source["negatives"] for task, source in TABLE7.items()}, int)
     if flags.prompts == "auto":
         flags.prompts = "short" if flags.captioner == "mini" else "full"
-    if flags.device == "cuda":
-        flags.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    flags.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if flags.device == "cuda" else flags.device
     if os.environ.get("RANK", "0") != "0":
         sys.stdout = open(os.devnull, "w")
     out, rows = Path(flags.out), inputs(flags)
@@ -366,15 +365,14 @@ def main(flags):
     see = lambda items: encode(prober(), items, **sizes)[0]  # noqa: E731  -> (len(items), D) float32
     ask = lambda requests: asker()(requests) if requests else ()  # noqa: E731
     cut = lambda rows: [rows[i : i + flags.part] for i in range(0, len(rows), flags.part)]  # noqa: E731
-
     rows = share(out, "1-pool", cut(rows), lambda p, jobs: control(p, jobs, see, flags), flags.shard)
     with lock(out / "lock"):
         if not (out / "pool.jsonl").exists():
             select(sum(rows, []), flags)
     rows, matrix = read(out / "pool.jsonl"), torch.from_numpy(np.load(out / "pool.npy"))  # (N, D)
     seconds = tell(out, "1-pool", rows)
-    print(f"    captions dropped: {dict(collections.Counter(row['text_dropped'] for row in rows if 'text_dropped' in row))}; "
-          f"{sum(len(row.get('cuts', ())) for row in rows)} cuts")
+    useless = dict(collections.Counter(row["text_dropped"] for row in rows if "text_dropped" in row))
+    print(f"    captions dropped: {useless}; {sum(len(row.get('cuts', ())) for row in rows)} cuts")
     if flags.stages < 2:
         return
     kept = [row for row in rows if row["fate"] == "kept"]
@@ -389,8 +387,8 @@ def main(flags):
     seconds += tell(out, "3-pairs", pairs)
     with lock(out / "lock"):
         assemble(good := [row for row in pairs if row["fate"] == "kept"], flags)
-    rate = seconds / max(1, len(good))
-    print(f"    {rate:.2f} s a pair; 1.55M pairs at this rate: {rate * 1.55e6 / 3600:.0f} hours of one such process")
+    seconds /= max(1, len(good))
+    print(f"    {seconds:.2f} s a pair; 1.55M pairs at this rate: {seconds * 1.55e6 / 3600:.0f} hours of one such process")
     if failed := sum(row["fate"] == "failed" for row in sum(captions, []) + pairs):
         sys.exit(f"{failed} failed; the same command tries them again")
 
