@@ -64,7 +64,7 @@ class Flags:
     min_frames: int = flag(8, "least frames: what the embedder sees")
     probe_fps: float = flag(8.0, "frames per second on which motion and cuts are measured")
     min_motion: float = flag(0.01, "least share of pixels that change by 24 of 255 levels within a shot")
-    consistency: str = flag("0.0", "least centred cosine of video and caption; q0.1: the lowest tenth goes")
+    consistency: str = flag("0.18", "least cosine of video and caption; q0.1: the lowest tenth goes")
     duplicate: float = flag(0.6, "videos whose brightness gradients agree in sign this much (1 all, 0 by chance) are one")
     key_frames: int = flag(3, "most key frames per video")
     clips: int = flag(2, "most clips per video, 2-10 s each")
@@ -172,8 +172,7 @@ def select(rows, flags):
     paths = sorted((Path(flags.out) / "1-pool").glob("*.npy"))
     both = torch.from_numpy(np.concatenate([np.load(path) for path in paths])).float()  # (rows, 2, D)
     paired = [i for i, row in enumerate(rows) if row["fate"] == "kept" and row["text"]]
-    v, t = F.normalize(both[paired] - both[paired].mean(0), dim=-1).unbind(1)  # without the gap between the modalities
-    scores, limit = (v * t).sum(1), float(flags.consistency.lstrip("q"))
+    scores, limit = both[paired].prod(1).sum(-1), float(flags.consistency.lstrip("q"))  # cosines
     limit = scores.quantile(limit).item() if flags.consistency.startswith("q") and paired else limit
     for i, score in zip(paired, scores.tolist(), strict=True):
         rows[i]["consistency"] = round(score, 4)

@@ -175,7 +175,8 @@ def requests(media, n=1, kind="video"):
 @pytest.mark.parametrize("faults, fate, calls", [
     ([], "kept", 1), (["429"], "kept", 2), (["500", "500"], "kept", 3), (["500"] * 3, "failed", 3), (["slow"], "kept", 2),
     (["closed"], "kept", 2), (["half"], "kept", 2), (["not json"], "kept", 2), (["no choices"], "kept", 2),
-    (["400"], "failed", 1), (["fence"], "kept", 1), (["chatty"], "kept", 2), (["cut"], "kept", 2), (["chatty"] * 3, "dropped", 3)])
+    (["400"], "failed", 1), (["fence"], "kept", 1), (["chatty"], "kept", 2), (["cut"], "kept", 2),
+    (["chatty"] * 3, "dropped", 3)])
 def test_every_way_a_server_misbehaves_is_tried_again_and_accounted_for(media, faults, fate, calls):
     server = Server(faults)
     (result,) = caption.obtain(ask_with(server.name), requests(media), tries=3)
