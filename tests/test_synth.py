@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -319,12 +320,10 @@ def test_a_shard_is_never_done_twice_at_once(tmp_path):
         time.sleep(0.3)
         return [{"id": job["id"], "fate": "kept"} for job in jobs]
 
-    threads = [threading.Thread(target=parts.share, args=(tmp_path, "s", [[{"id": "a"}], [{"id": "b"}]], do)) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(done) == [0, 1]
+    with ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(parts.share, tmp_path, "s", [[{"id": "a"}], [{"id": "b"}]], do) for _ in range(2)]
+    rows = [[{"id": "a", "fate": "kept"}], [{"id": "b", "fate": "kept"}]]
+    assert [run.result() for run in runs] == [rows, rows] and sorted(done) == [0, 1]
 
 
 # Quality control
