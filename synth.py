@@ -75,7 +75,7 @@ class Flags:
     twin: float = flag(0.98, "a video with this cosine to the positive is neither its negative nor its reference")
     frames: int = flag(8, "frames of a video that captioner and prober see")
     max_tokens: int = flag(200, "vision tokens (28 x 28 pixels) per frame")
-    batch_size: int = flag(32, "items per forward")
+    batch_size: int = flag(32, "the captioner's requests per forward")
     workers: int = flag(2, "decoding threads")
     max_new_tokens: int = flag(1024, "per answer")
     tries: int = flag(3, "answers per request; each after the first is asked for with the error of the one before")
@@ -357,9 +357,9 @@ def main(flags):
         for key, value in read(out / "flags.jsonl")[0].items():
             if now[key] != value:
                 raise ValueError(f"{out} was begun with --{key.replace('_', '-')} {value}, not {now[key]}: take another --out")
-    sizes = {key: getattr(flags, key) for key in ("batch_size", "frames", "max_tokens")}
+    sizes = {key: getattr(flags, key) for key in ("frames", "max_tokens")}
     prober = functools.cache(lambda: GVE.from_pretrained(flags.prober, device=flags.device))
-    rest = {key: getattr(flags, key) for key in "device workers max_new_tokens concurrency retries backoff timeout".split()}
+    rest = {key: getattr(flags, key) for key in "device batch_size workers max_new_tokens concurrency retries backoff timeout".split()}
     asker = functools.cache(lambda: captioner(flags.captioner, **sizes, **rest))
     see = lambda items: encode(prober(), items, **sizes)[0]  # noqa: E731  -> (len(items), D) float32
     ask = lambda requests: asker()(requests) if requests else ()  # noqa: E731
