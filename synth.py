@@ -359,7 +359,8 @@ def main(flags):
                 raise ValueError(f"{out} was begun with --{key.replace('_', '-')} {value}, not {now[key]}: take another --out")
     sizes = {key: getattr(flags, key) for key in ("frames", "max_tokens")}
     prober = functools.cache(lambda: GVE.from_pretrained(flags.prober, device=flags.device))
-    rest = {key: getattr(flags, key) for key in "device batch_size workers max_new_tokens concurrency retries backoff timeout".split()}
+    names = "device batch_size workers max_new_tokens concurrency retries backoff timeout".split()
+    rest = {name: getattr(flags, name) for name in names}
     asker = functools.cache(lambda: captioner(flags.captioner, **sizes, **rest))
     see = lambda items: encode(prober(), items, **sizes)[0]  # noqa: E731  -> (len(items), D) float32
     ask = lambda requests: asker()(requests) if requests else ()  # noqa: E731

@@ -27,6 +27,7 @@ import data
 import parts
 import synth
 from embed import parse_flags
+from extras.mixture import check
 from mini import bench, report, world
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -272,7 +273,7 @@ def whole(raw, tmp_path_factory):
 
 def test_mini_makes_a_mixture_that_loads_whole(whole, raw):
     mixture = whole[1] / "uvrd" / "mixture.json"
-    assert list(data.check(mixture, [raw])) == []
+    assert list(check(mixture, [raw])) == []
     sources = {source.task: source for source in data.load_mixture(mixture)}
     assert sources.keys() >= {"T2T", "T2I", "T2V", "I2V", "TI2V"}
     assert {source.samples for source in sources.values()} == {len(sources["T2V"])}  # equal shares, whatever was dropped
@@ -357,7 +358,7 @@ def test_odd_folders_ids_and_files(tmp_path, media):
     rows = {row["id"]: row for row in synth.read(tmp_path / "out" / "pool.jsonl")}
     assert {i: row["fate"] for i, row in rows.items()} == {
         "i.png": "dropped", "notes.txt": "dropped", "one/ä b.mp4": "kept", "two/ä b.mp4": "kept"}
-    assert list(data.check(tmp_path / "out" / "uvrd" / "mixture.json", [tmp_path])) == []
+    assert list(check(tmp_path / "out" / "uvrd" / "mixture.json", [tmp_path])) == []
 
 
 @pytest.mark.parametrize("line, wrong", [
