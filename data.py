@@ -42,7 +42,7 @@ def sample_indices(n, frames):
     return np.linspace(0, n - 1, frames).round().astype(np.int64)
 
 
-def _read(path, choose):
+def read_frames(path, choose):
     """Decode the frames whose indices choose(n, fps) returns -> uint8 (F, H, W, 3); decord first, then PyAV."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such video file")
@@ -89,7 +89,7 @@ def load_video(video, frames=8):
         seconds = (last - first) / fps
         return first + sample_indices(last - first, frames)
     if not os.path.isdir(path):
-        return _read(path, choose), seconds
+        return read_frames(path, choose), seconds
     files = sorted(f for f in os.listdir(path) if Path(f).suffix.lower() in IMAGE_SUFFIXES)
     if not files:
         raise MediaError(f"{path}: a folder without frames ({', '.join(sorted(IMAGE_SUFFIXES))})")
@@ -106,7 +106,7 @@ def load_image(image):
             if not 0 <= image["time"] <= n / fps:
                 raise MediaError(f"{image['video']}: time {image['time']} does not lie in a clip of {n / fps:.2f} s")
             return np.array([min(int(image["time"] * fps), n - 1)])
-        return _read(str(image["video"]), choose)[0]
+        return read_frames(str(image["video"]), choose)[0]
     from PIL import Image
     if not os.path.isfile(image):
         raise FileNotFoundError(f"{image}: no such image file")

@@ -3,6 +3,7 @@
     python -m mini                     render, score the base, train, score again; two tables and a radar plot, under 10 minutes
     python -m mini render              the files of runs/mini alone, under a minute; nothing where they are complete and current
     python -m mini pretrain            make mini/base and mini/prober again, about 25 minutes; committed, so rarely needed
+    python -m mini report --synth      what synth.py made of the raw videos in runs/raw, judged by their scene graphs
     python -m mini pretrain --check    measure the captions of the committed base: everything right in at least 80 % of clips
 
 The base is a Qwen2.5-VL of 1.7M parameters that learnt to describe training scenes word by word; it is no retriever. The prober
@@ -42,7 +43,7 @@ from transformers import (
 
 from data import DEFAULT_INSTRUCTION, END, Collator, sample_indices
 from kernels import windows
-from mini import bench, world
+from mini import bench, report, world
 from model import mrope_positions
 
 BASE, PROBER, CACHE = Path("mini/base"), Path("mini/prober"), Path("runs/pretrain")
@@ -385,12 +386,14 @@ def tour():
 
 def main(argv=None):
     parser = argparse.ArgumentParser("python -m mini", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", metavar="render | pretrain", help="without a command: the tour")
+    commands = parser.add_subparsers(dest="command", metavar="render | pretrain | report", help="without a command: the tour")
     for name in ("render", "pretrain"):
         sub = commands.add_parser(name)
         sub.add_argument("--seed", type=int, default=bench.SEED, help="of everything random")
     sub.add_argument("--check", action="store_true", help="only measure the committed base")
     sub.add_argument("--only", choices=("base", "prober"), help="make one of the two")
+    sub = commands.add_parser("report")
+    sub.add_argument("--synth", nargs="*", metavar="DIR", help="judge what synth.py made; default: of runs/raw, in runs/synth")
     args = parser.parse_args(argv)
     os.chdir(Path(__file__).resolve().parent.parent)
     if args.command is None:
@@ -399,6 +402,8 @@ def main(argv=None):
         began, made = time.time(), bench.write("runs/mini", args.seed)
         print(f"runs/mini: {made['videos']} videos, {made['queries']} test queries, {made['pairs']} training pairs, "
               f"{f'written in {time.time() - began:.0f} s' if made['fresh'] else 'complete and current, nothing done'}")
+    elif args.command == "report":
+        report.synth_report(*(args.synth or ("runs/raw", "runs/synth")))
     else:
         if not args.check and args.only != "prober":
             pretrain_base(BASE, args.seed)

@@ -288,3 +288,79 @@ def write(out, seed=SEED, workers=None):
     files = [p for part in ("videos", "uvrb", "train") for p in sorted((out / part).rglob("*")) if p.is_file()]
     put(stamp, [{"code": code, "counts": counts, "files": {str(p.relative_to(out)): p.stat().st_size for p in files}}])
     return {**counts, "fresh": True}
+
+
+# Raw videos for synth.py: weak captions, planted faults
+
+EMPTY_TEXTS = (  # texts that describe nothing, as folders of web videos hold them
+    "", "IMG_2041.MP4", "Untitled", "https://example.org/watch?v=8f3a", "Like and subscribe for more videos!", "clip",
+    "final_v2.mov", "video video video video video video", "Stock footage, royalty free, 4K", "красная звезда движется влево",
+    "Click the link below", "All rights reserved. Copyright 2021", "www.example.com", "DSC00127", "no description",
+    "a a a a a a a a a a", "红色的圆圈向左移动")
+DAMAGE = {"empty": lambda mp4: b"", "text": lambda mp4: b"<html>404</html>", "cut": lambda mp4: mp4[: len(mp4) // 2],
+          "small": lambda mp4: world.encode_mp4(world.decode_mp4(mp4)[:, ::4, ::4]),
+          "short": lambda mp4: world.encode_mp4(world.decode_mp4(mp4)[:3])}  # unreadable, or of less use than nothing
+
+
+def weak_caption(scene, rng):
+    """What an uploader might write: one event, a concise caption, or (in three of ten) a concise one with one thing wrong."""
+    kind = rng.choices(("partial", "concise", "slip"), (2, 5, 3))[0]
+    if kind == "partial":
+        return world.partial(scene, rng)[0]
+    slip = world.change(scene, rng.choice(("colour", "motion")), rng, False) if kind == "slip" else None
+    return world.concise(slip[0] if slip else scene, rng)[0]
+
+
+def again(mp4):
+    """The same clip as another upload: a pixel to the side, brighter, and compressed once more."""
+    frames = np.roll(world.decode_mp4(mp4), 1, axis=2).astype(float)
+    return world.encode_mp4(np.clip(frames * 1.06 + 4, 0, 255).astype(np.uint8))
+
+
+def raw(out, seed=SEED, families_of=KINDS, n=12, faults=20):
+    """Write raw videos of training scenes with weak captions and planted faults: <out>/videos, captions.jsonl and truth.jsonl.
+
+    n families of four near-twins for each of KINDS, as many long videos; `faults` videos with each of: a wrong caption, a text
+    that describes nothing, no motion, damage, an exact copy, a copy encoded again. truth.jsonl names a video's scenes and fault.
+    """
+    out, rng, videos = Path(out), random.Random(f"{seed}/raw"), []
+    for kind, kinds in families_of.items():
+        videos += families(rng, f"raw-{kind}", n, 4, kinds, False)
+    videos += singles(rng, "raw-long", n, False, 4)
+    for fault in ("wrong", "boilerplate", "static", "broken"):
+        videos += [{**v, "fault": fault} for v in singles(rng, f"raw-{fault}", faults, False, 1)]
+    for v in videos:
+        if v.get("fault") == "static":
+            v["scenes"] = [{**s, "camera": ["static"], "objects": [{**o, "motion": ["still"]} for o in s["objects"]]}
+                           for s in v["scenes"]]
+        elif all(s["camera"] == ["static"] and all(o["motion"] == ["still"] for o in s["objects"]) for s in v["scenes"]):
+            v["fault"] = "static"  # by chance
+        v["text"] = " ".join(weak_caption(s, rng) for s in v["scenes"])
+    for i, v in enumerate(videos):
+        if v.get("fault") == "boilerplate":
+            v["text"] = EMPTY_TEXTS[i % len(EMPTY_TEXTS)]
+        elif v.get("fault") == "wrong":  # of a scene that shares no object and no theme with this one
+            while True:
+                other = world.sample_scene(rng, False)
+                mine, looks = v["scenes"][0], lambda s: {o["colour"] for o in s["objects"]} | {o["shape"] for o in s["objects"]}
+                if other["theme"] != mine["theme"] and not looks(other) & looks(mine):
+                    break
+            v["text"] = world.concise(other, rng)[0]
+    rng.shuffle(videos)
+    sound = [v for v in videos if "fault" not in v]
+    for fault in ("copy", "again"):
+        of = rng.sample(sound, faults)
+        videos += [{**v, "id": f"raw-{fault}-{i:03}", "fault": fault, "of": v["id"]} for i, v in enumerate(of)]
+    with multiprocessing.get_context("fork").Pool() as pool:
+        jobs = [(out / path_of(v, "."), v) for v in videos if "of" not in v]
+        list(tqdm(pool.imap_unordered(_render, jobs, 16), "rendering raw videos", len(jobs)))
+    for i, v in enumerate(videos):
+        path = out / path_of(v, ".")
+        if "of" in v:
+            data = (out / path_of({"id": v["of"]}, ".")).read_bytes()
+            put(path, again(data) if v["fault"] == "again" else data)
+        elif v.get("fault") == "broken":
+            put(path, list(DAMAGE.values())[i % len(DAMAGE)](path.read_bytes()))
+    put(out / "captions.jsonl", [{"id": v["id"], "video": path_of(v, "."), "text": v["text"]} for v in videos])
+    put(out / "truth.jsonl", [{key: v[key] for key in ("id", "scenes", "fault", "of", "text") if key in v} for v in videos])
+    return len(videos)

@@ -210,7 +210,7 @@ def encode_mp4(frames):
     out = io.BytesIO()
     with av.open(out, "w", format="mp4") as box:
         stream = box.add_stream("libx264", rate=FPS, options={"crf": "14", "preset": "veryfast", "bf": "0", "threads": "1"})
-        stream.width, stream.height, stream.pix_fmt = SIZE, SIZE, "yuv420p"
+        stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
         for frame in frames:
             box.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         box.mux(stream.encode())

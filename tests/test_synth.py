@@ -1,0 +1,470 @@
+"""V-SynFlow on real videos: filters on known faults, captioners incl. a real HTTP server that misbehaves, kills and reruns."""
+
+import contextlib
+import http.server
+import io
+import json
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import moving_square, write_tiny, write_video
+
+import caption
+import data
+import parts
+import synth
+from embed import parse_flags
+from extras.mixture import check
+from mini import bench, report, world
+
+ROOT = Path(__file__).resolve().parent.parent
+FIVE = {"concise": "A white square slides slowly over the plain ground to the right edge.",
+        "rich": " ".join(["A small bright square lies on the left of a plain coloured ground and glides to the right."] * 6),
+        "abstract": " ".join(["It is about one simple thing that crosses an empty place without any hurry."] * 3),
+        "keywords": "square, motion, right, plain ground, slow",
+        "partial": "A small bright square touches the right edge of the ground.",
+        "minimal": "A small bright square is on the left side of the ground."}
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory):
+    """A few of the mini world's raw videos, each fault among them."""
+    folder = tmp_path_factory.mktemp("raw")
+    bench.raw(folder, n=1, faults=2)
+    return folder
+
+
+def run(*words, ok=True):
+    """synth.py's main with these flags -> what it printed, and the error's text."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        try:
+            synth.main(parse_flags(synth.Flags, [str(word) for word in words]))
+            failed = ""
+        except (ValueError, OSError, SystemExit) as error:
+            failed = str(error)
+    assert bool(failed) != ok, failed or printed.getvalue()
+    return printed.getvalue() + failed
+
+
+def as_rank(rank, world, flags):
+    os.environ.update(RANK=rank, WORLD_SIZE=world)
+    synth.main(flags)
+
+
+def apart(*words, rank="0", world="1"):
+    """The same in a process of its own, forked from a server that has imported torch already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["synth", "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl"])
+    child = context.Process(target=as_rank, args=(rank, world, parse_flags(synth.Flags, [str(word) for word in words])))
+    child.start()
+    return child
+
+
+def rows_of(out):
+    """Every row of every stage, without what a rerun may spend differently."""
+    return {path.relative_to(out).as_posix(): [{k: v for k, v in row.items() if k != "tokens"} for row in synth.read(path)]
+            for path in sorted(out.rglob("*.jsonl")) if path.name != "log.jsonl"}
+
+
+def accounted(out, stage):
+    rows = [row for path in sorted((out / stage).glob("*.jsonl")) for row in synth.read(path)]
+    assert len({row["id"] for row in rows}) == len(rows)
+    assert {row["fate"] for row in rows} <= {"kept", "dropped", "failed"}
+    assert all(row.get("why") for row in rows if row["fate"] != "kept")
+    return {fate: sum(row["fate"] == fate for row in rows) for fate in ("kept", "dropped", "failed")}
+
+
+# A real server that answers as vLLM does, and misbehaves on demand
+
+class Server(http.server.ThreadingHTTPServer):
+    """faults: what to do with the next requests, one each ("429", "500", "slow", ...); then `answer(prompt, n images)`."""
+    daemon_threads = True
+
+    def __init__(self, faults=(), answer=None, dies_after=None):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.faults, self.answer, self.dies_after, self.served, self.lock = list(faults), answer, dies_after, [], threading.Lock()
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    name = property(lambda self: f"openai:http://127.0.0.1:{self.server_port}/v1#vl")
+
+    def handle_error(self, request, client_address):
+        pass  # broken pipes are the point of some tests
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args):
+        pass
+
+    def send(self, code, body, **headers):
+        self.send_response(code)
+        for key, value in {"Content-Length": len(body), "Content-Type": "application/json", **headers}.items():
+            self.send_header(key.replace("_", "-"), str(value))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        assert self.path == "/v1/chat/completions" and body["model"] == "vl"
+        content, server = body["messages"][0]["content"], self.server
+        images = [part["image_url"]["url"] for part in content if part["type"] == "image_url"]
+        assert all(url.startswith("data:image/jpeg;base64,/9j/") for url in images)  # JPEG's first bytes
+        with server.lock:
+            server.served.append(content[-1]["text"])
+            fault = server.faults.pop(0) if server.faults else ""
+            dead = server.dies_after is not None and len(server.served) > server.dies_after
+        if fault == "429":
+            return self.send(429, b'{"error": "busy"}', Retry_After=0)
+        if fault == "500":
+            return self.send(500, b"oops")
+        if fault == "400":
+            return self.send(400, b'{"error": "prompt is too long"}')
+        if fault == "not json":
+            return self.send(200, b"<html>gateway</html>")
+        if fault == "no choices":
+            return self.send(200, b'{"choices": []}')
+        if fault == "closed" or dead:
+            self.close_connection = True
+            self.connection.shutdown(2)
+            return None
+        if fault == "half":
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            self.wfile.write(b'{"choices": [')
+            self.close_connection = True
+            return None
+        if fault == "slow":
+            time.sleep(1.5)
+        text = server.answer(content[-1]["text"], len(images)) if server.answer else fit(content[-1]["text"])
+        text = {"fence": f"```json\n{text}\n```", "chatty": f"Sure! {text}", "cut": text[:40]}.get(fault, text)
+        choice = {"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+        usage = {"prompt_tokens": 100, "completion_tokens": 50}
+        return self.send(200, json.dumps({"choices": [choice], "usage": usage}).encode())
+
+
+def fit(prompt):
+    """The JSON that a prompt of caption.py asks for, read off the form that it ends with."""
+    form = json.loads(re.findall(r"nothing else: (\{.*\})", prompt)[0])
+    return json.dumps({key: FIVE.get(key, "the same square, but it goes the other way round") for key in form})
+
+
+def ask_with(name, **more):
+    options = dict(device="cpu", batch_size=4, workers=2, frames=8, max_tokens=200, max_new_tokens=64, concurrency=1, retries=2,
+                   backoff=0.01, timeout=1.0) | more
+    return caption.captioner(name, **options)
+
+
+def requests(media, n=1, kind="video"):
+    item = {"video": str(media / "a.mp4")} if kind == "video" else {"image": str(media / "i.png")}
+    return sum([caption.requests_for(kind, [item], "full", random.Random(i)) for i in range(n)], [])
+
+
+@pytest.mark.parametrize("faults, fate, calls", [
+    ([], "kept", 1), (["429"], "kept", 2), (["500", "500"], "kept", 3), (["500"] * 3, "failed", 3), (["slow"], "kept", 2),
+    (["closed"], "kept", 2), (["half"], "kept", 2), (["not json"], "kept", 2), (["no choices"], "kept", 2),
+    (["400"], "failed", 1), (["fence"], "kept", 1), (["chatty"], "kept", 2), (["cut"], "kept", 2),
+    (["chatty"] * 3, "dropped", 3)])
+def test_every_way_a_server_misbehaves_is_tried_again_and_accounted_for(media, faults, fate, calls):
+    server = Server(faults)
+    (result,) = caption.obtain(ask_with(server.name), requests(media), tries=3)
+    assert (result["fate"], len(server.served)) == (fate, calls), result
+    answers = 0 if fate == "failed" else 1 + sum(fault in ("chatty", "cut") for fault in faults[:2])
+    assert result["tokens"] == [100 * answers, 50 * answers]
+    if faults and faults[0] in ("chatty", "cut"):
+        assert "refused: not JSON" in server.served[1] and "refused" not in server.served[0]
+
+
+def test_frames_go_out_as_many_jpegs_as_the_captioner_sees_and_a_lost_file_fails_alone(media):
+    seen = []
+    server = Server(answer=lambda prompt, n: seen.append(n) or fit(prompt))
+    asked = [*requests(media), *requests(media, kind="image"), *caption.requests_for(
+        "TV2V", [{"video": str(media / "a.mp4")}, {"video": str(media / "b.mp4")}], "full", random.Random(0))]
+    asked.insert(1, {**asked[0], "media": [{"video": str(media / "lost.mp4")}]})
+    results = caption.obtain(ask_with(server.name), asked, tries=1)
+    assert [r["fate"] for r in results] == ["kept", "failed", "kept", "kept"] and "lost.mp4" in results[1]["why"]
+    assert seen == [8, 1, 16]
+
+
+@pytest.mark.parametrize("answer, wrong", [
+    ({**FIVE, "concise": "Too short."}, "length: concise has 2 words and must have 10-25"), ({"query": "a b c"}, "schema"),
+    ({**FIVE, "rich": 7}, "schema"), ([1], "schema"), ("I cannot help with that.", "not JSON"),
+    ({**FIVE, "partial": FIVE["concise"]}, "repetition")])
+def test_bad_answers_are_refused_with_the_reason(answer, wrong):
+    want = caption.WORDS["video"]
+    if isinstance(answer, dict):
+        answer = {k: v for k, v in answer.items() if k != "minimal"}
+    text = answer if isinstance(answer, str) else json.dumps(answer)
+    with pytest.raises(ValueError, match=wrong):
+        caption.parse(text, want, plain=False)
+    good = {style: FIVE[style] for style in want}
+    assert caption.parse(json.dumps(good), want, plain=False) == good
+
+
+def test_full_prompts_state_the_paper_s_numbers_and_the_profile_is_30_60_10():
+    text = caption.requests_for("video", [], "full", random.Random(0), raw="my dog")[0]["prompt"]
+    for asked in ("concise (10-25 words)", "rich (80-200 ", "abstract (30-100 ", "keywords (5-30 ", "partial (10-70 ", "30-60 %"):
+        assert asked in text
+    assert "my dog" in text and "{" not in text.split("Answer with")[0]
+    focus = [caption.requests_for("video", [], "full", random.Random(i))[0]["prompt"] for i in range(600)]
+    share = [np.mean([part in prompt for prompt in focus]) for part in caption.FOCUS]
+    assert np.allclose(share, [0.3, 0.6, 0.1], atol=0.06), share  # 3 standard deviations of 600 draws
+
+
+def test_texts_that_describe_nothing_are_named_and_captions_pass():
+    for text in bench.EMPTY_TEXTS:
+        assert caption.useless_text(text), text
+    assert caption.useless_text("word " * 20_000) == "too long"
+    assert caption.useless_text("красная звезда движется", "CYRILLIC") is None
+    rng = random.Random(0)
+    for _ in range(200):
+        scene = world.sample_scene(rng, test=False)
+        for form in (*world.VIDEO_STYLES.values(), *world.FRAME_STYLES.values()):
+            assert caption.useless_text(text := form(scene, rng)[0]) is None, text
+
+
+# Whole runs
+
+def test_a_server_that_dies_midway_leaves_everything_accounted_for_and_a_rerun_finishes(raw, tmp_path):
+    server, again, whole = Server(dies_after=9), Server(), Server()
+    common = ["--videos", raw / "captions.jsonl", "--prompts", "full", "--part", 8, "--shares", "T2I=1", "TI2V=1", "TV2V=1",
+              "--retries", 1, "--backoff", 0.01, "--concurrency", 3, "--hallucination", 2]
+    run(*common, "--captioner", server.name, "--out", tmp_path / "out", ok=False)
+    assert accounted(tmp_path / "out", "2-captions")["failed"] > 0
+    shutil.copytree(tmp_path / "out" / "1-pool", tmp_path / "whole" / "1-pool")  # the same pool: no need to look at it again
+    for name in ("pool.jsonl", "pool.npy", "flags.jsonl", "log.jsonl"):
+        shutil.copy(tmp_path / "out" / name, tmp_path / "whole" / name)
+    run(*common, "--captioner", again.name, "--out", tmp_path / "out")
+    run(*common, "--captioner", whole.name, "--out", tmp_path / "whole")
+    assert accounted(tmp_path / "out", "2-captions")["failed"] == accounted(tmp_path / "out", "3-pairs")["failed"] == 0
+    assert rows_of(tmp_path / "out") == rows_of(tmp_path / "whole") and len(again.served) < len(whole.served)
+
+
+def test_a_captioner_that_always_refuses_ends_with_everything_dropped(raw, tmp_path):
+    server = Server(answer=lambda prompt, n: "I'm sorry, but I can't help with that.")
+    printed = run("--videos", raw / "captions.jsonl", "--captioner", server.name, "--out", tmp_path, "--tries", 2)
+    count = accounted(tmp_path, "2-captions")
+    assert count["kept"] == count["failed"] == 0 < count["dropped"] and f"dropped {count['dropped']} (not JSON)" in printed
+    assert len(server.served) == 2 * count["dropped"]
+
+
+@pytest.fixture(scope="module")
+def whole(raw, tmp_path_factory):
+    """An uninterrupted run with captioner mini -> (flags, its folder)."""
+    flags = ["--videos", raw / "captions.jsonl", "--part", 4, "--max-new-tokens", 64, "--tries", 1, "--shares", *(
+        f"{task}=1" for task in synth.TABLE7)]
+    run(*flags, "--out", out := tmp_path_factory.mktemp("whole"))
+    return flags, out
+
+
+def test_mini_makes_a_mixture_that_loads_whole(whole, raw):
+    mixture = whole[1] / "uvrd" / "mixture.json"
+    assert list(check(mixture, [raw])) == []
+    sources = {source.task: source for source in data.load_mixture(mixture)}
+    assert sources.keys() >= {"T2T", "T2I", "T2V", "I2V", "TI2V"}
+    assert {source.samples for source in sources.values()} == {len(sources["T2V"])}  # equal shares, whatever was dropped
+    assert sum(map(len, sources.values())) == accounted(whole[1], "3-pairs")["kept"]
+
+
+@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_run_killed_at_random_moments_ends_with_the_rows_of_a_whole_one(whole, tmp_path, kills):
+    (flags, folder), rng, killed = whole, random.Random(kills), 0
+    for _ in range(kills):
+        began = len(list(tmp_path.glob("*/*.jsonl")))
+        child, more = apart(*flags, "--out", tmp_path), rng.choice((0, 1, 2) if kills < 20 else (0, 0, 1))
+        while child.is_alive() and len(list(tmp_path.glob("*/*.jsonl"))) < began + more:
+            time.sleep(0.005)
+        time.sleep(rng.random() * 0.5)
+        killed += child.is_alive()
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+    assert killed >= kills / 2
+    run(*flags, "--out", tmp_path)
+    assert rows_of(tmp_path) == rows_of(folder)
+
+
+def test_two_processes_and_shards_share_the_work_and_make_the_same_rows(raw, tmp_path):
+    common = ["--videos", raw / "captions.jsonl", "--part", 3, "--stages", 1]
+    run(*common, "--out", tmp_path / "one")
+    children = [apart(*common, "--out", tmp_path / "two", rank=rank, world="2") for rank in "01"]
+    for child in children:
+        child.join()
+    assert [child.exitcode for child in children] == [0, 0]
+    assert rows_of(tmp_path / "one") == rows_of(tmp_path / "two")
+    events = synth.read(tmp_path / "two" / "log.jsonl")
+    assert len({e["part"] for e in events}) == len(events) == len(list((tmp_path / "two" / "1-pool").glob("*.jsonl")))
+    assert "belong to other shards" in run(*common, "--shard", "0/2", "--out", tmp_path / "three", ok=False)
+    run(*common, "--shard", "1/2", "--out", tmp_path / "three")
+    assert rows_of(tmp_path / "one") == rows_of(tmp_path / "three")
+
+
+def test_a_shard_is_never_done_twice_at_once(tmp_path):
+    """Two threads at one part: the second waits and then finds it done."""
+    done = []
+
+    def do(p, jobs):
+        done.append(p)
+        time.sleep(0.3)
+        return [{"id": job["id"], "fate": "kept"} for job in jobs]
+
+    with ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(parts.share, tmp_path, "s", [[{"id": "a"}], [{"id": "b"}]], do) for _ in range(2)]
+    rows = [[{"id": "a", "fate": "kept"}], [{"id": "b", "fate": "kept"}]]
+    assert [run.result() for run in runs] == [rows, rows] and sorted(done) == [0, 1]
+
+
+# Quality control
+
+def test_cuts_clips_motion_and_key_frames_of_known_films(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3))
+    scenes = [np.kron(scene, np.ones((12, 12, 1))).astype(np.uint8) for scene in noise]  # 96 x 96
+    film = np.stack([np.roll(scenes[i // 40], i, axis=1) for i in range(120)])  # 3 shots of 4 s at 10 fps, panning
+    write_video(tmp_path / "film.mp4", film, fps=10)
+    write_video(tmp_path / "slides.mp4", np.stack([scenes[i // 40] for i in range(120)]), fps=10)
+    flags = synth.Flags(videos=str(tmp_path), probe_fps=10.0)
+    film, slides = (synth.look({"id": name, "video": str(tmp_path / name), "text": ""}, flags)
+                    for name in ("film.mp4", "slides.mp4"))
+    assert (film["fate"], film["cuts"], film["seconds"], film["size"]) == ("kept", [4.0, 8.0], 12.0, [96, 96]), film
+    assert slides["why"].startswith("static") and slides["cuts"] == [4.0, 8.0]  # cuts are not motion
+    for start, end in film["clips"]:
+        assert 2 <= end - start <= 10 and start // 4 == (end - 1e-6) // 4, film["clips"]
+    assert len({time // 4 for time in film["key_frames"]}) == 3
+
+
+def test_odd_folders_ids_and_files(tmp_path, media):
+    """Unicode, slashes and spaces in ids; two files of one name; no captions; things that are no videos."""
+    for name in ("one/ä b.mp4", "two/ä b.mp4"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True)
+        write_video(tmp_path / "in" / name, moving_square(16, seed=len(name) + (name < "t")))
+    (tmp_path / "in" / "notes.txt").write_text("not a video")
+    shutil.copy(media / "i.png", tmp_path / "in" / "i.png")
+    server = Server()
+    run("--videos", tmp_path / "in", "--captioner", server.name, "--out", tmp_path / "out", "--negatives", "T2V=0",
+        "--duplicate", 2)
+    rows = {row["id"]: row for row in synth.read(tmp_path / "out" / "pool.jsonl")}
+    assert {i: row["fate"] for i, row in rows.items()} == {
+        "i.png": "dropped", "notes.txt": "dropped", "one/ä b.mp4": "kept", "two/ä b.mp4": "kept"}
+    assert list(check(tmp_path / "out" / "uvrd" / "mixture.json", [tmp_path])) == []
+
+
+@pytest.mark.parametrize("line, wrong", [
+    ('{"video": 3}', "captions.jsonl:2: video and text"), ("{", "captions.jsonl:2: not JSON"),
+    ('{"video": "a.mp4"}', "captions.jsonl:2: .*'a.mp4' new")])
+def test_wrong_rows_name_file_and_line(tmp_path, line, wrong):
+    (tmp_path / "captions.jsonl").write_text('{"video": "a.mp4"}\n' + line + "\n")
+    with pytest.raises(ValueError, match=wrong):
+        synth.inputs(synth.Flags(videos=str(tmp_path / "captions.jsonl")))
+
+
+def test_wrong_flags_and_places_are_one_line(raw, tmp_path):
+    (tmp_path / "file").write_text("")
+    where = ["--videos", raw / "captions.jsonl"]
+    assert "Not a directory" in run(*where, "--out", tmp_path / "file" / "out", ok=False)
+    assert "wanted TASK=NUMBER" in run(*where, "--shares", "T2W=1", ok=False)
+    with pytest.raises(ValueError, match="wanted mini, hf:MODEL or openai:URL#MODEL"):
+        ask_with("opneai:x")
+
+
+def test_a_full_disk_ends_in_one_line_and_leaves_no_half_file(raw, tmp_path):
+    """The limit on file size stands in for the disk: writes beyond 6 kB fail as they do on a full one."""
+    limited = ("import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+               "resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000)); sys.argv = sys.argv[1:]; "
+               "runpy.run_path('synth.py', run_name='__main__')")
+    words = ["--videos", str(raw / "captions.jsonl"), "--out", str(tmp_path), "--stages", "1"]
+    done = subprocess.run([sys.executable, "-B", "-c", limited, "synth.py", *words], cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 1 and "synth.py: " in done.stderr.splitlines()[-1], done.stderr
+    assert not list(tmp_path.glob("1-pool/*.jsonl"))
+    run(*words)
+    assert accounted(tmp_path, "1-pool")["failed"] == 0
+
+
+def test_dry_run_prints_prompts_and_counts_and_writes_nothing(raw, tmp_path):
+    printed = run("--videos", raw / "captions.jsonl", "--out", tmp_path / "out", "--dry-run", "--prompts", "full",
+                  "--shares", "T2I=0.5", "TI2V=0.1", "TV2V=0")
+    n = len(synth.read(raw / "captions.jsonl"))
+    calls = n + round(n * 0.5) + round(n * 0.1)
+    assert f"{n} videos: calls, tokens read, tokens written: [{calls}," in printed and "Describe this frame" in printed
+    assert not (tmp_path / "out").exists()
+
+
+# hf:
+
+def llava(folder):
+    """A random LLaVA, which knows images only."""
+    from transformers import (
+        AutoTokenizer,
+        CLIPImageProcessor,
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "mini" / "base")
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    tiny = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    vision = CLIPVisionConfig(**tiny, image_size=28, patch_size=14)
+    text = LlamaConfig(**tiny, vocab_size=len(tokenizer), num_key_value_heads=2, pad_token_id=tokenizer.pad_token_id,
+                       eos_token_id=tokenizer.eos_token_id)
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=tokenizer.convert_tokens_to_ids("<image>"))
+    torch.manual_seed(0)
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    template = ("{% for m in messages %}{% for c in m.content %}{% if c.type == 'image' %}<image>{% else %}{{ c.text }}"
+                "{% endif %}{% endfor %}{% endfor %}")
+    images = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    processor = LlavaProcessor(images, tokenizer, patch_size=14, vision_feature_select_strategy="default",
+                               num_additional_image_tokens=1, chat_template=template)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("make", [write_tiny, llava])
+def test_nonsense_of_a_random_model_is_refused_and_counted(make, media, tmp_path):
+    ask = ask_with(f"hf:{make(tmp_path)}", batch_size=3, max_new_tokens=8)
+    lost = {**requests(media)[0], "media": [{"video": str(media / "lost.mp4")}]}
+    asked = [*requests(media, 3), *requests(media, 2, "image"), lost]
+    results = caption.obtain(ask, asked, tries=2)
+    assert [r["fate"] for r in results] == ["dropped"] * 5 + ["failed"] and all("not JSON" in r["why"] for r in results[:5])
+    assert all(r["tokens"][0] > 100 and 0 < r["tokens"][1] <= 16 for r in results[:5])
+
+
+def test_the_mini_captioner_says_what_the_base_says(raw):
+    """transformers' generate with our positions equals mini's own greedy loop, token for token."""
+    from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
+
+    from mini.__main__ import BASE, generate
+    clips = [{"video": str(path)} for path in sorted((raw / "videos").glob("raw-t-*.mp4"))[:4]]
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(ROOT / BASE, dtype=torch.float32).eval()
+    prompt = "Describe the video in the rich style."
+    wanted = generate(model, Qwen2_5_VLProcessor.from_pretrained(ROOT / BASE), clips, [prompt] * 4)
+    ask = ask_with("mini", batch_size=3)
+    got = [answer for answer, *_ in ask([{"media": [clip], "prompt": prompt} for clip in clips])]
+    assert got == wanted
+
+
+def test_the_report_reads_back_every_fact_that_a_caption_states():
+    """Its reader finds as many facts as the world's own claims hold, and none that is not true."""
+    rng = random.Random(0)
+    for _ in range(100):
+        scene = world.sample_scene(rng, test=False)
+        for form in (*world.VIDEO_STYLES.values(), *world.FRAME_STYLES.values()):
+            text, claim = form(scene, rng)
+            read = report.facts_in(text)
+            assert report.misses({"scenes": [scene]}, read) == 0, text
+            assert report.stated(read) == report.stated({"objects": [], **claim}), text
+            other = {**scene, "theme": "none", "camera": ["none"], "objects": []}
+            assert report.misses({"scenes": [other]}, read) == report.stated(read)
