@@ -43,10 +43,10 @@ LEVEL = {task: level for level, tasks in enumerate(LEVELS, 1) for task in tasks}
 PAPER = dict(data="data", lr=3e-5, weight_decay=0.1, epochs=3, temperature=0.03, seed=42, dtype="bfloat16", batch_scale=32.0,
              checkpointing=True, grad_cache=True, micro_batch=32, workers=4, probe_pairs=256)  # Table 9; N_p is not given there
 PRESETS = {
-    "mini": dict(base="mini/base", prober="mini/prober", data="runs/mini", mixture="runs/mini/train/mixture.json",
+    "mini": dict(base="mini/base", prober="mini/prober", data="runs/mini", mixture=["runs/mini/train/mixture.json"],
                  out="runs/gve-mini", features="runs/features", steps=500),
-    "gve-3b": dict(PAPER, base="Qwen/Qwen2.5-VL-3B-Instruct", out="runs/gve-3b", mixture="mixtures/gve-3b.json"),
-    "gve-7b": dict(PAPER, base="Qwen/Qwen2.5-VL-7B-Instruct", out="runs/gve-7b", mixture="mixtures/gve-7b.json"),
+    "gve-3b": dict(PAPER, base="Qwen/Qwen2.5-VL-3B-Instruct", out="runs/gve-3b", mixture=["mixtures/gve-3b.json"]),
+    "gve-7b": dict(PAPER, base="Qwen/Qwen2.5-VL-7B-Instruct", out="runs/gve-7b", mixture=["mixtures/gve-7b.json"]),
 }
 
 
@@ -55,7 +55,8 @@ class Flags:
     preset: str = field(default="mini", metadata={"help": "defaults of the other flags", "choices": list(PRESETS)})
     base: str = field(default="", metadata={"help": "checkpoint to start from: Qwen2.5-VL, or a LoRA folder to go on with"})
     data: str = field(default="", metadata={"help": "folder of the training data; media may lie anywhere under it"})
-    mixture: str = field(default="", metadata={"help": "mixture, its files beside it or under DATA; empty: DATA/mixture.json"})
+    mixture: list[str] = field(default_factory=list, metadata={"help": "mixtures, joined; their files lie beside them or under "
+                                                               "DATA; none: DATA/mixture.json"})
     root: list[str] = field(default_factory=list, metadata={"help": "more folders that media may lie in"})
     out: str = field(default="", metadata={"help": "checkpoint folder to write"})
     prober: str = field(default="", metadata={"help": "Psi_1, the first epoch's prober: any checkpoint; empty: the starting one"})
@@ -276,12 +277,14 @@ def main(flags):
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     if kind == "cuda":
         torch.cuda.set_device(device)
-    mixture = flags.mixture or f"{flags.data}/mixture.json"
-    if not os.path.isfile(mixture):
-        hint = "; run `python -m mini render` first" if flags.preset == "mini" else ""
-        raise ValueError(f"{mixture}: no such mixture{hint}")
-
-    sources = load_mixture(mixture, [flags.data, *flags.root])
+    sources = []
+    for mixture in flags.mixture or [f"{flags.data}/mixture.json"]:
+        if not os.path.isfile(mixture):
+            hint = "; run `python -m mini render` first" if flags.preset == "mini" else ""
+            raise ValueError(f"{mixture}: no such mixture{hint}")
+        sources += load_mixture(mixture, [flags.data, *flags.root])
+    if len({s.name for s in sources}) < len(sources):
+        raise ValueError(f"{flags.mixture}: two sources share a name: {sorted(s.name for s in sources)}")
     sampler = Sampler(sources, flags.batch_scale, flags.seed)
     sizes, levels = [s.samples for s in sources], [LEVEL[s.task] for s in sources]
     steps = flags.steps or sum(math.ceil(size / batch) for size, batch in zip(sizes, sampler.batch, strict=True))

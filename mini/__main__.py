@@ -1,12 +1,12 @@
 """The tour of the mini world, and its parts (DESIGN.md section 4).
 
-    python -m mini                     render, score the base, train, score again; two tables and a radar plot, under 10 minutes
-    python -m mini render              the files of runs/mini alone, under a minute; nothing where they are complete and current
+    python -m mini                     render, synthesise, score the base, train, score again, compare: under 10 minutes
+    python -m mini render              the files of runs/mini and runs/raw, under a minute; nothing where they are current
     python -m mini pretrain            make mini/base and mini/prober again, about 25 minutes; committed, so rarely needed
     python -m mini report --synth      what synth.py made of the raw videos in runs/raw, judged by their scene graphs
     python -m mini pretrain --check    measure the captions of the committed base: everything right in at least 80 % of clips
 
-The base is a Qwen2.5-VL of 1.7M parameters that learnt to describe training scenes word by word; it is no retriever. The prober
+The base is a Qwen2.5-VL of 1.7M parameters that learnt to describe training scenes word by word; it is hardly a retriever. The prober
 is a small LoRA adapter on it, trained on coarse captions alone: the embedder that the curriculum starts from (section 4.2).
 Legend: B batch, T tokens, F frames, S = 56 pixels, N scenes.
 """
@@ -371,13 +371,15 @@ def run(command, **environment):
 
 
 def tour():
-    """Walk the whole method: render, score the base, train, score the trained model, compare."""
+    """Walk the whole method: render, synthesise, score the base, train, score the trained model, compare."""
     began, python = time.time(), sys.executable
     print("nanoGVE's tour: a rendered world, a tiny Qwen2.5-VL, the Modality Pyramid, 16 datasets. All commands run alone, too.")
     os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
     run(f"{python} -m mini render")
+    run(f"{python} synth.py --max-new-tokens 96 --shares T2T=0.3 T2I=0.3 I2V=0.3 V2V=0 TI2V=1 TV2V=0.3")
     run(f"{python} eval.py --ckpt {BASE} --out runs/base --name base")
-    run(f"{RANKS} train.py --workers 0", OMP_NUM_THREADS="1")
+    run(f"{RANKS} train.py --workers 0 --mixture runs/mini/train/mixture.json runs/synth/uvrd/mixture.json --root runs/raw",
+        OMP_NUM_THREADS="1")
     run(f"{python} eval.py --ckpt runs/gve-mini --out runs/gve-mini --name trained")
     files = ["runs/base/results.json", "runs/gve-mini/results.json"]
     run(f"{python} eval.py --table 1 2 --figure 2 --results {' '.join(files)} --out runs/tables")
@@ -400,6 +402,9 @@ def main(argv=None):
         tour()
     elif args.command == "render":
         began, made = time.time(), bench.write("runs/mini", args.seed)
+        if made["fresh"] or not Path("runs/raw/captions.jsonl").exists():
+            shutil.rmtree("runs/synth", ignore_errors=True)  # made of other videos
+            bench.raw("runs/raw", args.seed)
         print(f"runs/mini: {made['videos']} videos, {made['queries']} test queries, {made['pairs']} training pairs, "
               f"{f'written in {time.time() - began:.0f} s' if made['fresh'] else 'complete and current, nothing done'}")
     elif args.command == "report":

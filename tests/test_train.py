@@ -217,7 +217,7 @@ def test_a_nan_loss_stops_with_its_rows_and_keeps_the_last_checkpoint(tiny, mixt
 
 
 @pytest.mark.parametrize("words, message", [
-    (["--frames", "7"], "even"), (["--preset", "gve-3b", "--data", "nowhere"], "no such mixture"),
+    (["--frames", "7"], "even"), (["--preset", "gve-3b", "--data", "nowhere"], "MSMARCO.*nowhere/msmarco.jsonl"),
     (["--data", "nowhere", "--mixture", ""], "python -m mini render"), (["--base", "nowhere/at/all"], "nowhere/at/all"),
     (["--prober", "nowhere/at/all"], "nowhere/at/all")])
 def test_wrong_values_are_named(tiny, mixture, tmp_path, words, message):
