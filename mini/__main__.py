@@ -7,7 +7,7 @@
     python -m mini pretrain --check    measure the captions of the committed base: everything right in at least 80 % of clips
 
 The base is a Qwen2.5-VL of 1.7M parameters that learnt to describe training scenes word by word, and hardly a retriever. The
-prober is a small LoRA adapter on it, trained on coarse captions alone: the embedder that the curriculum starts from (section 4.2).
+prober is a small LoRA adapter on it, trained on coarse captions alone: the embedder that the curriculum starts from (4.2).
 Legend: B batch, T tokens, F frames, S = 56 pixels, N scenes.
 """
 
