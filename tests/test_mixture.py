@@ -100,13 +100,13 @@ def test_eight_ranks_walk_all_epochs_of_the_preset_over_38_small_stand_ins(tiny,
 def test_presets_find_their_files_under_the_data_folder(tmp_path):
     stand_ins(tmp_path)
     flags = train.parse_flags(train.Flags, ["--preset", "gve-3b", "--data", str(tmp_path)], presets=train.PRESETS)
-    sources = load_mixture(REPO / flags.mixture, [flags.data])
+    sources = load_mixture(REPO / flags.mixture[0], [flags.data])
     assert [s.name for s in sources] == [e["name"] for e in entries("3b")] and {len(s) for s in sources} == {3}
     assert sources[0].load(1, [flags.data])[0] == {"text": "q1"}
-    assert train.PRESETS["gve-7b"]["mixture"] == "mixtures/gve-7b.json"
+    assert train.PRESETS["gve-7b"]["mixture"] == ["mixtures/gve-7b.json"]
     (tmp_path / "uvrd" / "t2i.jsonl").unlink()
     with pytest.raises(ValueError, match=f"UVRD-T2I.*No such file.*mixtures.uvrd.t2i.jsonl or {tmp_path}.uvrd.t2i.jsonl"):
-        load_mixture(REPO / flags.mixture, [flags.data])
+        load_mixture(REPO / flags.mixture[0], [flags.data])
 
 
 def test_the_report_names_present_and_absent_files_and_the_run_over_the_present(tmp_path):
