@@ -376,12 +376,12 @@ def test_mini_uvrb_killed_at_20_moments_gives_the_numbers_of_an_uninterrupted_ru
     for attempt in range(20):
         work = multiprocessing.get_context("fork").Process(target=score, args=(tmp_path / "killed", attempt % 3))
         work.start()
-        some = len(list(tmp_path.rglob("*.npy"))) + rng.randrange(6)
+        some = len(list(tmp_path.rglob("*.npy"))) + rng.randrange(3)
         while len(list(tmp_path.rglob("*.npy"))) < some and work.is_alive():
             time.sleep(0.001)
         time.sleep(rng.uniform(0, 0.2))
         finished += not work.is_alive()
-        os.kill(work.pid, signal.SIGKILL)
+        work.kill()
         work.join()
     assert finished == 0, "the kills came too late"
     for out in ("killed", "whole"):
@@ -390,4 +390,4 @@ def test_mini_uvrb_killed_at_20_moments_gives_the_numbers_of_an_uninterrupted_ru
     assert killed == whole
     for folder in (tmp_path / "killed" / "cache").iterdir():
         assert len(lines_of(folder)) == len(set(lines_of(folder))), "an item was encoded twice"
-    assert sorted(lines_of(tmp_path / "killed")) == sorted(lines_of(tmp_path / "whole"))
+    assert sorted(lines_of(tmp_path / "killed" / "cache")) == sorted(lines_of(tmp_path / "whole" / "cache"))
