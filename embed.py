@@ -290,7 +290,7 @@ def parse_flags(cls, argv=None, doc=None, presets=None):
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     for field in dataclasses.fields(cls):
         default = field.default_factory() if field.default is dataclasses.MISSING else field.default
-        how = {"default": default, "help": field.metadata.get("help", "") + f" (default {default})".replace("%", "%%")}
+        how = {"default": default, "help": f"{field.metadata.get('help', '')} (default {default})".replace("%", "%%")}
         if field.type is bool:
             how["action"] = argparse.BooleanOptionalAction
         elif isinstance(default, list):

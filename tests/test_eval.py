@@ -4,6 +4,8 @@ extras/tables.py: every table and figure, and what the paper's cells contradict.
 """
 
 import csv
+import dataclasses
+import importlib
 import itertools
 import json
 import math
@@ -743,3 +745,12 @@ def test_a_model_that_gives_nan_is_an_error_and_not_a_score(tiny, media, tmp_pat
     with pytest.raises(ValueError, match="corpus.jsonl:1: .* gives a vector that is not finite"):
         call("--ckpt", tiny, "--uvrb", folder, "--datasets", "MSRVTT", "--out", tmp_path / "out")
     assert not (tmp_path / "out" / "results.json").exists()
+
+
+@pytest.mark.parametrize("module", ["embed", "eval", "synth", "train"])
+def test_help_prints_every_flag(module, capsys):
+    cls = importlib.import_module(module).Flags
+    with pytest.raises(SystemExit) as end:
+        parse_flags(cls, ["--help"])
+    shown = capsys.readouterr().out
+    assert end.value.code == 0 and all("--" + f.name.replace("_", "-") in shown for f in dataclasses.fields(cls))
