@@ -9,7 +9,7 @@ the same on every rank. decord decodes (PyAV what it cannot), transformers' own 
 Legend: F frames, H height, W width, B batch, T tokens, P patches, G global batch of a source, K sources.
 """
 
-import argparse
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 DEFAULT_INSTRUCTION = "You are a helpful assistant."
@@ -160,6 +161,12 @@ def content_id(item):
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 1
 
 
+def stamp(path):
+    """Name, size and time of a media file, or of each file in a folder of frames: they stand for the content in caches' keys."""
+    files = sorted(Path(path).iterdir()) if os.path.isdir(path) else [Path(path)]
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
 def _parse(text, where, kind=dict):
     try:
         if isinstance(value := json.loads(text), kind):
@@ -192,6 +199,7 @@ class Collator:
             raise ValueError(f"max_tokens {max_tokens} (at least {MIN_TOKENS}), prompt_style {prompt_style!r} (system or user)")
         self.processor, self.frames, self.store, self.max_length = processor, frames, store, max_length
         self.most, self.prompt_style = {"image": IMAGE_TOKENS, "video": max_tokens}, prompt_style
+        self.settings = [processor.image_processor.to_json_string(), processor.video_processor.to_json_string()]
         self.tokenizer, self.padding_side = processor.tokenizer, padding_side or processor.tokenizer.padding_side
         self.end, self.image_pad, self.video_pad = self.tokenizer.convert_tokens_to_ids([END, "<|image_pad|>", "<|video_pad|>"])
 
@@ -212,10 +220,10 @@ class Collator:
     def _see(self, kind, media):
         if self.store:
             path = media if isinstance(media, str) else media[FORMS[kind][0]]
-            about = [kind, media, os.stat(path).st_size, os.stat(path).st_mtime_ns, self.frames, self.most]
+            about = [kind, media, stamp(path), self.frames, self.most, self.settings]
             name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
             file = f"{self.store}/{name[:2]}/{name}.safetensors"
-            if os.path.isfile(file):
+            with contextlib.suppress(FileNotFoundError, SafetensorError):  # a damaged file is made anew
                 return load_file(file)  # as GVE.see has left it
         processor = self.processor.image_processor if kind == "image" else self.processor.video_processor
         pixels, seconds = load_video(media, self.frames) if kind == "video" else (load_image(media), None)
@@ -258,7 +266,8 @@ class Collator:
 
     def batch(self, samples):
         """Pad and stack prepared samples -> input_ids, attention_mask, mm_token_type_ids (B, T) int64 and, where any sample has
-        media, pixel_values(_videos) (P, C*2*14*14) float32, image/video_grid_thw (n, 3), second_per_grid_ts (n,) float32."""
+        media, pixel_values(_videos) (P, C*2*14*14) float32, image/video_grid_thw (n, 3), second_per_grid_ts (n,) float32; with a
+        store also image/video_features and image/video_file, a list each: what GVE.see need not compute, and where to keep it."""
         width = max(len(s["ids"]) for s in samples)
         ids, mask = torch.full((len(samples), width), self.end), torch.zeros(len(samples), width, dtype=torch.int64)
         for row, sample in enumerate(samples):
@@ -270,7 +279,7 @@ class Collator:
         for key in ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "second_per_grid_ts"):
             if parts := [s[key] for s in samples if key in s]:
                 out[key] = torch.cat(parts)
-        for kind in ("image", "video") if self.store else ():  # one entry per medium: known features or None, a file or None
+        for kind in ("image", "video") if self.store else ():
             shown = [s for s in samples if f"{kind}_grid_thw" in s]
             out |= {f"{kind}_{what}": [s.get(f"{kind}_{what}") for s in shown] for what in ("features", "file")} if shown else {}
         return out
@@ -382,13 +391,5 @@ class Steps(torch.utils.data.Dataset):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["check", "mixture"])
-    parser.add_argument("file", help="training file (*.jsonl) or mixture (*.json)")
-    parser.add_argument("--root", nargs="+", default=[], help="folders that media may lie in, beside the file's own")
-    given = parser.parse_args()
-    from extras.mixture import check, describe  # only these commands need it
-    if given.command == "mixture":
-        sys.exit(describe(given.file, given.root))
-    problems = len([print(problem) for problem in check(given.file, given.root)])
-    sys.exit(f"{given.file}: {problems} unusable rows" if problems else None)
+    from extras.mixture import main  # only the command line needs it
+    sys.exit(main())

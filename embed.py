@@ -12,7 +12,6 @@ import argparse
 import collections
 import contextlib
 import dataclasses
-import datetime
 import hashlib
 import itertools
 import json
@@ -34,8 +33,9 @@ import torch.nn.functional as F
 import transformers
 from tqdm import tqdm
 
-from data import Collator, read_jsonl, resolve
+from data import Collator, read_jsonl, resolve, stamp
 from model import GVE, to_device
+from state import everyones, join_ranks
 
 
 class Decoder(threading.local):
@@ -50,6 +50,7 @@ class Decoder(threading.local):
     def serve(parents, pipe, prepare):
         parents.close()  # an open copy would hide the parent's death
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # its way to heed it is not
         torch.set_num_threads(1)
         with contextlib.suppress(EOFError, BrokenPipeError):
             while True:
@@ -146,9 +147,7 @@ def encode(gve, items, instruction=None, *, batch_tokens=4096, workers=0, second
     if cache:
         cache.flush()
     if world > 1:
-        everyones = [None] * world
-        dist.all_gather_object(everyones, failed)  # all shards are on the disk when this returns
-        failed = {i: reason for reasons in everyones for i, reason in reasons.items()}
+        failed = dict(collections.ChainMap(*everyones(failed, world)))  # all shards are on the disk when this returns
         cache.read(first, vectors)
     again = [i for i, key in enumerate(keys) if first[key] != i]
     vectors[again] = vectors[[first[keys[i]] for i in again]]
@@ -167,8 +166,7 @@ def hash_weights(module):
 def item_key(item):
     """Hash what an item's vector depends on: text, paths, spans and, standing for the content, the files' sizes and times."""
     media = [m if isinstance(m, str) else m.get("path", m.get("video")) for m in (item.get("image"), item.get("video")) if m]
-    files = [f for path in media for f in (sorted(Path(path).iterdir()) if os.path.isdir(path) else [path]) if os.path.exists(f)]
-    stamps = [[os.path.basename(f), os.stat(f).st_size, os.stat(f).st_mtime_ns] for f in files]
+    stamps = [stamp(path) if os.path.exists(path) else None for path in media]
     return hashlib.sha256(json.dumps([item, stamps], sort_keys=True).encode()).hexdigest()
 
 
@@ -192,7 +190,8 @@ class Cache:
     def __init__(self, folder, gve, every=15):
         self.folder, self.every, processor = Path(folder), every, gve.processor
         self.folder.mkdir(parents=True, exist_ok=True)
-        parts = [Path(__file__).with_name(name).read_text() for name in ("data.py", "model.py")]  # an edit meets no old vector
+        code = (Path(__file__).parent / name for name in ("data.py", "model.py", "kernels/windows.py"))
+        parts = [file.read_text() for file in code]  # an edit meets no old vector
         parts += processor.image_processor.to_json_string(), processor.video_processor.to_json_string()
         parts.append(processor.tokenizer.backend_tokenizer.to_str())
         self.key = {"weights": hash_weights(gve), "code and processor": hashlib.sha256("".join(parts).encode()).hexdigest(),
@@ -272,14 +271,10 @@ def _tensor(x):
     return torch.from_numpy(np.array(x)) if isinstance(x, np.ndarray) else torch.as_tensor(x)  # a copy: memory maps are read-only
 
 
-def join_ranks():
-    """Join torchrun's other processes, where it started this one -> rank."""
-    if "RANK" not in os.environ:
-        return 0
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))  # ranks wait for the slowest one's clips
-    return dist.get_rank()
+def flag(default, help, **more):
+    """A field of a flat dataclass of flags; more: choices."""
+    how = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
+    return dataclasses.field(metadata={"help": help, **more}, **how)
 
 
 def parse_flags(cls, argv=None, doc=None, presets=None):
@@ -305,17 +300,17 @@ def parse_flags(cls, argv=None, doc=None, presets=None):
 
 @dataclasses.dataclass
 class Flags:
-    ckpt: str = dataclasses.field(default="runs/gve-mini", metadata={"help": "checkpoint folder or hub id"})
-    out: str = dataclasses.field(default="runs/vectors", metadata={"help": "folder to write"})
-    instruction: str = dataclasses.field(default="", metadata={"help": "system turn for every item; empty: the default one"})
-    prompt_style: str = dataclasses.field(default="", metadata={"help": "system or user turn; empty: the checkpoint's own"})
-    root: list[str] = dataclasses.field(default_factory=list, metadata={"help": "more folders that media may lie in"})
-    batch_tokens: int = dataclasses.field(default=4096, metadata={"help": "tokens per forward, padding included"})
-    workers: int = dataclasses.field(default=2, metadata={"help": "decoding processes per rank; 0 decodes inline"})
-    seconds: float = dataclasses.field(default=60, metadata={"help": "time a worker has for a clip, in seconds"})
-    frames: int = dataclasses.field(default=8, metadata={"help": "frames per video, even"})
-    max_tokens: int = dataclasses.field(default=200, metadata={"help": "vision tokens per video frame"})
-    device: str = dataclasses.field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "torch device"})
+    ckpt: str = flag("runs/gve-mini", "checkpoint folder or hub id")
+    out: str = flag("runs/vectors", "folder to write")
+    instruction: str = flag("", "system turn for every item; empty: the default one")
+    prompt_style: str = flag("", "system or user turn; empty: the checkpoint's own")
+    root: list[str] = flag([], "more folders that media may lie in")
+    batch_tokens: int = flag(4096, "tokens per forward, padding included")
+    workers: int = flag(2, "decoding processes per rank; 0 decodes inline")
+    seconds: float = flag(60, "time a worker has for a clip, in seconds")
+    frames: int = flag(8, "frames per video, even")
+    max_tokens: int = flag(200, "vision tokens per video frame")
+    device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "torch device")
 
 
 def main(path, flags):
@@ -329,10 +324,12 @@ def main(path, flags):
             failed[i] = f"{path}:{number}: {error}"
             items.append({"text": " "})  # holds the place; its vector is blanked below
     rank, out = join_ranks(), Path(flags.out)
-    gve = GVE.from_pretrained(flags.ckpt, device=flags.device)
+    gve = GVE.from_pretrained(flags.ckpt, device=flags.device, prompt_style=flags.prompt_style)
     vectors, more = encode(gve, items, flags.instruction or None, batch_tokens=flags.batch_tokens, workers=flags.workers,
                            seconds=flags.seconds, frames=flags.frames, max_tokens=flags.max_tokens,
                            cache=Cache(out / "cache", gve), desc="encode")
+    if dist.is_initialized():
+        dist.destroy_process_group()
     if rank > 0:
         return
     failed = {**{i: f"{path}:{rows[i][0]}: {reason}" for i, reason in more.items()}, **failed}
@@ -347,4 +344,7 @@ def main(path, flags):
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         sys.exit(__doc__ if sys.argv[1:] not in (["-h"], ["--help"]) else parse_flags(Flags, sys.argv[1:], __doc__))
-    main(sys.argv[1], parse_flags(Flags, sys.argv[2:], __doc__))
+    try:
+        main(sys.argv[1], parse_flags(Flags, sys.argv[2:], __doc__))
+    except (ValueError, OSError) as problem:
+        sys.exit(f"embed.py: {problem}")

@@ -11,8 +11,8 @@ Writes <out>/results.json, whole or not at all, log.jsonl, and MTEB-shaped mteb/
 figures as .png (extras/tables.py). <out>/cache keeps the vectors: a run that was killed goes on where it stopped. Under torchrun
 the ranks share the encoding.
 
-Protocol: vision only, uniform frames, cosine in float32, no re-ranking. Queries carry their
-dataset's prompt (Table 5) as system turn, corpus items the default one. Ties rank in corpus order.
+Protocol: vision only, uniform frames, cosine in float32, no re-ranking. Queries carry their dataset's prompt (Table 5) as system
+turn, corpus items the default one. Ties rank in corpus order.
 
 Legend: N queries, M corpus items, D embedding dim, P positives of a query.
 """
@@ -41,12 +41,9 @@ import transformers
 
 import data
 import uvrb
-from embed import GVE, Cache, encode, join_ranks, parse_flags
+from embed import GVE, Cache, encode, flag, parse_flags
 from extras.tables import cell, print_published, show
-
-
-def flag(default, help):
-    return dataclasses.field(default_factory=lambda: default, metadata={"help": help})
+from state import join_ranks
 
 
 @dataclasses.dataclass

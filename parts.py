@@ -22,10 +22,10 @@ def read(path):
     return [row for _, row in read_jsonl(path)]
 
 
-def write(path, rows):
-    """Write JSON lines under a temporary name and rename: the file is whole or not there."""
+def write(path, rows, indent=None):
+    """Write JSON lines (indented ones for people) under a temporary name and rename: the file is whole or not there."""
     with open(f"{path}.part", "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        file.writelines(json.dumps(row, ensure_ascii=False, indent=indent) + "\n" for row in rows)
         file.flush()
         os.fsync(file.fileno())
     os.replace(f"{path}.part", path)

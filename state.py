@@ -1,4 +1,4 @@
-"""What a run needs to go on as if nothing had happened: its state on disk, the random numbers of every rank, signals.
+"""What a run needs beside the method: its ranks, signals, and a state on disk from which it goes on as if nothing had happened.
 
     <out>/state/step-N/tensors.safetensors    LoRA weights, AdamW's moments, each rank's random state
     <out>/state/step-N/facts.json             step, epoch, curriculum state, flags, where the log stood
@@ -6,6 +6,7 @@
 A state is written beside its place, synced and renamed, so that what has the name is whole. train.py --resume auto reads it.
 """
 
+import datetime
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import signal
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 STOP = []  # the signals that asked this process to stop
@@ -22,6 +24,16 @@ def heed_signals():
     """Let SIGTERM and SIGINT end the run after the step at hand: saved, exit status 128 + the signal's number."""
     for wanted in (signal.SIGTERM, signal.SIGINT):
         signal.signal(wanted, lambda number, _: STOP.append(number))
+
+
+def join_ranks():
+    """Join torchrun's other processes, where it started this one -> rank."""
+    if "RANK" not in os.environ:
+        return 0
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))  # ranks wait for the slowest one's clips
+    return dist.get_rank()
 
 
 def everyones(value, world):
@@ -63,13 +75,26 @@ def save_state(folder, optimizer, rng, facts, keep):
         shutil.rmtree(old)
 
 
+def newest_state(folder):
+    """Find the newest state -> (its folder, its facts), or None twice; one that was not finished has no such name."""
+    states = sorted(folder.glob("step-*"))
+    if not states:
+        return None, None
+    try:
+        return states[-1], json.loads((states[-1] / "facts.json").read_text())
+    except ValueError as error:
+        raise ValueError(f"{states[-1] / 'facts.json'}: damaged ({error}); remove its folder to use the one before") from error
+
+
 def load_state(folder, optimizer):
-    """Restore weights and optimiser from the newest state -> (every rank's random state (world, n), facts)."""
-    newest = sorted(folder.glob("step-*"))[-1]
-    tensors, facts = load_file(newest / "tensors.safetensors"), json.loads((newest / "facts.json").read_text())
+    """Restore weights and optimiser from a state's folder -> every rank's random state (world, n) uint8."""
+    try:
+        tensors = load_file(folder / "tensors.safetensors")
+    except SafetensorError as error:
+        raise ValueError(f"{folder / 'tensors.safetensors'}: damaged ({error}); remove {folder} to use the one before") from error
     moments = {}
     for i, p in enumerate(optimizer.param_groups[0]["params"]):
         p.data.copy_(tensors[f"{i}.weight"])
         moments[i] = {name: tensors[f"{i}.{name}"] for name in ("step", "exp_avg", "exp_avg_sq")}
     optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
-    return tensors["rng"], facts
+    return tensors["rng"]

@@ -30,18 +30,13 @@ import torch.nn.functional as F
 
 from caption import ahead, captioner, dry_run, obtain, requests_for, useless_text
 from data import read_frames, read_jsonl, resolve
-from embed import encode, parse_flags, top_k
+from embed import encode, flag, parse_flags, top_k
 from model import GVE
 from parts import lock, read, share, tell, write
 
 TABLE7 = {m["task"]: m for m in json.loads((Path(__file__).parent / "mixtures" / "gve-3b.json").read_text())
           if m["name"].startswith("UVRD-")}  # samples, hard negatives, batch sizes and our instructions of its seven tasks
 COMPOSED = ("TI2V", "TV2V")
-
-
-def flag(default, text, **more):
-    how = {"default_factory": lambda: default} if isinstance(default, list) else {"default": default}
-    return dataclasses.field(metadata={"help": text, **more}, **how)
 
 
 @dataclasses.dataclass

@@ -22,7 +22,6 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import field
 from pathlib import Path
 
 import numpy as np
@@ -31,10 +30,10 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from data import Collator, Steps, load_mixture
-from embed import encode, hash_weights, parse_flags
+from embed import encode, flag, hash_weights, parse_flags
 from kernels.infonce import info_nce_dist
 from model import GVE, to_device
-from state import STOP, everyones, heed_signals, load_state, rng_state, save_state
+from state import STOP, everyones, heed_signals, load_state, newest_state, rng_state, save_state
 
 # Figure 5, bottom up. # PAPER: the figure leaves out I2T and T2TI, which Tables 6 and 7 hold; both are level two here.
 LEVELS = (("T2T", "T2I"), ("TI2I", "TI2T", "TI2TI", "I2I", "I2T", "T2TI"), ("T2V", "I2V", "V2V"), ("TI2V", "TV2V"))
@@ -52,48 +51,43 @@ PRESETS = {
 
 @dataclasses.dataclass
 class Flags:
-    preset: str = field(default="mini", metadata={"help": "defaults of the other flags", "choices": list(PRESETS)})
-    base: str = field(default="", metadata={"help": "checkpoint to start from: Qwen2.5-VL, or a LoRA folder to go on with"})
-    data: str = field(default="", metadata={"help": "folder of the training data; media may lie anywhere under it"})
-    mixture: list[str] = field(default_factory=list, metadata={"help": "mixtures, joined; their files lie beside them or under "
-                                                               "DATA; none: DATA/mixture.json"})
-    root: list[str] = field(default_factory=list, metadata={"help": "more folders that media may lie in"})
-    out: str = field(default="", metadata={"help": "checkpoint folder to write"})
-    prober: str = field(default="", metadata={"help": "Psi_1, the first epoch's prober: any checkpoint; empty: the starting one"})
-    schedule: str = field(default="pyramid", metadata={"help": "how sources are drawn", "choices":
-                          ["pyramid", "proportional", "uniform", "staged"]})
-    epochs: int = field(default=3, metadata={"help": "curriculum epochs; together they are one pass over the data"})
-    steps: int = field(default=0, metadata={"help": "optimiser steps; 0: sum over sources of ceil(samples / global batch)"})
-    sigma_min: float = field(default=0.1, metadata={"help": "sigma of the first epoch"})
-    sigma_max: float = field(default=1.0, metadata={"help": "sigma of the last epoch"})
-    probe_pairs: int = field(default=32, metadata={"help": "N_p, positive pairs per source for R_k"})
-    batch_scale: float = field(default=1.0, metadata={"help": "global batch of a source = its batch_size x this"})
-    micro_batch: int = field(default=64, metadata={"help": "items per forward"})
-    grad_cache: bool = field(default=False, metadata={"help": "keep no graphs, embed twice: batches beyond memory (GradCache)"})
-    lr: float = field(default=2e-3, metadata={"help": "peak learning rate of AdamW, cosine to zero"})
-    warmup: float = field(default=0.03, metadata={"help": "share of the steps with rising rate (not given in the paper)"})
-    weight_decay: float = field(default=0.1, metadata={"help": "AdamW's weight decay"})
-    clip: float = field(default=1.0, metadata={"help": "largest gradient norm, 0 = no limit (not given in the paper)"})
-    dropout: float = field(default=0.1, metadata={"help": "LoRA dropout"})
-    temperature: float = field(default=0.03, metadata={"help": "tau of the loss"})
-    margin: float = field(default=0.1, metadata={"help": "a negative this far above the positive (cosine) is false; -1: off"})
-    symmetric: bool = field(default=True, metadata={"help": "add the candidate-to-query direction to the loss"})
-    frames: int = field(default=8, metadata={"help": "frames per video, even"})
-    max_tokens: int = field(default=200, metadata={"help": "vision tokens per video frame"})
-    max_length: int = field(default=8192, metadata={"help": "tokens per item; the tail of longer texts is cut"})
-    dtype: str = field(default="float32", metadata={"help": "of the frozen base; LoRA stays float32 over bfloat16", "choices":
-                       ["float32", "bfloat16", "float64"]})
-    checkpointing: bool = field(default=False, metadata={"help": "recompute activations in backward (gradient checkpointing)"})
-    workers: int = field(default=1, metadata={"help": "decoding processes per rank"})
-    features: str = field(default="", metadata={"help": "folder to keep the vision tower's output of every medium in, for "
-                                                "sources of few media; empty: computed each time"})
-    resume: str = field(default="", metadata={"help": "auto: go on from OUT's newest state, if it has one, with the same numbers",
-                                              "choices": ["", "auto"]})
-    save_every: int = field(default=0, metadata={"help": "steps between states to resume from; 0: at each epoch's end alone"})
-    keep: int = field(default=2, metadata={"help": "newest states to keep"})
-    log_every: int = field(default=10, metadata={"help": "steps between log lines"})
-    seed: int = field(default=42, metadata={"help": "of everything random"})
-    device: str = field(default="", metadata={"help": "cpu or cuda; empty: cuda where there is one"})
+    preset: str = flag("mini", "defaults of the other flags", choices=list(PRESETS))
+    base: str = flag("", "checkpoint to start from: Qwen2.5-VL, or a LoRA folder to go on with")
+    data: str = flag("", "folder of the training data; media may lie anywhere under it")
+    mixture: list[str] = flag([], "mixtures, joined; their files lie beside them or under DATA; none: DATA/mixture.json")
+    root: list[str] = flag([], "more folders that media may lie in")
+    out: str = flag("", "checkpoint folder to write")
+    prober: str = flag("", "Psi_1, the first epoch's prober: any checkpoint; empty: the starting one")
+    schedule: str = flag("pyramid", "how sources are drawn", choices=["pyramid", "proportional", "uniform", "staged"])
+    epochs: int = flag(3, "curriculum epochs; together they are one pass over the data")
+    steps: int = flag(0, "optimiser steps; 0: sum over sources of ceil(samples / global batch)")
+    sigma_min: float = flag(0.1, "sigma of the first epoch")
+    sigma_max: float = flag(1.0, "sigma of the last epoch")
+    probe_pairs: int = flag(32, "N_p, positive pairs per source for R_k")
+    batch_scale: float = flag(1.0, "global batch of a source = its batch_size x this")
+    micro_batch: int = flag(64, "items per forward")
+    grad_cache: bool = flag(False, "keep no graphs, embed twice: batches beyond memory (GradCache)")
+    lr: float = flag(2e-3, "peak learning rate of AdamW, cosine to zero")
+    warmup: float = flag(0.03, "share of the steps with rising rate (not given in the paper)")
+    weight_decay: float = flag(0.1, "AdamW's weight decay")
+    clip: float = flag(1.0, "largest gradient norm, 0 = no limit (not given in the paper)")
+    dropout: float = flag(0.1, "LoRA dropout")
+    temperature: float = flag(0.03, "tau of the loss")
+    margin: float = flag(0.1, "a negative this far above the positive (cosine) is false; -1: off")
+    symmetric: bool = flag(True, "add the candidate-to-query direction to the loss")
+    frames: int = flag(8, "frames per video, even")
+    max_tokens: int = flag(200, "vision tokens per video frame")
+    max_length: int = flag(8192, "tokens per item; the tail of longer texts is cut")
+    dtype: str = flag("float32", "of the frozen base; LoRA is float32 over bfloat16", choices=["float32", "bfloat16", "float64"])
+    checkpointing: bool = flag(False, "recompute activations in backward (gradient checkpointing)")
+    workers: int = flag(1, "decoding processes per rank")
+    features: str = flag("", "folder to keep the vision tower's output of every medium in, for sources of few media; empty: none")
+    resume: str = flag("", "auto: go on from OUT's newest state, if it has one, with the same numbers", choices=["", "auto"])
+    save_every: int = flag(0, "steps between states to resume from; 0: at each epoch's end alone")
+    keep: int = flag(2, "newest states to keep")
+    log_every: int = flag(10, "steps between log lines")
+    seed: int = flag(42, "of everything random")
+    device: str = flag("", "cpu or cuda; empty: cuda where there is one")
 
 
 def sigma(epoch, epochs, low=0.1, high=1.0):
@@ -161,8 +155,7 @@ def probe(gve, sources, flags, rank=0, world=1):
                 query, positive, *_ = source.load(int(row), [flags.data, *flags.root])
                 queries.append(query)
                 positives.append(positive)
-        options = dict(workers=flags.workers, frames=flags.frames, max_tokens=flags.max_tokens,
-                       max_length=flags.max_length)
+        options = dict(workers=flags.workers, frames=flags.frames, max_tokens=flags.max_tokens, max_length=flags.max_length)
         (q, bad_q), (p, bad_p) = encode(gve, queries, source.instruction, **options), encode(gve, positives, **options)
         cosine = (q * p).sum(1).double()[[i for i in range(len(q)) if i not in bad_q | bad_p]]
         if not cosine.isfinite().all():
@@ -299,12 +292,13 @@ def main(flags):
                        prompt_style=gve.prompt_style, store=store)
     torch.manual_seed(flags.seed + rank)  # dropout differs between ranks
 
-    out, log_file, resumed, config = Path(flags.out), None, None, dataclasses.asdict(flags) | {"world": world}
-    if flags.resume and any((out / "state").glob("step-*")):
-        rng, resumed = load_state(out / "state", optimizer)
+    out, log_file, config = Path(flags.out), None, dataclasses.asdict(flags) | {"world": world}
+    folder, resumed = newest_state(out / "state") if flags.resume else (None, None)
+    if resumed:
         changed = {k: (v, config[k]) for k, v in resumed["config"].items() if v != config[k]}
         if changed.keys() - {"resume", "keep", "save_every"}:
             raise ValueError(f"{out}: cannot resume with other settings (then, now): {changed}")
+        rng = load_state(folder, optimizer)
     if rank == 0:
         if not resumed and (out / "state").exists():  # another run's
             shutil.rmtree(out / "state.old", ignore_errors=True)
@@ -436,5 +430,5 @@ if __name__ == "__main__":
     heed_signals()
     try:
         main(parse_flags(Flags, doc=__doc__, presets=PRESETS))
-    except (ValueError, FileNotFoundError, FloatingPointError) as problem:
+    except (ValueError, OSError, FloatingPointError) as problem:
         sys.exit(f"error: {problem}")

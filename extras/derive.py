@@ -18,6 +18,7 @@ from pathlib import Path
 
 import data
 from extras.convert import SUFFIXES, key_in, pick, read_rows
+from parts import write
 
 VIDEO_SUFFIXES = {".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv", ".3gp"}
 
@@ -220,6 +221,7 @@ def derive(flags, published):
                  for i, (_, pos, neg) in enumerate(kept)]
     positives = dict(sorted(Counter(len(row["pos"]) for row in instances).items()))
     folder, left_open = Path(flags.out) / flags.name, OPEN.get(flags.name, "nothing known")
+    (folder / "jsonl").mkdir(parents=True, exist_ok=True)
     write(folder / "jsonl" / "queries.jsonl", [{"id": f"{flags.name}_query_{i}", **q[0]} for i, q in enumerate(kept)])
     write(folder / "jsonl" / "corpus.jsonl", [{"id": id, "video": video} for video, id in ids.items()])
     write(folder / "jsonl" / "instances.jsonl", [{k: v for k, v in row.items() if v} for row in instances])
@@ -236,16 +238,6 @@ def names_in(path):
     """Stems of the video names in a file, one a line; empty for no file."""
     lines = Path(path).read_text(encoding="utf-8").splitlines() if path else []
     return {Path(file_name(line.strip())).stem for line in lines if line.strip()}
-
-
-def write(path, rows, indent=None):
-    """Write JSON lines under a temporary name, then rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    with open(part, "w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False, indent=indent) + "\n")
-    os.replace(part, path)
 
 
 def fingerprints(source):

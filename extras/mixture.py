@@ -11,6 +11,7 @@ each adapted projection to fp32); 40 I leaves room for what backward makes on th
 at a time, as without GradCache, add 2 L D bytes for each of their tokens. No GPU has checked the estimate yet.
 """
 
+import argparse
 import json
 import math
 import re
@@ -85,3 +86,19 @@ def check(path, roots=()):
                 source.load(i, roots, decode)
             except ValueError as error:
                 yield str(error)
+
+
+def main(argv=None):
+    """The command line of data.py; returns an error text or None."""
+    parser = argparse.ArgumentParser("data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["check", "mixture"])
+    parser.add_argument("file", help="training file (*.jsonl) or mixture (*.json)")
+    parser.add_argument("--root", nargs="+", default=[], help="folders that media may lie in, beside the file's own")
+    given = parser.parse_args(argv)
+    try:
+        if given.command == "mixture":
+            return describe(given.file, given.root)
+        problems = len([print(problem) for problem in check(given.file, given.root)])
+        return f"{given.file}: {problems} unusable rows" if problems else None
+    except (ValueError, OSError) as problem:
+        return f"data.py: {problem}"

@@ -41,6 +41,7 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
+from caption import transformers_captioner
 from data import DEFAULT_INSTRUCTION, END, Collator, sample_indices
 from kernels import windows
 from mini import bench, report, world
@@ -309,49 +310,16 @@ def pretrain_prober(out, seed=42):
     save_file({k: v.to(torch.bfloat16) for k, v in weights.items()}, out / "adapter_model.safetensors", {"format": "pt"})
 
 
-@torch.inference_mode()
-def generate(model, processor, items, prompts, max_new_tokens=64, batch_size=32):
-    """Answer each prompt about its item greedily, with our own M-RoPE positions. Returns a list of str.
-
-    items: resolved items of data.py with a video or an image, or lists of them (reference, target) shown in that order.
-    prompts: one str per item.
-    """
-    collate, out = Collator(processor, padding_side="left"), []
-    opening, closing, stop = processor.tokenizer.convert_tokens_to_ids(["<|vision_start|>", "<|vision_end|>", "<|im_end|>"])
-    for at in range(0, len(items), batch_size):
-        shown, rows = [], []
-        for item, prompt in zip(items[at : at + batch_size], prompts[at : at + batch_size], strict=True):
-            parts = [collate.prepare(i) for i in (item if isinstance(item, list) else [item])]
-            blocks = [p["ids"][p["ids"].index(opening) : p["ids"].index(closing) + 1] for p in parts]
-            rows.append({"ids": sum(blocks, collate.tokenizer.encode(HEAD)) + collate.tokenizer.encode(prompt + TAIL)})
-            shown += parts
-        batch = {**collate.batch(shown), **collate.batch(rows)}  # all media in order of appearance, and the prompts' tokens
-        mask, place, cache, written = batch["attention_mask"], positions(model, batch), None, []
-        following = place.amax((0, 2)) + 1  # (B,) text goes on after the largest position
-        done = torch.zeros(len(rows), dtype=torch.bool)
-        while len(written) < max_new_tokens and not done.all():
-            step = model.model(**{**batch, "attention_mask": mask}, position_ids=place, past_key_values=cache, use_cache=True)
-            cache, token = step.past_key_values, model.lm_head(step.last_hidden_state[:, -1]).argmax(-1)  # (B,)
-            written.append(token.masked_fill(done, stop))
-            done |= token == stop
-            batch = {"input_ids": token[:, None], "mm_token_type_ids": torch.zeros_like(token[:, None])}
-            place = following.expand(3, -1)[..., None]
-            following, mask = following + 1, F.pad(mask, (0, 1), value=1)
-        for row in torch.stack(written, 1).tolist():
-            out.append(processor.tokenizer.decode(row[: row.index(stop)] if stop in row else row))
-    return out
-
-
 def caption_accuracy(folder=BASE, n=200, seed=7, show=3):
     """Share of n held-out clips, decoded from mp4, whose greedy concise caption has all colours, shapes and motions right."""
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    ask = transformers_captioner(folder, frames=8, max_tokens=200, device="cpu", batch_size=32, max_new_tokens=64)
     rng, right = random.Random(f"{seed}/caption"), 0
     scenes = [world.sample_scene(rng, test=True) for _ in range(n)]
     with tempfile.TemporaryDirectory() as clips:
         for i, scene in enumerate(scenes):
             Path(clips, f"{i}.mp4").write_bytes(world.encode_mp4(world.render_scene(scene)))
-        answers = generate(model, Qwen2_5_VLProcessor.from_pretrained(folder), [{"video": f"{clips}/{i}.mp4"} for i in range(n)],
-                           ["Describe the video in the concise style."] * n)
+        prompt = "Describe the video in the concise style."
+        answers = [answer for answer, *_ in ask([{"media": [{"video": f"{clips}/{i}.mp4"}], "prompt": prompt} for i in range(n)])]
     for i, (scene, answer) in enumerate(zip(scenes, answers, strict=True)):
         good = world.read_events(answer) == {(o["colour"], o["shape"]): o["motion"] for o in scene["objects"]}
         right += good

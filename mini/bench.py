@@ -294,9 +294,9 @@ def write(out, seed=SEED, workers=None):
 
 EMPTY_TEXTS = (  # texts that describe nothing, as folders of web videos hold them
     "", "IMG_2041.MP4", "Untitled", "https://example.org/watch?v=8f3a", "Like and subscribe for more videos!", "clip",
-    "final_v2.mov", "video video video video video video", "Stock footage, royalty free, 4K", "красная звезда движется влево",
-    "Click the link below", "All rights reserved. Copyright 2021", "www.example.com", "DSC00127", "no description",
-    "a a a a a a a a a a", "红色的圆圈向左移动")
+    "final_v2.mov", "video video video video video video", "Stock footage, royalty free, 4K",
+    "красная звезда движется влево", "Click the link below", "All rights reserved. Copyright 2021",
+    "www.example.com", "DSC00127", "no description", "a a a a a a a a a a", "红色的圆圈向左移动")
 DAMAGE = {"empty": lambda mp4: b"", "text": lambda mp4: b"<html>404</html>", "cut": lambda mp4: mp4[: len(mp4) // 2],
           "small": lambda mp4: world.encode_mp4(world.decode_mp4(mp4)[:, ::4, ::4]),
           "short": lambda mp4: world.encode_mp4(world.decode_mp4(mp4)[:3])}  # unreadable, or of less use than nothing

@@ -320,6 +320,25 @@ def test_command_writes_vectors_and_names_what_failed(tiny, media, tmp_path):
     assert np.abs(vectors[[0, 2]] - expected).max() < 1e-5
 
 
+def test_the_commands_prompt_style_and_frames_reach_the_vectors(tiny, media, tmp_path):
+    rows, made = [{"text": "hello"}, {"video": "b.mp4"}], []
+    (media / "few.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for i, (style, frames) in enumerate((("system", 8), ("user", 8), ("system", 4))):
+        more = dict(instruction="Find it.", prompt_style=style, frames=frames, workers=0, device="cpu")
+        main(str(media / "few.jsonl"), Flags(ckpt=tiny, out=str(tmp_path / str(i)), **more))
+        made.append(np.load(tmp_path / str(i) / "vectors.npy"))
+        items = [rows[0], {"video": str(media / "b.mp4")}]
+        expected = GVE.from_pretrained(tiny, prompt_style=style).embed(items, "Find it.", frames=frames).numpy()
+        assert np.abs(made[-1] - expected).max() < 1e-5
+    assert np.abs(made[0] - made[1]).max() > 1e-3 and np.abs(made[0] - made[2])[1].max() > 1e-3
+
+
+def test_the_command_ends_with_one_line_for_a_missing_file():
+    done = subprocess.run([sys.executable, "embed.py", "gone.jsonl"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith("embed.py:") and "gone.jsonl" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def anonymous():
     """Memory of this process that no file backs, in GB."""
     return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) / 1e6

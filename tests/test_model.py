@@ -350,8 +350,15 @@ def test_a_store_gives_the_same_vectors_and_decodes_nothing_twice(gve, media, tm
     shutil.copy(folder / "c.mp4", folder / "a.mp4")
     expected = gve(Collator(gve.processor)(items))
     assert torch.equal(gve(stored(items)), expected) and not torch.equal(expected, plain), "a changed file is another medium"
-    picture = str(tmp_path / "p.bmp")
-    for seed, time in ((1, 1_000_000_000), (2, 2_000_000_000)):  # of the same size
-        Image.fromarray(np.random.default_rng(seed).integers(0, 256, (56, 56, 3), dtype=np.uint8)).save(picture)
-        os.utime(picture, ns=(time, time))
-        assert torch.equal(gve(stored([{"image": picture}])), gve(Collator(gve.processor)([{"image": picture}])))
+    (tmp_path / "frames").mkdir()
+    for seed, time in ((1, 1_000_000_000), (2, 2_000_000_000)):  # files of the same size, the folder's own time stays
+        for picture in (tmp_path / "p.bmp", tmp_path / "frames" / "0.bmp"):
+            Image.fromarray(np.random.default_rng(seed).integers(0, 256, (56, 56, 3), dtype=np.uint8)).save(picture)
+            os.utime(picture, ns=(time, time))
+        os.utime(tmp_path / "frames", ns=(1, 1))
+        items = [{"image": str(tmp_path / "p.bmp")}, {"video": str(tmp_path / "frames")}]
+        assert torch.equal(gve(stored(items)), gve(Collator(gve.processor)(items)))
+    for file in (tmp_path / "store").rglob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:40])
+    assert torch.equal(gve(stored(items)), gve(Collator(gve.processor)(items))), "a damaged file is made anew"
+    assert sum(file.stat().st_size > 40 for file in (tmp_path / "store").rglob("*.safetensors")) == 2

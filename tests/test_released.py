@@ -181,7 +181,7 @@ def test_the_prompt_style_is_the_model_s_and_survives_saving(tiny, tmp_path):
 
 @pytest.fixture(scope="module")
 def qwen():
-    folder = os.environ.get("QWEN_TOKENIZER")
+    folder = os.environ.get("QWEN_TOKENIZER")  # 7 MB of Qwen's, not ours to commit; conftest's own tokenizer runs everywhere
     if not folder or not (Path(folder) / "tokenizer.json").is_file():
         pytest.skip("needs the real Qwen2.5 tokenizer: QWEN_TOKENIZER=FOLDER with its tokenizer.json and tokenizer_config.json")
     size = {"shortest_edge": 4 * 784, "longest_edge": 256 * 784}
