@@ -27,7 +27,7 @@ sys.path[0] = str(ROOT)  # not kernels/ itself, whose files are no top-level mod
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
-from kernels.infonce import info_nce  # noqa: E402
+from kernels.infonce import info_nce, info_nce_ref  # noqa: E402
 
 SCALE = 1 / 0.03
 TARGETS = {}
@@ -77,6 +77,7 @@ def methods(device, dtype):
     found = {"ours (triton)": (lambda q, d: info_nce(q, d, SCALE, impl="triton"), 0)} if device == "cuda" else {}
     found["ours (torch twin)"] = lambda q, d: info_nce(q, d, SCALE, impl="torch"), 0
     found["plain, fp32 logits"] = plain(torch.float32), 24
+    found["the definition, info_nce_ref"] = lambda q, d: info_nce_ref(q, d, SCALE), 40
     if dtype != torch.float32:
         found["plain, half logits"] = plain(dtype), 14
     if device == "cuda":

@@ -361,7 +361,6 @@ def main(argv=None):
         sub = commands.add_parser(name)
         sub.add_argument("--seed", type=int, default=bench.SEED, help="of everything random")
     sub.add_argument("--check", action="store_true", help="only measure the committed base")
-    sub.add_argument("--only", choices=("base", "prober"), help="make one of the two")
     sub = commands.add_parser("report")
     sub.add_argument("--synth", nargs="*", metavar="DIR", help="judge what synth.py made; default: of runs/raw, in runs/synth")
     args = parser.parse_args(argv)
@@ -377,13 +376,13 @@ def main(argv=None):
               f"{f'written in {time.time() - began:.0f} s' if made['fresh'] else 'complete and current, nothing done'}")
     elif args.command == "report":
         report.synth_report(*(args.synth or ("runs/raw", "runs/synth")))
-    else:
-        if not args.check and args.only != "prober":
-            pretrain_base(BASE, args.seed)
+    elif args.check:
         caption_accuracy()
-        if not args.check and args.only != "base":
-            bench.write("runs/mini", args.seed)
-            pretrain_prober(PROBER, args.seed)
+    else:
+        pretrain_base(BASE, args.seed)
+        caption_accuracy()
+        bench.write("runs/mini", args.seed)
+        pretrain_prober(PROBER, args.seed)
 
 
 if __name__ == "__main__":

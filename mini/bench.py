@@ -317,14 +317,14 @@ def again(mp4):
     return world.encode_mp4(np.clip(frames * 1.06 + 4, 0, 255).astype(np.uint8))
 
 
-def raw(out, seed=SEED, families_of=KINDS, n=12, faults=20):
+def raw(out, seed=SEED, n=12, faults=20):
     """Write raw videos of training scenes with weak captions and planted faults: <out>/videos, captions.jsonl and truth.jsonl.
 
     n families of four near-twins for each of KINDS, as many long videos; `faults` videos with each of: a wrong caption, a text
     that describes nothing, no motion, damage, an exact copy, a copy encoded again. truth.jsonl names a video's scenes and fault.
     """
     out, rng, videos = Path(out), random.Random(f"{seed}/raw"), []
-    for kind, kinds in families_of.items():
+    for kind, kinds in KINDS.items():
         videos += families(rng, f"raw-{kind}", n, 4, kinds, False)
     videos += singles(rng, "raw-long", n, False, 4)
     for fault in ("wrong", "boilerplate", "static", "broken"):
