@@ -16,7 +16,6 @@ import hashlib
 import json
 import math
 import os
-import sys
 import warnings
 from pathlib import Path
 
@@ -91,8 +90,7 @@ def load_video(video, frames=8):
         return first + sample_indices(last - first, frames)
     if not os.path.isdir(path):
         return read_frames(path, choose), seconds
-    files = sorted(f for f in os.listdir(path) if Path(f).suffix.lower() in IMAGE_SUFFIXES)
-    if not files:
+    if not (files := sorted(f for f in os.listdir(path) if Path(f).suffix.lower() in IMAGE_SUFFIXES)):
         raise MediaError(f"{path}: a folder without frames ({', '.join(sorted(IMAGE_SUFFIXES))})")
     images = [load_image(os.path.join(path, files[i])) for i in choose(len(files), spec.get("fps") or 8)]
     if len({image.shape for image in images}) > 1:
@@ -230,7 +228,8 @@ class Collator:
         pixels = torch.from_numpy(np.array(pixels)).movedim(-1, -3)  # a copy: PIL's buffer is read-only
         unit = (processor.patch_size * processor.merge_size) ** 2  # pixels of one vision token, 28 x 28
         options = {"do_sample_frames": False, "cap_pixels_per_frame": False} if kind == "video" else {}
-        options["size"] = {"shortest_edge": MIN_TOKENS * unit, "longest_edge": self.most[kind] * unit}
+        options |= {"size": {"shortest_edge": MIN_TOKENS * unit, "longest_edge": self.most[kind] * unit}, "do_rescale": False,
+                    "do_normalize": False}  # GVE.see normalises: uint8 travels lighter
         try:
             made = processor(**{kind + "s": [pixels]}, **options, input_data_format="channels_first", return_tensors="pt")
         except ValueError as error:  # transformers' resize refuses aspect ratios over 200
@@ -266,7 +265,7 @@ class Collator:
 
     def batch(self, samples):
         """Pad and stack prepared samples -> input_ids, attention_mask, mm_token_type_ids (B, T) int64 and, where any sample has
-        media, pixel_values(_videos) (P, C*2*14*14) float32, image/video_grid_thw (n, 3), second_per_grid_ts (n,) float32; with a
+        media, pixel_values(_videos) (P, C*2*14*14) uint8, image/video_grid_thw (n, 3), second_per_grid_ts (n,) float32; with a
         store also image/video_features and image/video_file, a list each: what GVE.see need not compute, and where to keep it."""
         width = max(len(s["ids"]) for s in samples)
         ids, mask = torch.full((len(samples), width), self.end), torch.zeros(len(samples), width, dtype=torch.int64)
@@ -283,6 +282,13 @@ class Collator:
             shown = [s for s in samples if f"{kind}_grid_thw" in s]
             out |= {f"{kind}_{what}": [s.get(f"{kind}_{what}") for s in shown] for what in ("features", "file")} if shown else {}
         return out
+
+
+def normalise(patches, processor):
+    """Normalise patches (P, C*2*14*14) from uint8 to float32 as transformers' image and video processors do, to the bit."""
+    mean, std = (torch.tensor(x).repeat_interleave(patches.shape[1] // len(x)).to(patches.device) * (1 / processor.rescale_factor)
+                 for x in (processor.image_mean, processor.image_std))
+    return (patches.float() - mean).div_(std)
 
 
 @dataclasses.dataclass
@@ -307,8 +313,7 @@ class Source:
         index, offset = [], 0
         with open(self.path, "rb") as file:
             for number, line in enumerate(file, 1):
-                if line.strip():
-                    index.append((offset, number))
+                index += [(offset, number)] if line.strip() else []
                 offset += len(line)
         if not index:
             raise ValueError(f"training file {self.path} is empty")
@@ -392,4 +397,4 @@ class Steps(torch.utils.data.Dataset):
 
 if __name__ == "__main__":
     from extras.mixture import main  # only the command line needs it
-    sys.exit(main())
+    raise SystemExit(main())

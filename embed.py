@@ -83,7 +83,7 @@ def _prepared(order, items, prepare, workers, seconds, lock):
         return
     decoder, threads = Decoder(items, prepare, seconds, lock), ThreadPoolExecutor(workers)
     futures = (threads.submit(decoder, i) for i in order)
-    ahead = collections.deque(itertools.islice(futures, 4 * workers))
+    ahead = collections.deque(itertools.islice(futures, 32 * workers))  # enough to last while the model runs
     try:
         while ahead:
             yield ahead.popleft().result()
@@ -134,8 +134,9 @@ def encode(gve, items, instruction=None, *, batch_tokens=4096, workers=0, second
             return str(error) if isinstance(error, (ValueError, FileNotFoundError)) else f"{items[i]}: {error!r}"
         return {k: v.numpy() if isinstance(v, torch.Tensor) else v for k, v in sample.items()}
 
-    training, todo = gve.training, [i for i in order[rank::world] if i not in known]
+    training, threads, todo = gve.training, torch.get_num_threads(), [i for i in order[rank::world] if i not in known]
     gve.eval()
+    torch.set_num_threads(max(1, threads - workers))  # the others are the decoders'
     with tqdm(total=len(todo), desc=desc, disable=desc is None or rank > 0, leave=False) as bar:
         for batch in _batches(_prepared(todo, items, prepare, workers, seconds, lock), failed, batch_tokens):
             with lock:
@@ -143,7 +144,7 @@ def encode(gve, items, instruction=None, *, batch_tokens=4096, workers=0, second
             if cache:
                 cache.add([{"key": keys[i], "item": items[i]} for i in batch], made)
             bar.update(len(batch))
-    gve.train(training)
+    gve.train(training), torch.set_num_threads(threads)
     if cache:
         cache.flush()
     if world > 1:
@@ -190,8 +191,8 @@ class Cache:
     def __init__(self, folder, gve, every=15):
         self.folder, self.every, processor = Path(folder), every, gve.processor
         self.folder.mkdir(parents=True, exist_ok=True)
-        code = (Path(__file__).parent / name for name in ("data.py", "model.py", "kernels/windows.py"))
-        parts = [file.read_text() for file in code]  # an edit meets no old vector
+        here, code = Path(__file__).parent, ("data.py", "model.py", "kernels/windows.py")
+        parts = [(here / name).read_text() for name in code]  # an edit meets no old vector
         parts += processor.image_processor.to_json_string(), processor.video_processor.to_json_string()
         parts.append(processor.tokenizer.backend_tokenizer.to_str())
         self.key = {"weights": hash_weights(gve), "code and processor": hashlib.sha256("".join(parts).encode()).hexdigest(),
@@ -249,8 +250,7 @@ def top_k(queries, corpus, k, *, block=16384, query_block=1024):
     best_s = queries.new_full((len(queries), k), -torch.inf)
     best_i = torch.full_like(best_s, -1, dtype=torch.int64)
     while start < len(corpus):
-        # Blocks grow, because few scores beat the k-th best so far once a good part of the corpus has been seen. Picking those
-        # few costs a fraction of torch.topk over the block, which breaks ties arbitrarily, too.
+        # Blocks grow, few scores of a late one beat the k-th best, and picking these is far cheaper than torch.topk
         stop = min(start + min(max(4 * k, 3 * start), block), len(corpus))
         c = _tensor(corpus[start:stop]).to(queries)
         for own in (slice(row, row + query_block) for row in range(0, len(queries), query_block)):

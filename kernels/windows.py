@@ -1,4 +1,4 @@
-"""Qwen2.5-VL's windowed vision attention without flash-attention and without a loop over windows.
+"""Qwen2.5-VL's vision tower without flash-attention: no loop over its windows, and no convolution where a product does.
 
 transformers' sdpa makes one call per window and layer; the windows of any batch have few distinct lengths, so few calls suffice.
 """
@@ -6,6 +6,7 @@ transformers' sdpa makes one call per window and layer; the windows of any batch
 import torch
 import torch.nn.functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionPatchEmbed
 
 
 def window_attention(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, **_):
@@ -23,3 +24,16 @@ def window_attention(module, query, key, value, attention_mask, scaling=None, cu
 
 NAME = "flash_windows"  # only a "flash" is handed all windows at once
 ALL_ATTENTION_FUNCTIONS.register(NAME, window_attention)
+
+
+class PatchEmbed(Qwen2_5_VisionPatchEmbed):
+    """The projection of patches as one matrix product: a kernel as large as its input needs no conv3d, which is slower."""
+
+    def forward(self, patches):
+        weight = self.proj.weight.flatten(1)  # (D, C*2*14*14)
+        return F.linear(patches.to(weight.dtype), weight)  # (P, D)
+
+
+def install(visual):
+    """Give a loaded vision tower both."""
+    visual.config._attn_implementation, visual.patch_embed.__class__ = NAME, PatchEmbed

@@ -272,7 +272,7 @@ def pretrain_base(out, seed=42, scenes=8000, seeing=1200, steps=2800, batch_size
                                 [HEAD + TAIL + " ".join(example(task, rng.randrange(scenes), pool, rng)[1:])
                                  for task in TASKS for _ in range(30)])
     collate, model = Collator(processor, padding_side="right"), build_model(processor.tokenizer).train()
-    model.model.visual.config._attn_implementation = windows.NAME
+    windows.install(model.model.visual)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(processor.tokenizer)} tokens, {len(pool)} scenes")
     learn_to_see(model, clips, pool, rng, seeing)
     eyes, rest = list(model.model.visual.parameters()), [p for name, p in model.named_parameters() if ".visual." not in name]

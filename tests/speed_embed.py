@@ -1,9 +1,9 @@
 """Encoding speed beside the two usual ways, in one run:  python tests/speed_embed.py [checkpoint] [clips] [decoding processes]
 
-Takes clips of runs/mini/videos (`python -m mini render`) in turns: a part by embed.encode, the same part by a plain loop over
-transformers' processor and model in batches of 8, the same by sentence-transformers on the exported folder, and so on, so that
-other load on the machine meets all three. The latter two decode inline, with decord as we do: transformers' own reader needs
-torchcodec. Prints seconds by the clock and of processor time (decoding processes included), and how far the vectors lie apart.
+Encodes clips of runs/mini/videos (`python -m mini render`) by embed.encode, by a plain loop over transformers' processor and
+model in batches of 8, and by sentence-transformers, in turns, three times; all load one merged folder. The latter two decode
+inline, with decord as we do: transformers' own reader needs torchcodec. Prints the median seconds by the clock, seconds of
+processor time (decoding processes included), and how far the vectors lie apart.
 """
 
 import multiprocessing
@@ -48,36 +48,35 @@ def sentence_transformers(model, paths):
     return model.encode(list(items), convert_to_tensor=True)
 
 
-def main(checkpoint="mini/prober", n="500", workers="1", parts=5):
+def main(checkpoint="mini/prober", n="500", workers="2", rounds=3):
     from sentence_transformers import SentenceTransformer
     from transformers import Qwen2_5_VLModel, Qwen2_5_VLProcessor
     paths = sorted(map(str, Path("runs/mini/videos").glob("*.mp4")))[: int(n)]
-    gve = GVE.from_pretrained(checkpoint)
     with tempfile.TemporaryDirectory() as folder:
-        gve.save_pretrained(folder, merge=True)
+        GVE.from_pretrained(checkpoint).save_pretrained(folder, merge=True)
+        gve, st = GVE.from_pretrained(folder), SentenceTransformer(folder, device="cpu")
         model, processor = Qwen2_5_VLModel.from_pretrained(folder).eval(), Qwen2_5_VLProcessor.from_pretrained(folder)
-        st = SentenceTransformer(folder, device="cpu")
     assert processor.chat_template == CHAT_TEMPLATE
-    ways = {"embed.encode": lambda part: encode(gve, [{"video": p} for p in part], workers=int(workers))[0],
-            "plain loop": lambda part: plain_loop(model, processor, part),
-            "sentence-transformers": lambda part: sentence_transformers(st, part)}
-    clock, work, vectors = dict.fromkeys(ways, 0.0), dict.fromkeys(ways, 0.0), {name: [] for name in ways}
+    items = [{"video": path} for path in paths]
+    ways = {"embed.encode": lambda n: encode(gve, items[:n], workers=int(workers), batch_tokens=1024)[0],
+            "plain loop": lambda n: plain_loop(model, processor, paths[:n]),
+            "sentence-transformers": lambda n: sentence_transformers(st, paths[:n])}
+    clock, work, vectors = {name: [] for name in ways}, {name: [] for name in ways}, {}
     for way in ways.values():
-        way(paths[:16])
-    for i in range(parts):
-        for name, way in ways.items():
-            began, spent = time.perf_counter(), sum(os.times()[:4])
-            vectors[name].append(way(paths[i::parts]))
-            clock[name] += time.perf_counter() - began
-            while multiprocessing.active_children():  # which counts a child's time once it has ended
-                time.sleep(0.01)
-            work[name] += sum(os.times()[:4]) - spent
+        way(16)
+    for name in [*ways] * rounds:
+        began, spent = time.perf_counter(), sum(os.times()[:4])
+        vectors[name] = ways[name](None)
+        clock[name].append(time.perf_counter() - began)
+        while multiprocessing.active_children():  # which counts a child's time once it has ended
+            time.sleep(0.01)
+        work[name].append(sum(os.times()[:4]) - spent)
     print(f"{len(paths)} clips, {checkpoint}, {torch.get_num_threads()} threads, {workers} decoding processes")
-    ours = torch.cat(vectors["embed.encode"])
+    clock, work = ({name: float(np.median(x)) for name, x in taken.items()} for taken in (clock, work))
     for name in ways:
-        apart = 1 - (ours * torch.cat(vectors[name])).sum(1)
-        print(f"{name:22} {clock[name]:6.1f} s = {clock[name] / clock['embed.encode']:.2f} x ours, processor time "
-              f"{work[name]:6.1f} s = {work[name] / work['embed.encode']:.2f} x; "
+        apart = 1 - (vectors["embed.encode"] * vectors[name]).sum(1)
+        print(f"{name:22} {clock[name]:6.2f} s = {clock[name] / clock['embed.encode']:.2f} x ours, processor time "
+              f"{work[name]:6.2f} s = {work[name] / work['embed.encode']:.2f} x; "
               f"1 - cosine to ours: mean {apart.mean():.1e}, max {apart.max():.1e}")
 
 
