@@ -303,7 +303,7 @@ def pretrain_base(out, seed=42, scenes=8000, seeing=1200, steps=2800, batch_size
 def pretrain_prober(out, seed=42):
     """Train the prober with train.py on coarse captions only (T2V, T2I) and keep its adapter in bf16 at `out`."""
     run(f"{RANKS} train.py --base {BASE} --prober {BASE} --mixture runs/mini/train/coarse.json --out {CACHE / 'prober'} "
-        f"--epochs 1 --schedule uniform --steps 200 --seed {seed} --workers 0", OMP_NUM_THREADS="1")
+        f"--epochs 1 --schedule uniform --steps 200 --seed {seed} --workers 0 --dropout 0.1", OMP_NUM_THREADS="1")
     shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(CACHE / "prober", out, ignore=shutil.ignore_patterns("log.jsonl", "state*"))
     weights = load_file(out / "adapter_model.safetensors")

@@ -25,7 +25,7 @@ def run(*command, cwd=ROOT, **env):
 
 def flags_for(tiny, mixture, out, *more):
     return ["--base", tiny, "--prober", "", "--data", mixture.parent, "--mixture", mixture, "--out", out, "--workers", "0",
-            "--log-every", "1", "--epochs", "3", *more]
+            "--log-every", "1", "--epochs", "3", "--dropout", "0.1", *more]
 
 
 def record(out):
