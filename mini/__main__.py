@@ -3,6 +3,9 @@
     python -m mini                     render, synthesise, score the base, train, score again, compare: under 10 minutes
     python -m mini render              the files of runs/mini and runs/raw, under a minute; nothing where they are current
     python -m mini pretrain            make mini/base and mini/prober again, about 25 minutes; committed, so rarely needed
+    python -m mini ablate              rankers that must fail, beside base, prober and runs/gve-mini: 10 minutes
+    python -m mini study NAME          train and score variants over seeds: noise, defects, scaling, frames, synth, curriculum
+    python -m mini report              one page about the world, in runs/report, with what `ablate` and `study noise` have found
     python -m mini report --synth      what synth.py made of the raw videos in runs/raw, judged by their scene graphs
     python -m mini pretrain --check    measure the captions of the committed base: everything right in at least 80 % of clips
 
@@ -44,7 +47,7 @@ from transformers import (
 from caption import transformers_captioner
 from data import DEFAULT_INSTRUCTION, END, Collator, sample_indices
 from kernels import windows
-from mini import bench, report, world
+from mini import ablate, bench, report, study, world
 from model import mrope_positions
 
 BASE, PROBER, CACHE = Path("mini/base"), Path("mini/prober"), Path("runs/pretrain")
@@ -354,13 +357,27 @@ def tour():
     print(f"\nthe tour took {(time.time() - began) / 60:.1f} minutes")
 
 
+def shortcuts(ckpt):
+    """Score base, prober, a checkpoint and every ranker that must fail (ablate.py), and print what they reach."""
+    how = {name: f"--ckpt {folder}" for name, folder in {"base": BASE, "prober": PROBER, "trained": ckpt}.items()}
+    for name, datasets in ablate.RANKERS.items():
+        how[name] = f"--encoder mini/ablate.py:{name}" + (f" --datasets {' '.join(datasets)}" if datasets else "")
+    how["trained"] += " --trec"  # the report names wrong answers
+    for name, flags in how.items():
+        run(f"{sys.executable} eval.py {flags} --out runs/ablate/{name} --name {name}", CKPT=str(ckpt))
+    ablate.table({name: f"runs/ablate/{name}/results.json" for name in how})
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser("python -m mini", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", metavar="render | pretrain | report", help="without a command: the tour")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", help="one of the above; without it, the tour")
     for name in ("render", "pretrain"):
         sub = commands.add_parser(name)
         sub.add_argument("--seed", type=int, default=bench.SEED, help="of everything random")
     sub.add_argument("--check", action="store_true", help="only measure the committed base")
+    sub = commands.add_parser("ablate")
+    sub.add_argument("--ckpt", default="runs/gve-mini", help="the checkpoint to compare with")
+    commands.add_parser("study").add_argument("name", choices=study.STUDIES)
     sub = commands.add_parser("report")
     sub.add_argument("--synth", nargs="*", metavar="DIR", help="judge what synth.py made; default: of runs/raw, in runs/synth")
     args = parser.parse_args(argv)
@@ -374,6 +391,12 @@ def main(argv=None):
             bench.raw("runs/raw", args.seed)
         print(f"runs/mini: {made['videos']} videos, {made['queries']} test queries, {made['pairs']} training pairs, "
               f"{f'written in {time.time() - began:.0f} s' if made['fresh'] else 'complete and current, nothing done'}")
+    elif args.command == "ablate":
+        shortcuts(args.ckpt)
+    elif args.command == "study":
+        study.study(args.name)
+    elif args.command == "report" and args.synth is None:
+        report.world_report("runs/report")
     elif args.command == "report":
         report.synth_report(*(args.synth or ("runs/raw", "runs/synth")))
     elif args.check:

@@ -1,14 +1,23 @@
-"""What synth.py made of the mini world's raw videos, judged by the scene graphs: `python -m mini report --synth`.
+"""A page about the mini world, `python -m mini report`, and what synth.py made of its raw videos, judged by the scene graphs:
+`python -m mini report --synth`.
 
 Texts are read back as claims (world.py) by `facts_in`; `misses` counts how many stated facts a scene does not satisfy.
 """
 
+import contextlib
+import io
 import itertools
 import json
+import random
 import re
 from pathlib import Path
 
-from mini import world
+import numpy as np
+from PIL import Image
+
+import uvrb
+from data import load_image, load_video, read_jsonl
+from mini import ablate, study, world
 
 LOOKS = {"size": {w: size for size, words in world.SIZES.items() for w in words}, "texture": {w: w for w in ("plain", "striped")},
          "colour": {w: w for w in world.COLOURS}, "shape": {w: w for w in world.SHAPES}}
@@ -111,3 +120,53 @@ def synth_report(raw, out):
     n = max(1, len(negatives))
     print(f"hard negatives of T2V: truly negative {sum(m > 0 for m in negatives) / n:.3f}, one or two facts away "
           f"{sum(0 < m < 3 for m in negatives) / n:.3f} of {len(negatives)}")
+
+
+def strip(media, path):
+    """Write an image, or a video's eight frames side by side, twice as large -> its link."""
+    frames = [load_image(media)] if isinstance(media, dict) and "time" in media else load_video(media)[0]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.concatenate(list(frames), 1).repeat(2, 0).repeat(2, 1)).save(path)
+    return f"![{path.stem}]({path.parent.name}/{path.name})"
+
+
+def nearest_wrong(run, query, positives):
+    """The corpus id that a TREC run ranks first among those that are no positives."""
+    ranked = [line.split()[2] for line in run.read_text().splitlines() if line.split()[0] == query]
+    return next(key for key in ranked if key not in positives)
+
+
+def world_report(out):
+    """Write <out>/README.md: scenes with their captions, each dataset with a query and the trained model's nearest wrong answer
+    (of `python -m mini ablate`, which comes first), the rankers that must fail, and the noise, where it has been studied."""
+    out, lines, rng = Path(out), ["# The mini world"], random.Random(0)
+    videos = {row["id"]: row for _, row in read_jsonl("runs/mini/scenes.jsonl")}
+    for key in ("test-g-000", "test-t-000-0", "test-t-000-1", "test-s-000-0", "test-s-000-1", "test-c-000-0"):
+        lines += [f"\n## {key}", strip(f"runs/mini/videos/{key}.mp4", out / "images" / f"{key}.png"), ""]
+        lines += [f"* *{style}*: {form(videos[key]['scenes'][0], rng)[0]}" for style, form in world.VIDEO_STYLES.items()]
+    lines.append("\n# mini-UVRB")
+    for name, dataset in uvrb.DATASETS.items():
+        found = uvrb.read("runs/mini/uvrb", name, ["runs/mini"])
+        query, own = found.queries[0], [found.corpus[p] for p in found.positives[0]]
+        wrong = nearest_wrong(Path(f"runs/ablate/trained/trec/{name}.run"), query["id"], {row["id"] for row in own})
+        wrong = next(row for row in found.corpus if row["id"] == wrong)
+        lines += [f"\n## {name}", f"{dataset.metric}; {len(found.queries)} queries, {len(found.corpus)} videos"
+                  f"{', pools of ' + str(len(found.pools[0])) if found.pools else ''}", ""]
+        item = query["item"]
+        lines += [f"* query: {item['text']}"] if "text" in item else []
+        lines += [f"* query: {strip(item[kind], out / 'images' / f'{name}-query.png')}" for kind in item if kind != "text"]
+        for what, row in (("right", own[0]), ("nearest wrong answer", wrong)):
+            picture = strip(row["item"]["video"], out / "images" / f"{name}-{what.split()[0]}.png")
+            lines.append(f"* {what}: {row['id']} {picture}")
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text):
+        print("\n# Rankers that must fail\n")
+        ablate.table({name: f"runs/ablate/{name}/results.json" for name in ("base", "prober", "trained", *ablate.RANKERS)})
+        print("\n# Noise\n")
+        seeds, variants = study.STUDIES["noise"]
+        if all(how.results(seed).is_file() for how in variants.values() for seed in seeds):
+            study.study("noise")
+        else:
+            print("Not studied yet: `python -m mini study noise`.")
+    (out / "README.md").write_text("\n".join(lines) + "\n" + text.getvalue())
+    print(f"{out}/README.md")

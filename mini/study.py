@@ -1,0 +1,161 @@
+"""What makes a difference on mini-UVRB, and what is noise: `python -m mini study NAME` trains and scores a table of variants.
+
+Every variant is train.py with other flags, one run per seed and as many at once as there are cores, kept under runs/study: what
+is finished is not run again. Two of the defects are made in the code, by starting a script through this file (`broken`).
+"""
+
+import dataclasses
+import json
+import math
+import os
+import re
+import runpy
+import statistics
+import subprocess
+import sys
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from scipy import stats
+
+OUT = Path("runs/study")
+COLLECTED = "--mixture runs/mini/train/mixture.json"
+BOTH = f"{COLLECTED} runs/synth/uvrd/mixture.json --root runs/raw"  # the tour's training data
+EASY = f"--mixture {OUT}/no-motion-negatives.json runs/synth/uvrd/mixture.json --root runs/raw runs/mini/train"
+
+
+@dataclasses.dataclass
+class Variant:
+    train: str = BOTH  # flags of train.py besides --seed
+    test: str = ""  # flags of eval.py
+    defect: str = ""  # a key of DEFECTS
+
+    def folder(self, seed):
+        """Where its checkpoint lies: the same for every variant that trains alike."""
+        return OUT / f"{zlib.crc32(f'{self.defect} {self.train}'.encode()):08x}-seed{seed}"
+
+    def results(self, seed):
+        return self.folder(seed) / re.sub(r"\W+", "_", self.test).strip("_") / "results.json"
+
+
+TOUR = Variant()
+STUDIES = {  # name: (seeds, {variant: how}); differences are to the first variant
+    "noise": (range(42, 52), {"default": TOUR}),
+    "defects": (range(42, 44), {
+        "default": TOUR, "1-D positions": Variant(defect="1d"), "pooled one token early": Variant(defect="early"),
+        "temperature x 10": Variant(f"{BOTH} --temperature 0.3"), "no hard negatives on motion": Variant(EASY),
+        "no reverse loss": Variant(f"{BOTH} --no-symmetric")}),
+    "scaling": (range(42, 45), {f"{n} steps": Variant(f"{BOTH} --steps {n}") for n in (5, 16, 50, 158)} | {"500 steps": TOUR}),
+    "frames": (range(42, 45), {"8 frames": TOUR} | {f"{n} frames": Variant(test=f"--frames {n}") for n in (2, 4, 16)}),
+    "synth": (range(5, 15), {"GVE-i": Variant(f"{COLLECTED} --schedule proportional"),
+                             "GVE-s": Variant(f"{BOTH} --schedule proportional"), "GVE": TOUR}),
+    "curriculum": (range(42, 47), {
+        "pyramid": TOUR, **{name: Variant(f"{BOTH} --schedule {name}") for name in ("proportional", "uniform", "staged")},
+        **{f"sigma to {s}": Variant(f"{BOTH} --sigma-max {s}") for s in (0.3, 3)},
+        **{f"prober {name}": Variant(f"{BOTH} --prober {path}")
+           for name, path in {"base": "mini/base", "trained": TOUR.folder(42)}.items()}})}
+
+
+# Deliberate defects in the code
+
+def one_dimensional(model):
+    """Every token's position is its place in the row, whatever it shows."""
+    def positions(self, batch):
+        mask = batch["attention_mask"]
+        return ((mask.cumsum(1) - 1) * mask).expand(3, -1, -1)
+    model.GVE.positions = positions
+
+
+def one_early(model):
+    """Pool the token before the last one."""
+    pool = model.last_token_pool
+
+    def early(hidden, mask):
+        last = mask.shape[1] - 1 - mask.flip(1).argmax(1)
+        return pool(hidden, mask.scatter(1, last[:, None], 0))
+    model.last_token_pool = early
+
+
+DEFECTS = {"1d": one_dimensional, "early": one_early}
+
+
+def broken(defect, script, *flags):
+    """Run a script of ours with a defect in it."""
+    import model
+    DEFECTS[defect](model)
+    sys.argv = [script, *flags]
+    sys.path.insert(0, os.getcwd())
+    runpy.run_path(script, run_name="__main__")
+
+
+# Runs and tables
+
+def measure(variant, seed):
+    """Train and score one variant with one seed, unless that has been done -> content of results.json."""
+    folder, results = variant.folder(seed), variant.results(seed)
+    python = [sys.executable, *([__file__, variant.defect] if variant.defect else [])]
+    todo = {folder / "gve.json": f"train.py --workers 0 {variant.train} --seed {seed} --out {folder}",
+            results: f"eval.py --ckpt {folder} {variant.test} --out {results.parent}"}
+    for made, command in todo.items():
+        finished = made.is_file() and (made.name != "gve.json" or (folder / "trained").is_file())
+        if not finished:
+            made.parent.mkdir(parents=True, exist_ok=True)
+            with open(made.parent / f"{command.split('.')[0]}.txt", "w") as log:
+                status = subprocess.run([*python, *command.split()], stdout=log, stderr=log,
+                                        env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
+            if status:
+                raise RuntimeError(f"`{command}` ended with status {status}; its output is in {log.name}")
+            if made.name == "gve.json":
+                (folder / "trained").touch()
+    return json.loads(results.read_text())
+
+
+def interval(values):
+    """Mean and half of its 95 % interval (Student's t); inf for a single value."""
+    if len(values) < 2:
+        return statistics.mean(values), math.inf
+    return statistics.mean(values), stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def table(seeds, measured):
+    """Print means, deviations over seeds and paired differences to the first variant; measured {variant: [results]}."""
+    first = next(iter(measured))
+    columns = [*measured[first][0]["abilities"], "AVG-D", "AVG-A"]
+    scores = {name: {c: [{**r["abilities"], **r}[c] for r in results] for c in columns} for name, results in measured.items()}
+
+    def line(name, cells):
+        print("| " + " | ".join([name, *cells]) + " |")
+    print(f"mini-UVRB, seeds {seeds[0]} to {seeds[-1]}; mean, below it the deviation over seeds; then paired differences to "
+          f"{first} with 95 % intervals\n")
+    line("", columns)
+    line("---", ["---"] * len(columns))
+    for name in measured:
+        line(name, [f"{statistics.mean(scores[name][c]):.3f}" for c in columns])
+        if len(seeds) > 1:
+            line("", [f"({statistics.stdev(scores[name][c]):.3f})" for c in columns])
+    for name in list(measured)[1:]:
+        pairs = {c: [a - b for a, b in zip(scores[name][c], scores[first][c], strict=True)] for c in columns}
+        line(f"{name} - {first}", ["{:+.3f} ± {:.3f}".format(*interval(pairs[c])) for c in columns])
+    if len(seeds) >= 5 and len(measured) == 1:
+        deviation = statistics.stdev(scores[first]["AVG-D"])
+        needed = math.ceil(2 * (1.96 + 0.84) ** 2 * (deviation / 0.01) ** 2)
+        print(f"\nTo see .01 of AVG-D with power .8 at 5 %: {needed} seeds a side.")
+
+
+def study(name):
+    seeds, variants = STUDIES[name]
+    mixture = json.loads(Path("runs/mini/train/mixture.json").read_text())
+    for source in mixture:
+        if source["name"] in ("t2v-temporal", "t2v-camera"):
+            source["negatives"] = 0
+    OUT.mkdir(parents=True, exist_ok=True)
+    (OUT / "no-motion-negatives.json").write_text(json.dumps(mixture))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        jobs = {(variant, seed): pool.submit(measure, how, seed) for seed in seeds for variant, how in variants.items()}
+        table(seeds, {variant: [jobs[variant, seed].result() for seed in seeds] for variant in variants})
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, os.getcwd())
+    broken(*sys.argv[1:])
