@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import train
 import uvrb
 from data import load_mixture
 from mini import bench, world
@@ -158,7 +159,8 @@ def test_temporal_queries_have_near_twins_in_their_corpus(sets):
 
 def test_training_has_every_task_and_hard_negatives_that_the_query_does_not_fit(groups, rows):
     tasks = {bench.SOURCES[name][0] for name in rows}
-    assert tasks == {"T2T", "T2I", "I2T", "I2I", "TI2I", "T2V", "I2V", "V2V", "TI2V", "TV2V"}
+    assert tasks == {"T2T", "T2I", "TI2I", "T2V", "I2V", "V2V", "TI2V", "TV2V"}
+    assert {train.LEVEL[task] for task in tasks} == {1, 2, 3, 4}
     videos = {v["id"]: v for vs in groups.values() for v in vs}
     for name in ("t2v-temporal", "tv2v"):
         for row in rows[name][:50]:

@@ -117,7 +117,8 @@ def test_a_defect_trains_scores_and_is_not_run_again(tiny, media, mixture, tmp_p
                        "corpus": [{"id": c, "video": str(media / f"{c}.mp4")} for c in "abcd"],
                        "instances": [{"qid": f"q{c}", "pos": [c]} for c in "abcd"]}.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    train = f"--base {tiny} --prober {tiny} --data {media} --mixture {mixture} --features {tmp_path}/features --steps 1 --epochs 1"
+    train = (f"--base {tiny} --prober {tiny} --data {media} --mixture {mixture} --features {tmp_path}/features "
+             "--steps 1 --epochs 1")
     how = study.Variant(train, f"--uvrb {tmp_path}/uvrb --root {media}", "early")
     assert list(study.measure(how, 1)["datasets"]) == ["MSRVTT"]
     stamp = how.results(1).stat().st_mtime_ns
