@@ -42,11 +42,11 @@ class Variant:
 TOUR = Variant()
 STUDIES = {  # name: (seeds, {variant: how}); differences are to the first variant
     "noise": (range(42, 52), {"default": TOUR}),
-    "defects": (range(42, 44), {
+    "defects": (range(42, 43), {
         "default": TOUR, "1-D positions": Variant(defect="1d"), "pooled one token early": Variant(defect="early"),
         "temperature x 10": Variant(f"{BOTH} --temperature 0.3"), "no hard negatives on motion": Variant(EASY),
         "no reverse loss": Variant(f"{BOTH} --no-symmetric")}),
-    "scaling": (range(42, 45), {f"{n} steps": Variant(f"{BOTH} --steps {n}") for n in (5, 16, 50, 158)} | {"500 steps": TOUR}),
+    "scaling": (range(42, 45), {f"{n} steps": Variant(f"{BOTH} --steps {n}") for n in (6, 19, 60, 190)} | {"600 steps": TOUR}),
     "frames": (range(42, 45), {"8 frames": TOUR} | {f"{n} frames": Variant(test=f"--frames {n}") for n in (2, 4, 16)}),
     "synth": (range(5, 15), {"GVE-i": Variant(f"{COLLECTED} --schedule proportional"),
                              "GVE-s": Variant(f"{BOTH} --schedule proportional"), "GVE": TOUR}),
@@ -54,7 +54,7 @@ STUDIES = {  # name: (seeds, {variant: how}); differences are to the first varia
         "pyramid": TOUR, **{name: Variant(f"{BOTH} --schedule {name}") for name in ("proportional", "uniform", "staged")},
         **{f"sigma to {s}": Variant(f"{BOTH} --sigma-max {s}") for s in (0.3, 3)},
         **{f"prober {name}": Variant(f"{BOTH} --prober {path}")
-           for name, path in {"base": "mini/base", "trained": TOUR.folder(42)}.items()}})}
+           for name, path in {"base": "mini/base", "trained": TOUR.folder(42)}.items()}})}  # `noise` comes first
 
 
 # Deliberate defects in the code
@@ -94,20 +94,19 @@ def broken(defect, script, *flags):
 def measure(variant, seed):
     """Train and score one variant with one seed, unless that has been done -> content of results.json."""
     folder, results = variant.folder(seed), variant.results(seed)
-    python = [sys.executable, *([__file__, variant.defect] if variant.defect else [])]
-    todo = {folder / "gve.json": f"train.py --workers 0 {variant.train} --seed {seed} --out {folder}",
-            results: f"eval.py --ckpt {folder} {variant.test} --out {results.parent}"}
-    for made, command in todo.items():
-        finished = made.is_file() and (made.name != "gve.json" or (folder / "trained").is_file())
-        if not finished:
-            made.parent.mkdir(parents=True, exist_ok=True)
-            with open(made.parent / f"{command.split('.')[0]}.txt", "w") as log:
-                status = subprocess.run([*python, *command.split()], stdout=log, stderr=log,
-                                        env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
-            if status:
-                raise RuntimeError(f"`{command}` ended with status {status}; its output is in {log.name}")
-            if made.name == "gve.json":
-                (folder / "trained").touch()
+    results.parent.mkdir(parents=True, exist_ok=True)
+
+    def script(command, log):
+        start = [sys.executable, *([__file__, variant.defect] if variant.defect else [])]
+        with open(log, "w") as out:
+            status = subprocess.run([*start, *command.split()], stdout=out, stderr=out, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        if status.returncode:
+            raise RuntimeError(f"`{command}` ended with status {status.returncode}; its output is in {log}")
+    if not (folder / "trained").is_file():  # a checkpoint alone may be that of an epoch's end
+        script(f"train.py --workers 0 {variant.train} --seed {seed} --out {folder}", folder / "train.txt")
+        (folder / "trained").touch()
+    if not results.is_file():
+        script(f"eval.py --ckpt {folder} {variant.test} --out {results.parent}", results.with_name("eval.txt"))
     return json.loads(results.read_text())
 
 
