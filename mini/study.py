@@ -1,7 +1,8 @@
 """What makes a difference on mini-UVRB, and what is noise: `python -m mini study NAME` trains and scores a table of variants.
 
 Every variant is train.py with other flags, one run per seed and as many at once as there are cores, kept under runs/study: what
-is finished is not run again. Two of the defects are made in the code, by starting a script through this file (`broken`).
+is finished with the same data is not run again (after a change to the code, delete it). Two of the defects are made in the code,
+by starting a script through this file (`broken`).
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ from pathlib import Path
 from scipy import stats
 
 OUT = Path("runs/study")
+DATA = Path("runs/mini/stamp.json"), Path("runs/synth/uvrd/mixture.json")
 COLLECTED = "--mixture runs/mini/train/mixture.json"
 BOTH = f"{COLLECTED} runs/synth/uvrd/mixture.json --root runs/raw"  # the tour's training data
 EASY = f"--mixture {OUT}/no-motion-negatives.json runs/synth/uvrd/mixture.json --root runs/raw runs/mini/train"
@@ -32,8 +34,9 @@ class Variant:
     defect: str = ""  # a key of DEFECTS
 
     def folder(self, seed):
-        """Where its checkpoint lies: the same for every variant that trains alike."""
-        return OUT / f"{zlib.crc32(f'{self.defect} {self.train}'.encode()):08x}-seed{seed}"
+        """Where its checkpoint lies: the same for every variant that trains alike, another one for other data."""
+        made = b"".join(path.read_bytes() for path in DATA if path.is_file())
+        return OUT / f"{zlib.crc32(f'{self.defect} {self.train}'.encode() + made):08x}-seed{seed}"
 
     def results(self, seed):
         return self.folder(seed) / re.sub(r"\W+", "_", self.test).strip("_") / "results.json"
