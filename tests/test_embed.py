@@ -22,6 +22,7 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
+import embed  # noqa: E402
 from embed import Cache, Flags, encode, hash_weights, main, top_k  # noqa: E402
 from model import GVE  # noqa: E402
 
@@ -47,6 +48,17 @@ def test_results_come_in_order_and_a_bad_item_shifts_nothing(gve, media, workers
     assert sorted(failed) == [2, 6] and "bad.mp4" in failed[2] and "nowhere.mp4" in failed[6]
     assert vectors[[2, 6]].isnan().all()
     close(vectors[good], torch.cat([gve.embed([items[i]]) for i in good]), 1e-5)
+
+
+def test_decoders_have_cores_of_their_own_and_the_threads_come_back(gve, media, monkeypatch):
+    before, seen, to_device = torch.get_num_threads(), [], embed.to_device
+    monkeypatch.setattr(embed, "to_device", lambda *given: seen.append(torch.get_num_threads()) or to_device(*given))
+    try:
+        torch.set_num_threads(3)
+        encode(gve, [{"video": str(media / "a.mp4")}], workers=2)
+        assert seen == [1] and torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_only_equal_items_share_a_vector(gve):
