@@ -205,7 +205,7 @@ class Collator:
         return self.batch([self.prepare(item, instruction) for item in items])
 
     def prepare(self, item, instruction=None):
-        """Decode and tokenise one item -> {"ids": list of int} and, for each medium, its pixels (P, C*2*14*14), or its features
+        """Decode and tokenise one item -> {"ids": list of int}; for each medium, its pixels (P, C*2*14*14) uint8, or its features
         (V, D) where the store holds them, its grid (1, 3), and a video's seconds per grid (1,)."""
         sample, vision = {}, ""
         for kind in ("video", "image"):
@@ -229,7 +229,7 @@ class Collator:
         unit = (processor.patch_size * processor.merge_size) ** 2  # pixels of one vision token, 28 x 28
         options = {"do_sample_frames": False, "cap_pixels_per_frame": False} if kind == "video" else {}
         options |= {"size": {"shortest_edge": MIN_TOKENS * unit, "longest_edge": self.most[kind] * unit}, "do_rescale": False,
-                    "do_normalize": False}  # GVE.see normalises: uint8 travels lighter
+                    "do_normalize": False}  # batch() normalises: uint8 travels lighter between processes
         try:
             made = processor(**{kind + "s": [pixels]}, **options, input_data_format="channels_first", return_tensors="pt")
         except ValueError as error:  # transformers' resize refuses aspect ratios over 200
@@ -265,7 +265,7 @@ class Collator:
 
     def batch(self, samples):
         """Pad and stack prepared samples -> input_ids, attention_mask, mm_token_type_ids (B, T) int64 and, where any sample has
-        media, pixel_values(_videos) (P, C*2*14*14) uint8, image/video_grid_thw (n, 3), second_per_grid_ts (n,) float32; with a
+        media, pixel_values(_videos) (P, C*2*14*14) float32, image/video_grid_thw (n, 3), second_per_grid_ts (n,) float32; with a
         store also image/video_features and image/video_file, a list each: what GVE.see need not compute, and where to keep it."""
         width = max(len(s["ids"]) for s in samples)
         ids, mask = torch.full((len(samples), width), self.end), torch.zeros(len(samples), width, dtype=torch.int64)
@@ -275,9 +275,10 @@ class Collator:
             ids[row, where], mask[row, where] = torch.tensor(sample["ids"]), 1
         out = {"input_ids": ids, "attention_mask": mask,
                "mm_token_type_ids": (ids == self.image_pad).long() + 2 * (ids == self.video_pad).long()}
-        for key in ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "second_per_grid_ts"):
+        by = {"pixel_values": self.processor.image_processor, "pixel_values_videos": self.processor.video_processor}
+        for key in (*by, "image_grid_thw", "video_grid_thw", "second_per_grid_ts"):
             if parts := [s[key] for s in samples if key in s]:
-                out[key] = torch.cat(parts)
+                out[key] = normalise(torch.cat(parts), by[key]) if key in by else torch.cat(parts)
         for kind in ("image", "video") if self.store else ():
             shown = [s for s in samples if f"{kind}_grid_thw" in s]
             out |= {f"{kind}_{what}": [s.get(f"{kind}_{what}") for s in shown] for what in ("features", "file")} if shown else {}
@@ -286,7 +287,7 @@ class Collator:
 
 def normalise(patches, processor):
     """Normalise patches (P, C*2*14*14) from uint8 to float32 as transformers' image and video processors do, to the bit."""
-    mean, std = (torch.tensor(x).repeat_interleave(patches.shape[1] // len(x)).to(patches.device) * (1 / processor.rescale_factor)
+    mean, std = (torch.tensor(x).repeat_interleave(patches.shape[1] // len(x)) * (1 / processor.rescale_factor)
                  for x in (processor.image_mean, processor.image_std))
     return (patches.float() - mean).div_(std)
 
@@ -317,8 +318,7 @@ class Source:
                 offset += len(line)
         if not index:
             raise ValueError(f"training file {self.path} is empty")
-        self.index = np.array(index, dtype=np.int64)
-        self.samples = self.samples or len(index)
+        self.index, self.samples = np.array(index, dtype=np.int64), self.samples or len(index)
 
     def __len__(self):
         return len(self.index)

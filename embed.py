@@ -81,14 +81,16 @@ def _prepared(order, items, prepare, workers, seconds, lock):
     if not workers:
         yield from ((i, prepare(i)) for i in order)
         return
-    decoder, threads = Decoder(items, prepare, seconds, lock), ThreadPoolExecutor(workers)
+    decoder, threads, cores = Decoder(items, prepare, seconds, lock), ThreadPoolExecutor(workers), torch.get_num_threads()
     futures = (threads.submit(decoder, i) for i in order)
     ahead = collections.deque(itertools.islice(futures, 32 * workers))  # enough to last while the model runs
+    torch.set_num_threads(max(1, cores - workers))  # of the model, meanwhile
     try:
         while ahead:
             yield ahead.popleft().result()
             ahead.extend(itertools.islice(futures, 1))
     finally:
+        torch.set_num_threads(cores)
         threads.shutdown(cancel_futures=True)
 
 
@@ -134,9 +136,8 @@ def encode(gve, items, instruction=None, *, batch_tokens=4096, workers=0, second
             return str(error) if isinstance(error, (ValueError, FileNotFoundError)) else f"{items[i]}: {error!r}"
         return {k: v.numpy() if isinstance(v, torch.Tensor) else v for k, v in sample.items()}
 
-    training, threads, todo = gve.training, torch.get_num_threads(), [i for i in order[rank::world] if i not in known]
+    training, todo = gve.training, [i for i in order[rank::world] if i not in known]
     gve.eval()
-    torch.set_num_threads(max(1, threads - workers))  # the others are the decoders'
     with tqdm(total=len(todo), desc=desc, disable=desc is None or rank > 0, leave=False) as bar:
         for batch in _batches(_prepared(todo, items, prepare, workers, seconds, lock), failed, batch_tokens):
             with lock:
@@ -144,7 +145,7 @@ def encode(gve, items, instruction=None, *, batch_tokens=4096, workers=0, second
             if cache:
                 cache.add([{"key": keys[i], "item": items[i]} for i in batch], made)
             bar.update(len(batch))
-    gve.train(training), torch.set_num_threads(threads)
+    gve.train(training)
     if cache:
         cache.flush()
     if world > 1:
@@ -191,8 +192,7 @@ class Cache:
     def __init__(self, folder, gve, every=15):
         self.folder, self.every, processor = Path(folder), every, gve.processor
         self.folder.mkdir(parents=True, exist_ok=True)
-        here, code = Path(__file__).parent, ("data.py", "model.py", "kernels/windows.py")
-        parts = [(here / name).read_text() for name in code]  # an edit meets no old vector
+        parts = [(Path(__file__).parent / name).read_text() for name in ("data.py", "model.py", "kernels/windows.py")]
         parts += processor.image_processor.to_json_string(), processor.video_processor.to_json_string()
         parts.append(processor.tokenizer.backend_tokenizer.to_str())
         self.key = {"weights": hash_weights(gve), "code and processor": hashlib.sha256("".join(parts).encode()).hexdigest(),

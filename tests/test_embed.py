@@ -55,8 +55,8 @@ def test_decoders_have_cores_of_their_own_and_the_threads_come_back(gve, media, 
     monkeypatch.setattr(embed, "to_device", lambda *given: seen.append(torch.get_num_threads()) or to_device(*given))
     try:
         torch.set_num_threads(3)
-        encode(gve, [{"video": str(media / "a.mp4")}], workers=2)
-        assert seen == [1] and torch.get_num_threads() == 3
+        encode(gve, [{"video": str(media / "a.mp4")}, {"video": str(media / "b.mp4")}], workers=2, batch_tokens=1)
+        assert seen == [1, 3] and torch.get_num_threads() == 3  # the last batch has the cores to itself
     finally:
         torch.set_num_threads(before)
 
