@@ -409,4 +409,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError, RuntimeError) as problem:
+        sys.exit(f"error: {problem}")

@@ -139,6 +139,9 @@ def nearest_wrong(run, query, positives):
 def world_report(out):
     """Write <out>/README.md: scenes with their captions, each dataset with a query and the trained model's nearest wrong answer
     (of `python -m mini ablate`, which comes first), the rankers that must fail, and the noise, where it has been studied."""
+    files = {name: Path("runs/ablate", name, "results.json") for name in ("base", "prober", "trained", *ablate.RANKERS)}
+    if missing := [path for path in files.values() if not path.is_file()]:
+        raise ValueError(f"{missing[0]}: not there; run `python -m mini ablate` first")
     out, lines, rng = Path(out), ["# The mini world"], random.Random(0)
     videos = {row["id"]: row for _, row in read_jsonl("runs/mini/scenes.jsonl")}
     for key in ("test-g-000", "test-t-000-0", "test-t-000-1", "test-s-000-0", "test-s-000-1", "test-c-000-0"):
@@ -161,7 +164,7 @@ def world_report(out):
     text = io.StringIO()
     with contextlib.redirect_stdout(text):
         print("\n# Rankers that must fail\n")
-        ablate.table({name: f"runs/ablate/{name}/results.json" for name in ("base", "prober", "trained", *ablate.RANKERS)})
+        ablate.table(files)
         print("\n# Noise\n")
         seeds, variants = study.STUDIES["noise"]
         if all(how.results(seed).is_file() for how in variants.values() for seed in seeds):

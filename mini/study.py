@@ -146,6 +146,8 @@ def table(seeds, measured):
 
 
 def study(name):
+    if missing := [str(path) for path in DATA if not path.is_file()]:
+        raise ValueError(f"{missing[0]}: not there; run `python -m mini` first")
     seeds, variants = STUDIES[name]
     mixture = json.loads(Path("runs/mini/train/mixture.json").read_text())
     for source in mixture:

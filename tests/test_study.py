@@ -10,24 +10,23 @@ import torch
 
 import data
 import model
-from mini import ablate, study, world
+from mini import ablate, report, study, world
 
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
-    """Two rendered clips that differ in their colours alone: (path, scene) each."""
+    """Two rendered clips that differ in their colours alone: their paths."""
     folder, scene = tmp_path_factory.mktemp("clips"), world.sample_scene(random.Random(3), test=False, count=2)
     scene["theme"], out = "night", []
     for colours in (("red", "blue"), ("green", "yellow")):
         made = {**scene, "objects": [{**o, "colour": c} for o, c in zip(scene["objects"], colours, strict=True)]}
-        path = folder / f"{colours[0]}.mp4"
-        path.write_bytes(world.encode_mp4(world.render_scene(made)))
-        out.append((str(path), made))
-    return out
+        out.append(folder / f"{colours[0]}.mp4")
+        out[-1].write_bytes(world.encode_mp4(world.render_scene(made)))
+    return list(map(str, out))
 
 
 def test_histogram_tells_colours_apart_and_nothing_else(clips):
-    items = [{"video": path} for path, _ in clips] + [{"text": text} for text in ("a red star and a blue one", "green, yellow")]
+    items = [{"video": path} for path in clips] + [{"text": text} for text in ("a red star and a blue one", "green, yellow")]
     one, two, *texts = (v / np.linalg.norm(v) for v in ablate.histogram(items, None))
     assert texts[0] @ one > texts[0] @ two + 0.3 and texts[1] @ two > texts[1] @ one + 0.3
     moved = ablate.histogram([{"text": "a red star moves left and a blue one"}], None)[0]
@@ -42,26 +41,19 @@ def tiny_gve(tiny, monkeypatch):
     ablate.gve.cache_clear()
 
 
-def test_frames_are_taken_away_and_given_back(tiny_gve, clips):
-    items = [{"video": path} for path, _ in clips]
+def test_frames_are_taken_away_and_given_back(tiny_gve, clips, monkeypatch):
+    items = [{"video": path} for path in clips]
     whole, load = tiny_gve.embed(items), data.load_video
     still, shuffled = ablate.still(items, None), ablate.shuffled(items, None)
     assert data.load_video is load and torch.equal(tiny_gve.embed(items), whole)
-    assert not torch.allclose(still, whole, atol=1e-4) and not torch.allclose(shuffled, whole, atol=1e-4)
-    assert torch.equal(ablate.shuffled(items[::-1], None)[0], shuffled[1]) or torch.allclose(
-        ablate.shuffled(items[::-1], None)[0], shuffled[1], atol=1e-5)
-    pixels = data.load_video(clips[0][0])[0]
-    seen = []
-    data.load_video = lambda video, frames=8: (pixels, 2.0)
-    try:
-        ablate._reordered([{"video": clips[0][0]}], None, lambda path: seen.append(path) or [4] * 8)
-    finally:
-        data.load_video = load
-    assert seen == [clips[0][0]]
+    assert not torch.allclose(shuffled, whole, atol=1e-4)
+    assert torch.allclose(ablate.shuffled(items[::-1], None).flip(0), shuffled, atol=1e-5)
+    monkeypatch.setattr(data, "load_video", lambda video, frames=8: (np.stack([load(video)[0][4]] * 8), load(video)[1]))
+    assert torch.allclose(tiny_gve.embed(items), still, atol=1e-5) and not torch.allclose(still, whole, atol=1e-4)
 
 
 def test_composed_queries_lose_what_the_name_says(tiny_gve, clips):
-    (one, _), (two, _) = clips
+    one, two = clips
     items = [{"text": "it moves", "video": one}, {"text": "it stops", "video": two}, {"video": one}]
     same = lambda a, b: torch.allclose(a, tiny_gve.embed(b, "Find it."), atol=1e-5)  # noqa: E731
     assert same(ablate.no_text(items, "Find it."), [{"video": one}, {"video": two}, {"video": one}])
@@ -70,7 +62,7 @@ def test_composed_queries_lose_what_the_name_says(tiny_gve, clips):
     assert same(ablate.wrong_reference(items, "Find it."), swapped)
 
 
-def results(score, datasets=None):
+def results(score):
     entries = {name: {"chance": 0.1} for name in ablate.uvrb.DATASETS}
     return {"abilities": dict.fromkeys(ablate.uvrb.ABILITIES, score), "AVG-D": score, "AVG-A": score, "datasets": entries}
 
@@ -92,6 +84,16 @@ def test_defects_do_what_they_say(monkeypatch):
     assert model.last_token_pool(hidden, left).tolist() == [[4, 5]] and model.last_token_pool(hidden, right).tolist() == [[2, 3]]
     study.one_dimensional(model)
     assert model.GVE.positions(None, {"attention_mask": left}).tolist() == [[[0, 0, 1, 2]]] * 3
+
+
+def test_a_script_runs_with_the_defect_in_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(model, "last_token_pool", model.last_token_pool)
+    monkeypatch.setattr(study.sys, "argv", [])
+    (tmp_path / "script.py").write_text("import sys\nfrom model import last_token_pool\nimport torch\n"
+                                        "pooled = last_token_pool(torch.arange(6.).view(1, 3, 2), torch.ones(1, 3).long())\n"
+                                        "open(sys.argv[1], 'w').write(str(pooled.tolist()))\n")
+    study.broken("early", str(tmp_path / "script.py"), str(tmp_path / "out"))
+    assert (tmp_path / "out").read_text() == "[[2.0, 3.0]]"
 
 
 def test_variants_share_a_checkpoint_when_they_train_alike_and_never_a_result():
@@ -124,3 +126,17 @@ def test_a_defect_trains_scores_and_is_not_run_again(tiny, media, mixture, tmp_p
     stamp = how.results(1).stat().st_mtime_ns
     study.measure(how, 1)
     assert how.results(1).stat().st_mtime_ns == stamp
+    assert "trained 1 steps" in (how.folder(1) / "train.txt").read_text()
+    monkeypatch.setattr(study.sys, "executable", "/bin/false")
+    with pytest.raises(RuntimeError, match="status 1; its output is in .*train.txt"):
+        study.measure(how, 2)
+    assert not (how.folder(2) / "trained").exists()
+
+
+def test_what_comes_first_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="python -m mini`? first"):
+        study.study("noise")
+    with pytest.raises(ValueError, match="mini ablate` first"):
+        report.world_report(tmp_path / "report")
+    assert not list(tmp_path.iterdir())
