@@ -3,9 +3,6 @@
 An *item* is a dict with any of `text`, `image`, `video`. A *mixture* is a list of training sources; every step draws one source,
 the same on every rank. decord decodes (PyAV what it cannot), transformers' own processors resize and cut patches.
 
-    python data.py check runs/mini/train/mixture.json --root runs/mini    # prints nothing if all is well
-    python data.py mixture mixtures/gve-3b.json --root DIR                # which files are here, what a run over those would be
-
 Legend: F frames, H height, W width, B batch, T tokens, P patches, G global batch of a source, K sources.
 """
 
@@ -134,10 +131,8 @@ def check_item(item):
 
 
 def resolve(item, base, roots=()):
-    """Return the item with absolute real media paths, which must exist under `base` or one of `roots` (symlinks followed).
-
-    Raises ValueError for a wrong form or a path that leaves its roots, FileNotFoundError for a missing file.
-    """
+    """Return the item with absolute real media paths, which must exist under `base` or one of `roots` (symlinks followed). Raises
+    ValueError for a wrong form or a path that leaves its roots, FileNotFoundError for a missing file."""
     check_item(item)
     out = {key: item[key] for key in ("text", "image", "video") if item.get(key)}
     for kind in FORMS.keys() & out.keys():
@@ -235,8 +230,7 @@ class Collator:
         except ValueError as error:  # transformers' resize refuses aspect ratios over 200
             raise MediaError(f"{media}: {error}") from error
         made = {k: v for k, v in made.items() if k.startswith("pixel_values") or k.endswith("grid_thw")}
-        if kind == "video":
-            made["second_per_grid_ts"] = torch.tensor([processor.temporal_patch_size * seconds / self.frames])
+        made |= {"second_per_grid_ts": torch.tensor([processor.temporal_patch_size * seconds / self.frames])} if seconds else {}
         return made | ({f"{kind}_file": file} if self.store else {})
 
     def _tokens(self, vision, text, instruction, sample):
@@ -319,6 +313,7 @@ class Source:
         if not index:
             raise ValueError(f"training file {self.path} is empty")
         self.index, self.samples = np.array(index, dtype=np.int64), self.samples or len(index)
+        self.mined = {}  # {row: items}, its hard negatives, ahead of the file's
 
     def __len__(self):
         return len(self.index)
@@ -330,9 +325,9 @@ class Source:
             file.seek(self.index[i, 0])
             row = _parse(file.readline(), where)
         try:
-            if set(row) - {"query", "positive", "negatives", "id"} or not {"query", "positive"} <= set(row):
+            if not {"query", "positive"} <= row.keys() <= {"query", "positive", "negatives", "id"}:
                 raise ValueError(f"keys {sorted(row)}; accepted: query, positive (both required), negatives, id")
-            items = [row["query"], row["positive"], *row.get("negatives", [])[: self.negatives]]
+            items = [row["query"], row["positive"], *[*self.mined.get(i, []), *row.get("negatives", [])][: self.negatives]]
             return use([resolve(item, os.path.dirname(os.path.abspath(self.path)), roots) for item in items])
         except (ValueError, FileNotFoundError) as error:
             raise ValueError(f"{where}: {error}") from error
@@ -344,49 +339,54 @@ def load_mixture(path, roots=()):
     if not entries or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError(f"{path}: a mixture is a non-empty JSON list of sources (objects)")
     for number, entry in enumerate(entries):
-        where = f"{path}: entry {number} ({entry.get('name', 'no name')})"
         try:
             places = [os.path.join(base, entry.get("path", "missing path")) for base in (Path(path).parent, *roots)]
             sources.append(Source(**{**entry, "path": next(filter(os.path.isfile, places), " or ".join(places))}))
         except (TypeError, ValueError, FileNotFoundError) as error:  # Source's own signature knows the keys
-            raise ValueError(f"{where}: {error} (keys: {', '.join(f.name for f in dataclasses.fields(Source))})") from error
-    if len({s.name for s in sources}) < len(sources):
-        raise ValueError(f"{path}: two entries share a name: {sorted(s.name for s in sources)}")
+            raise ValueError(f"{path}: entry {number} ({entry.get('name', 'no name')}): {error} "
+                             f"(keys: {', '.join(f.name for f in dataclasses.fields(Source))})") from error
     return sources
 
 
+def micro_batches(lengths, most, tokens=0):
+    """Group items of like length -> lists of their indices: at most `most` items and, padded, `tokens` tokens (0: any number)."""
+    groups = [[]]
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if len(groups[-1]) == most or groups[-1] and 0 < tokens < (len(groups[-1]) + 1) * lengths[i]:
+            groups.append([])
+        groups[-1].append(i)
+    return groups if lengths else []
+
+
 class Steps(torch.utils.data.Dataset):
-    """One rank's share of a list of drawn batches, decoded and collated by DataLoader workers: item i is step i.
+    """One rank's share of a list of drawn batches, decoded and collated by DataLoader workers: item i is step i. A row that
+    cannot be used is replaced by the next one of its file, whatever the number of ranks, and listed under `bad`."""
 
-    A row that cannot be used is replaced by the next one of its file, whatever the number of ranks, and listed under `bad`.
-    """
-
-    def __init__(self, plan, sources, collate, *, rank=0, world=1, micro_batch=32, roots=()):
-        self.plan, self.sources, self.collate = plan, sources, collate
-        self.rank, self.world, self.micro_batch, self.roots = rank, world, micro_batch, roots
+    def __init__(self, plan, sources, collate, *, rank=0, world=1, micro_batch=32, micro_tokens=0, roots=()):
+        self.plan, self.sources, self.collate, self.most = plan, sources, collate, (micro_batch, micro_tokens)
+        self.rank, self.world, self.roots = rank, world, roots
 
     def __len__(self):
         return len(self.plan)
 
     def __getitem__(self, i):
         k, rows = self.plan[i]
-        bad, parts = [], {"query": [], "positive": [], "negative": []}
-        for row in rows[self.rank :: self.world]:
-            made = self._usable(self.sources[k], int(row), bad)
-            for name, part in zip(parts, (made[:1], made[1:2], made[2:]), strict=True):
-                parts[name] += part
+        bad = []
+        made = [self._usable(self.sources[k], int(row), bad) for row in rows[self.rank :: self.world]]
         out = {"source": k, "rows": rows, "bad": bad}
-        for name, part in parts.items():
-            samples, size = [sample for sample, _ in part], self.micro_batch
-            out[name] = [self.collate.batch(samples[j : j + size]) for j in range(0, len(samples), size)]
+        for name, which in (("query", slice(1)), ("positive", slice(1, 2)), ("negative", slice(2, None))):
+            part = [one for row in made for one in row[which]]
+            groups = micro_batches([len(sample["ids"]) for sample, _ in part], *self.most)
+            out[name] = [self.collate.batch([part[j][0] for j in group]) for group in groups]
+            out[f"{name}_at"] = torch.tensor(sum(groups, []), dtype=torch.int64).argsort()  # row i's place in the micro-batches
             out[f"{name}_ids"] = torch.tensor([number for _, number in part], dtype=torch.int64)
         return out
 
     def _usable(self, source, row, bad):
         """Prepare [query, positive, *negatives], each as (sample, content id), from `row` or the first usable one after it."""
         def prepare(items):  # the query alone carries the instruction
-            samples = [self.collate.prepare(items[0], source.instruction), *map(self.collate.prepare, items[1:])]
-            return list(zip(samples, map(content_id, items), strict=True))
+            said = [source.instruction] + [None] * (len(items) - 1)
+            return list(zip(map(self.collate.prepare, items, said), map(content_id, items), strict=True))
         for attempt in range(100):
             try:
                 return source.load((row + attempt) % len(source), self.roots, prepare)

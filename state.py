@@ -9,8 +9,11 @@ A state is written beside its place, synced and renamed, so that what has the na
 import datetime
 import json
 import os
+import resource
 import shutil
 import signal
+import subprocess
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -34,6 +37,18 @@ def join_ranks():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))  # ranks wait for the slowest one's clips
     return dist.get_rank()
+
+
+def memory(device):
+    """Peak GiB: of the GPU where there is one, else of this process."""
+    process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else process) / 2**30
+
+
+def commit():
+    """The checked-out commit, for the record; None outside a git checkout."""
+    found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    return found.stdout.strip() or None
 
 
 def everyones(value, world):
@@ -75,15 +90,22 @@ def save_state(folder, optimizer, rng, facts, keep):
         shutil.rmtree(old)
 
 
-def newest_state(folder):
-    """Find the newest state -> (its folder, its facts), or None twice; one that was not finished has no such name."""
+def newest_state(folder, config):
+    """Find the newest state -> (its folder, its facts), or None twice; one that was not finished has no such name.
+
+    config: this run's flags; a ValueError names those that are not the state's, but for `resume`, `keep` and `save_every`.
+    """
     states = sorted(folder.glob("step-*"))
     if not states:
         return None, None
     try:
-        return states[-1], json.loads((states[-1] / "facts.json").read_text())
+        facts = json.loads((states[-1] / "facts.json").read_text())
     except ValueError as error:
         raise ValueError(f"{states[-1] / 'facts.json'}: damaged ({error}); remove its folder to use the one before") from error
+    changed = {key: (then, config[key]) for key, then in facts["config"].items() if then != config[key]}
+    if changed.keys() - {"resume", "keep", "save_every"}:
+        raise ValueError(f"{folder.parent}: cannot resume with other settings (then, now): {changed}")
+    return states[-1], facts
 
 
 def load_state(folder, optimizer):

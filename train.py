@@ -17,9 +17,7 @@ import functools
 import json
 import math
 import os
-import resource
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -29,21 +27,23 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import Collator, Steps, load_mixture
-from embed import encode, flag, hash_weights, parse_flags
+from data import Collator, Steps, content_id, load_mixture, read_jsonl
+from embed import Cache, encode, flag, hash_weights, parse_flags, top_k
+from extras.pyramid import table
 from kernels.infonce import info_nce_dist
 from model import GVE, to_device
-from state import STOP, everyones, heed_signals, load_state, newest_state, rng_state, save_state
+from parts import write
+from state import STOP, commit, everyones, heed_signals, load_state, memory, newest_state, rng_state, save_state
 
 # Figure 5, bottom up. # PAPER: the figure leaves out I2T and T2TI, which Tables 6 and 7 hold; both are level two here.
 LEVELS = (("T2T", "T2I"), ("TI2I", "TI2T", "TI2TI", "I2I", "I2T", "T2TI"), ("T2V", "I2V", "V2V"), ("TI2V", "TV2V"))
 LEVEL = {task: level for level, tasks in enumerate(LEVELS, 1) for task in tasks}
 
 PAPER = dict(data="data", lr=3e-5, weight_decay=0.1, epochs=3, temperature=0.03, seed=42, dtype="bfloat16", batch_scale=32.0,
-             checkpointing=True, grad_cache=True, micro_batch=32, workers=4, probe_pairs=256)  # Table 9; N_p is not given there
+             checkpointing=True, grad_cache=True, micro_batch=32, micro_tokens=32768, workers=4, probe_pairs=256)  # N_p: ours
 PRESETS = {
     "mini": dict(base="mini/base", prober="mini/prober", data="runs/mini", mixture=["runs/mini/train/mixture.json"],
-                 out="runs/gve-mini", features="runs/features", steps=600, dropout=0.0),
+                 out="runs/gve-mini", features="runs/features", steps=600, dropout=0.0, micro_tokens=16384),
     "gve-3b": dict(PAPER, base="Qwen/Qwen2.5-VL-3B-Instruct", out="runs/gve-3b", mixture=["mixtures/gve-3b.json"]),
     "gve-7b": dict(PAPER, base="Qwen/Qwen2.5-VL-7B-Instruct", out="runs/gve-7b", mixture=["mixtures/gve-7b.json"]),
 }
@@ -65,7 +65,9 @@ class Flags:
     sigma_max: float = flag(1.0, "sigma of the last epoch")
     probe_pairs: int = flag(32, "N_p, positive pairs per source for R_k")
     batch_scale: float = flag(1.0, "global batch of a source = its batch_size x this")
+    remine: bool = flag(False, "mine hard negatives with Psi_t at each epoch's start, ahead of the files'; ranks share OUT")
     micro_batch: int = flag(64, "items per forward")
+    micro_tokens: int = flag(0, "tokens per forward, padding included; 0: no limit")
     grad_cache: bool = flag(False, "keep no graphs, embed twice: batches beyond memory (GradCache)")
     lr: float = flag(2e-3, "peak learning rate of AdamW, cosine to zero")
     warmup: float = flag(0.03, "share of the steps with rising rate (not given in the paper)")
@@ -86,6 +88,7 @@ class Flags:
     save_every: int = flag(0, "steps between states to resume from; 0: at each epoch's end alone")
     keep: int = flag(2, "newest states to keep")
     log_every: int = flag(10, "steps between log lines")
+    dry_run: bool = flag(False, "only try the largest forward and backward that the flags admit, print its memory, write nothing")
     seed: int = flag(42, "of everything random")
     device: str = flag("", "cpu or cuda; empty: cuda where there is one")
 
@@ -144,20 +147,26 @@ class Sampler:
         return k, rows
 
 
+def embed_pairs(gve, source, rows, flags, cache=None):
+    """Embed queries and positives of rows -> ([(row, query, positive)], (n, D), (n, D)); training will list unusable ones."""
+    pairs = []
+    for row in rows:
+        with contextlib.suppress(ValueError):
+            pairs.append((int(row), *source.load(int(row), [flags.data, *flags.root])[:2]))
+    options = {name: getattr(flags, name) for name in ("workers", "frames", "max_tokens", "max_length")} | {"cache": cache}
+    q, bad = encode(gve, [query for _, query, _ in pairs], source.instruction, **options)
+    p, worse = encode(gve, [positive for *_, positive in pairs], **options)
+    good = [i for i in range(len(pairs)) if i not in bad | worse]
+    return [pairs[i] for i in good], q[good], p[good]
+
+
 def probe(gve, sources, flags, rank=0, world=1):
     """Measure R_k, the mean cosine of N_p positive pairs per source -> (R (K,), standard error (K,)); ranks share the work."""
     sums = torch.zeros(len(sources), 3, dtype=torch.float64)
     for k, source in enumerate(sources):
         rows = np.random.default_rng([flags.seed, k]).permutation(len(source))[: flags.probe_pairs][rank::world]
-        queries, positives = [], []
-        for row in rows:
-            with contextlib.suppress(ValueError):  # an unusable row is listed when training meets it
-                query, positive, *_ = source.load(int(row), [flags.data, *flags.root])
-                queries.append(query)
-                positives.append(positive)
-        options = dict(workers=flags.workers, frames=flags.frames, max_tokens=flags.max_tokens, max_length=flags.max_length)
-        (q, bad_q), (p, bad_p) = encode(gve, queries, source.instruction, **options), encode(gve, positives, **options)
-        cosine = (q * p).sum(1).double()[[i for i in range(len(q)) if i not in bad_q | bad_p]]
+        _, q, p = embed_pairs(gve, source, rows, flags)
+        cosine = (q * p).sum(1).double()
         if not cosine.isfinite().all():
             raise FloatingPointError(f"source {source.name}: the prober gives vectors that are not finite")
         sums[k] = torch.stack([cosine.sum(), (cosine**2).sum(), torch.tensor(float(len(cosine)))])
@@ -170,6 +179,33 @@ def probe(gve, sources, flags, rank=0, world=1):
         raise ValueError(f"sources {empty}: none of {flags.probe_pairs} probed pairs can be used; try `python data.py check`")
     mean = total / n
     return mean.numpy(), ((squares / n - mean**2).clamp(min=0) / (n - 1).clamp(min=1)).sqrt().numpy()
+
+
+def mine(gve, source, rows, flags):
+    """Mine hard negatives for rows under the prober Psi_t (section 4.2) -> {row: items}: of the other rows' positives those that
+    score highest for the query, but none of its positive's content and none above its positive by the margin."""
+    pairs, q, p = embed_pairs(gve, source, sorted(rows), flags, Cache(Path(flags.out) / "cache", gve))  # ranks share the work
+    scores, at = top_k(q, p, source.negatives + 32)  # (n, k)
+    ids, own = torch.tensor([content_id(positive) for *_, positive in pairs]), (q * p).sum(1, keepdim=True)
+    good = (ids[at] != ids[:, None]) & (scores <= own + (math.inf if flags.margin < 0 else flags.margin))
+    return {row: [pairs[j][2] for j in at[i][good[i]][: source.negatives].tolist()] for i, (row, *_) in enumerate(pairs)}
+
+
+def rehearse(gve, optimizer, collate, flags):
+    """Go through the largest micro-batch of videos, then of texts, that the flags admit: print items, tokens and peak memory."""
+    high = math.isqrt(flags.max_tokens)
+    grid = torch.tensor([[flags.frames // 2, 2 * high, 2 * (flags.max_tokens // high)]])  # in patches, 2 x 2 to a token
+    video = {"pixel_values_videos": torch.zeros(int(grid.prod()), 1176, dtype=torch.uint8), "video_grid_thw": grid,
+             "second_per_grid_ts": torch.ones(1)}
+    for name, sample, vision in (("videos", video, "<|vision_start|><|video_pad|><|vision_end|>"), ("texts", {}, "")):
+        sample["ids"] = collate._tokens(vision, "" if vision else "a " * flags.max_length, "", sample)
+        length = len(sample["ids"])
+        n = min(flags.micro_batch, max(1, flags.micro_tokens // length) if flags.micro_tokens else flags.micro_batch)
+        vectors, again = embed_parts(gve.train(), [collate.batch([sample] * n)], flags.grad_cache)
+        vectors.sum().backward()
+        replay(gve, vectors, again)
+        optimizer.step()
+        print(f"{n} {name} of {length} tokens in a forward: {memory(gve.device):.2f} GiB at peak", flush=True)
 
 
 def reduce_sum(parameters, extra):
@@ -235,33 +271,6 @@ def learning_rate(step, steps, peak, warmup):
     return peak * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
 
 
-def memory(device):
-    """Peak GiB: of the GPU where there is one, else of this process."""
-    process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else process) / 2**30
-
-
-def commit():
-    """The checked-out commit, for the record; None outside a git checkout."""
-    found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    return found.stdout.strip() or None
-
-
-def pyramid_table(sources, sampler, relevance, error, p, steps):
-    """The walk up the pyramid as text: R_k, P(k), expected steps and passes so far, per source and per level."""
-    lines = [f"{'level':>5} {'task':<6} {'source':<24} {'R_k':>7} {'+-':>6} {'P(k)':>7} {'steps':>7} {'passes':>7}"]
-    order = sorted(range(len(sources)), key=lambda k: (LEVEL[sources[k].task], k))
-    for level in range(1, 5):
-        members = [k for k in order if LEVEL[sources[k].task] == level]
-        for k in members:
-            r = f"{relevance[k]:7.3f} {error[k]:6.3f}" if relevance is not None else f"{'-':>7} {'-':>6}"
-            lines.append(f"{level:>5} {sources[k].task:<6} {sources[k].name:<24} {r} {p[k]:7.3f} {p[k] * steps:7.1f} "
-                         f"{sampler.passes()[k]:7.2f}")
-        if members:
-            lines.append(f"{level:>5} {'all':<6} {'':<39} {p[members].sum():7.3f} {p[members].sum() * steps:7.1f}")
-    return "\n".join(lines)
-
-
 def main(flags):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     kind = flags.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -292,13 +301,11 @@ def main(flags):
                        prompt_style=gve.prompt_style, store=store)
     torch.manual_seed(flags.seed + rank)  # dropout differs between ranks
 
+    if flags.dry_run:
+        return rehearse(gve, optimizer, collate, flags)
     out, log_file, config = Path(flags.out), None, dataclasses.asdict(flags) | {"world": world}
-    folder, resumed = newest_state(out / "state") if flags.resume else (None, None)
-    if resumed:
-        changed = {k: (v, config[k]) for k, v in resumed["config"].items() if v != config[k]}
-        if changed.keys() - {"resume", "keep", "save_every"}:
-            raise ValueError(f"{out}: cannot resume with other settings (then, now): {changed}")
-        rng = load_state(folder, optimizer)
+    folder, resumed = newest_state(out / "state", config) if flags.resume else (None, None)
+    rng = load_state(folder, optimizer) if resumed else None
     if rank == 0:
         if not resumed and (out / "state").exists():  # another run's
             shutil.rmtree(out / "state.old", ignore_errors=True)
@@ -324,9 +331,7 @@ def main(flags):
         trained=trained, sources={s.name: {"task": s.task, "samples": s.samples, "rows": len(s)} for s in sources})
     say(f"{len(sources)} sources, {sum(sizes):,} pairs, {steps} steps on {world} x {kind}, {trained:,} trained weights -> {out}")
 
-    bad_rows, step, last = set(), 0, {}
-    if resumed:
-        bad_rows, step = set(resumed["bad_rows"]), resumed["step"]
+    bad_rows, step, last = set(resumed["bad_rows"] if resumed else ()), resumed["step"] if resumed else 0, {}
     bar = tqdm(total=steps, initial=step, desc="train", disable=rank != 0, dynamic_ncols=True)
     for epoch in range(resumed["epoch"] if resumed else 0, flags.epochs):
         # -- where on the pyramid are we: probe, then draw this epoch's batches --
@@ -334,10 +339,10 @@ def main(flags):
         sigma_t, relevance, error = sigma(epoch, flags.epochs, flags.sigma_min, flags.sigma_max), None, None
         if resumed:
             sampler.drawn, relevance, error = resumed["drawn"], resumed["relevance"], resumed["error"]
-        elif flags.schedule == "pyramid":
+        else:
             prober = GVE.from_pretrained(flags.prober, dtype=flags.dtype, device=device) if epoch == 0 and flags.prober else gve
-            relevance, error = (x.tolist() for x in probe(prober, sources, flags, rank, world))
-            del prober
+            if flags.schedule == "pyramid":
+                relevance, error = (x.tolist() for x in probe(prober, sources, flags, rank, world))
         drawn = list(sampler.drawn)
         plan, share = [], np.zeros(len(sources))
         for s in range(first_step, last_step):
@@ -345,18 +350,28 @@ def main(flags):
             share += p / (last_step - first_step)
             plan.append(sampler.draw(s, p))
         if not resumed:
+            about = {"epoch": epoch, "step": step, "steps": len(plan), "sigma": sigma_t, "schedule": flags.schedule,
+                     "R": named(relevance), "R_error": named(error), "P": named(share), "passes": named(sampler.passes()),
+                     "level_P": {str(level): round(float(share[np.array(levels) == level].sum()), 5) for level in range(1, 5)}}
             say(f"\nepoch {epoch + 1}/{flags.epochs}, sigma {sigma_t:.2f}, schedule {flags.schedule}\n"
-                + pyramid_table(sources, sampler, relevance, error, share, len(plan)))
-            log("epoch", epoch=epoch, step=step, sigma=sigma_t, schedule=flags.schedule, R=named(relevance), R_error=named(error),
-                P=named(share), passes=named(sampler.passes()),
-                level_P={level: round(float(share[np.array(levels) == level].sum()), 5) for level in range(1, 5)})
+                + table(about, {s.name: (LEVEL[s.task], s.task) for s in sources}))
+            log("epoch", **about)
+        if flags.remine and resumed:
+            for source, (_, found) in zip(sources, read_jsonl(out / "mined.jsonl"), strict=True):
+                source.mined = {int(row): items for row, items in found.items()}
+        elif flags.remine:
+            for k, source in enumerate(sources):
+                rows = {row for at, rows in plan if at == k and source.negatives for row in rows.tolist()}
+                source.mined = mine(prober, source, rows, flags) if rows else {}
+            if rank == 0:
+                write(out / "mined.jsonl", [source.mined for source in sources])
         dataset = Steps(plan[step - first_step:], sources, collate, rank=rank, world=world, micro_batch=flags.micro_batch,
-                        roots=[flags.data, *flags.root])
+                        micro_tokens=flags.micro_tokens, roots=[flags.data, *flags.root])
         loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=flags.workers, pin_memory=kind == "cuda")
         batches = iter(loader)
         if resumed:
             rng_state(device, rng[rank].clone())  # last of all: probing and loaders draw numbers, too
-        resumed = None
+        prober = resumed = None
 
         gve.train()
         clock = since = time.perf_counter()  # probing and saving are not training time
@@ -364,15 +379,15 @@ def main(flags):
         for batch in batches:
             waited, source = waited + time.perf_counter() - clock, sources[batch["source"]]
             # -- forward: queries, positives, hard negatives --
-            parts = [embed_parts(gve, batch[part], flags.grad_cache) for part in ("query", "positive", "negative")]
-            q, p, n = (vectors for vectors, _ in parts)  # (B, D), (B, D), (N, D)
+            parts = {part: embed_parts(gve, batch[part], flags.grad_cache) for part in ("query", "positive", "negative")}
+            q, p, n = (vectors[batch[f"{part}_at"].to(device)] for part, (vectors, _) in parts.items())  # (B, D), (B, D), (N, D)
             p_ids, n_ids = batch["positive_ids"].to(device), batch["negative_ids"].to(device)
             # -- loss: this rank's share of the global mean, Eq. (1) in both directions --
             loss = info_nce_dist(q, p, 1 / flags.temperature, n=n, p_ids=p_ids, n_ids=n_ids,
                                  margin=None if flags.margin < 0 else flags.margin, symmetric=flags.symmetric)
             # -- backward, and one sum over ranks --
             loss.backward()
-            for part in parts:
+            for part in parts.values():
                 replay(gve, *part)
             with torch.no_grad():
                 extra = torch.cat([loss.detach().double()[None], curve_sums(q, p, n, p_ids, n_ids).double(),

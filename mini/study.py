@@ -1,8 +1,8 @@
 """What makes a difference on mini-UVRB, and what is noise: `python -m mini study NAME` trains and scores a table of variants.
 
 Every variant is train.py with other flags, one run per seed and as many at once as there are cores, kept under runs/study: what
-is finished with the same data is not run again (after a change to the code, delete it). Two of the defects are made in the code,
-by starting a script through this file (`broken`).
+is finished with the same data is not run again (after a change to the code, delete it). <study>.png shows the averages. Two of
+the defects are made in the code, by starting a script through this file (`broken`).
 """
 
 import dataclasses
@@ -120,29 +120,74 @@ def interval(values):
     return statistics.mean(values), stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
 
 
+def columns(results):
+    """{ability or average: its scores} of several contents of results.json."""
+    return {c: [{**r["abilities"], **r}[c] for r in results] for c in (*results[0]["abilities"], "AVG-D", "AVG-A")}
+
+
 def table(seeds, measured):
-    """Print means, deviations over seeds and paired differences to the first variant; measured {variant: [results]}."""
-    first = next(iter(measured))
-    columns = [*measured[first][0]["abilities"], "AVG-D", "AVG-A"]
-    scores = {name: {c: [{**r["abilities"], **r}[c] for r in results] for c in columns} for name, results in measured.items()}
+    """Print means, deviations over seeds and paired differences to the first variant; measured {variant: [results]} -> {variant:
+    columns()}."""
+    scores, first = {name: columns(results) for name, results in measured.items()}, next(iter(measured))
+    names = list(scores[first])
 
     def line(name, cells):
         print("| " + " | ".join([name, *cells]) + " |")
     print(f"mini-UVRB, seeds {seeds[0]} to {seeds[-1]}; mean, below it the deviation over seeds; then paired differences to "
           f"{first} with 95 % intervals\n")
-    line("", columns)
-    line("---", ["---"] * len(columns))
+    line("", names)
+    line("---", ["---"] * len(names))
     for name in measured:
-        line(name, [f"{statistics.mean(scores[name][c]):.3f}" for c in columns])
+        line(name, [f"{statistics.mean(scores[name][c]):.3f}" for c in names])
         if len(seeds) > 1:
-            line("", [f"({statistics.stdev(scores[name][c]):.3f})" for c in columns])
+            line("", [f"({statistics.stdev(scores[name][c]):.3f})" for c in names])
     for name in list(measured)[1:]:
-        pairs = {c: [a - b for a, b in zip(scores[name][c], scores[first][c], strict=True)] for c in columns}
-        line(f"{name} - {first}", ["{:+.3f} ± {:.3f}".format(*interval(pairs[c])) for c in columns])
+        pairs = {c: [a - b for a, b in zip(scores[name][c], scores[first][c], strict=True)] for c in names}
+        line(f"{name} - {first}", ["{:+.3f} ± {:.3f}".format(*interval(pairs[c])) for c in names])
     if len(seeds) >= 5 and len(measured) == 1:
         deviation = statistics.stdev(scores[first]["AVG-D"])
         needed = math.ceil(2 * (1.96 + 0.84) ** 2 * (deviation / 0.01) ** 2)
         print(f"\nTo see .01 of AVG-D with power .8 at 5 %: {needed} seeds a side.")
+    return scores
+
+
+def found(scores, floor):
+    """Print where one run differs from the default's runs by more than another of them would, 95 % over all columns (Bonferroni).
+
+    scores {variant: {column: [score]}}, the default first; floor {column: scores of the default}, from `study noise`.
+    """
+    n = len(next(iter(floor.values())))
+    print(f"\nBeyond the noise of {n} seeds of the default (differences to their mean, in their deviations):\n")
+    for name in list(scores)[1:]:
+        limit, seen = stats.t.ppf(1 - 0.025 / len(floor), n - 1) * math.sqrt(1 + 1 / n), []
+        for column, values in floor.items():
+            away, deviation = scores[name][column][0] - statistics.mean(values), statistics.stdev(values)
+            seen += [f"{column} {away:+.3f} ({away / deviation:+.1f})"] if abs(away) > limit * deviation else []
+        print(f"* {name}: {', '.join(seen) or 'nothing'}")
+
+
+def picture(name, seeds, scores, path):
+    """Draw AVG-D and AVG-A of every variant, mean and 95 % interval; along a number where the variants are named by one."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    _, ax = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    numbers = [re.match(r"\d+", variant) for variant in scores]
+    x = [int(m[0]) for m in numbers] if all(numbers) else range(len(scores))
+    for column in ("AVG-D", "AVG-A"):
+        means, halves = zip(*(interval(scores[variant][column]) for variant in scores), strict=True)
+        order = sorted(range(len(scores)), key=lambda i: x[i])
+        ax.errorbar([x[i] for i in order], [means[i] for i in order], [halves[i] if len(seeds) > 1 else 0 for i in order],
+                    fmt="o-" if all(numbers) else "o", capsize=4, label=column)
+    if all(numbers):
+        ax.set(xscale="log", xlabel=next(iter(scores)).split()[1])
+    ax.set_xticks(x, [str(v) for v in x] if all(numbers) else list(scores), rotation=0 if all(numbers) else 30)
+    ax.minorticks_off()
+    ax.set(title=f"mini-UVRB: {name}, seeds {seeds[0]} to {seeds[-1]}", ylabel="score")
+    ax.legend()
+    pyplot.savefig(path, dpi=100)
+    pyplot.close()
+    print(f"\n{path}")
 
 
 def study(name):
@@ -157,7 +202,12 @@ def study(name):
     (OUT / "no-motion-negatives.json").write_text(json.dumps(mixture))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = {(variant, seed): pool.submit(measure, how, seed) for seed in seeds for variant, how in variants.items()}
-        table(seeds, {variant: [jobs[variant, seed].result() for seed in seeds] for variant in variants})
+        scores = table(seeds, {variant: [jobs[variant, seed].result() for seed in seeds] for variant in variants})
+    if name == "defects":
+        floor = [TOUR.results(seed) for seed in STUDIES["noise"][0] if TOUR.results(seed).is_file()]
+        if len(floor) > 2:
+            found(scores, columns([json.loads(path.read_text()) for path in floor]))
+    picture(name, seeds, scores, OUT / f"{name}.png")
 
 
 if __name__ == "__main__":

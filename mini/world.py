@@ -179,7 +179,7 @@ def background(scene):
         dx, dy = abs(x - cx), abs(y - cy)
         cover = np.maximum(cover, np.clip(radius + 0.5 - np.hypot(np.minimum(dx, 96 - dx), np.minimum(dy, 96 - dy)), 0, 1))
     x0, y0 = 48 + rng.uniform(-3, 3, 2)
-    cover = np.maximum(cover * 0.8, 0.5 * np.clip((14 - np.hypot(x - x0, y - y0)) / 2, 0, 1))[..., None]
+    cover = np.maximum(cover * 0.5, np.clip((12 - np.hypot(x - x0, y - y0)) / 2, 0, 1))[..., None]
     return np.array(ground) * (1 - cover) + np.array(mark) * cover
 
 

@@ -15,7 +15,7 @@ from transformers import Qwen2_5_VLProcessor
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
-from data import Collator, MediaError, Steps, content_id, load_image, load_mixture, load_video, resolve  # noqa: E402
+from data import Collator, MediaError, Steps, content_id, load_image, load_mixture, load_video, micro_batches, resolve  # noqa: E402
 
 
 @pytest.mark.parametrize("n, expected", [(16, [0, 2, 4, 6, 9, 11, 13, 15]), (8, list(range(8))), (1, [0] * 8),
@@ -174,9 +174,6 @@ def test_wrong_mixtures_name_file_entry_and_what_is_accepted(media, mixture, cha
     path.write_text(json.dumps([entries[0], {**entries[1], **change}]))
     with pytest.raises(ValueError, match=f"(?s)wrong.json: entry 1.*{message}"):
         load_mixture(path)
-    path.write_text(json.dumps([entries[0], entries[0]]))
-    with pytest.raises(ValueError, match="share a name"):
-        load_mixture(path)
 
 
 def test_ranks_share_a_global_batch_without_overlap(tiny, mixture):
@@ -192,6 +189,29 @@ def test_ranks_share_a_global_batch_without_overlap(tiny, mixture):
         if world == 1:
             whole = texts
         assert [t.replace("<|endoftext|>", "") for t in texts] == [t.replace("<|endoftext|>", "") for t in whole]
+
+
+@pytest.mark.parametrize(("most", "tokens"), [(3, 0), (64, 40), (4, 30), (1, 0), (2, 5)])
+def test_micro_batches_hold_every_item_once_within_their_bounds(most, tokens):
+    lengths = [7, 30, 3, 3, 12, 8, 9, 30, 1, 12]
+    groups = micro_batches(lengths, most, tokens)
+    assert sorted(sum(groups, [])) == list(range(10))
+    for group in groups:
+        width = max(lengths[i] for i in group)
+        assert len(group) <= most and (not tokens or width * len(group) <= tokens or len(group) == 1)
+    flat = [lengths[i] for i in sum(groups, [])]
+    assert flat == sorted(flat) and micro_batches([], most, tokens) == []
+    if (most, tokens) == (64, 40):  # by hand: 1 3 3 7 8 | 9 12 12 | 30 | 30
+        assert list(map(len, groups)) == [5, 3, 1, 1]
+
+
+def test_vectors_find_their_rows_again(tiny, mixture):
+    steps = Steps([(0, np.arange(7))], load_mixture(mixture), Collator(Qwen2_5_VLProcessor.from_pretrained(tiny)), micro_batch=2)
+    step = steps[0]
+    read = [int(ids[mask.bool()].sum()) for batch in step["query"]
+            for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+    rows = [sum(steps._usable(steps.sources[0], row, [])[0][0]["ids"]) for row in range(7)]
+    assert [read[at] for at in step["query_at"]] == rows != read
 
 
 def test_an_unusable_row_is_replaced_by_the_next_one_for_any_rank_and_listed(tiny, media, mixture, tmp_path):

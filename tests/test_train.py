@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
+from extras import pyramid  # noqa: E402
 
 
 def run(*command, cwd=ROOT, **env):
@@ -61,7 +63,7 @@ def one_and_many(tiny, mixture, tmp_path_factory):
     for world, cached in ((1, False), (2, False), (3, False), (1, True), (3, True)):
         out = folder / f"{world}-{cached}"
         more = flags_for(tiny, mixture, out, "--dtype", "float64", "--dropout", "0", "--steps", "9", "--schedule", "uniform",
-                         "--lr", "0.01", *(("--grad-cache", "--micro-batch", "2") if cached else ()))
+                         "--lr", "0.01", *(("--grad-cache", "--micro-batch", "3", "--micro-tokens", "250") if cached else ()))
         done = run(*launch(world), __file__, folder / f"{out}.pt", *more)
         assert done.returncode == 0, done.stderr[-3000:]
         seen[world, cached] = torch.load(folder / f"{out}.pt") | {"log": [json.loads(x) for x in open(out / "log.jsonl")]}
@@ -255,6 +257,67 @@ def test_damaged_clips_are_replaced_counted_and_listed(tiny, media, mixture, tmp
     assert "1 unusable rows replaced" in capsys.readouterr().out
     end = [json.loads(x) for x in open(tmp_path / "log.jsonl")][-1]
     assert len(end["bad_rows"]) == 1 and "hurt.jsonl:4" in end["bad_rows"][0] and "bad.mp4" in end["bad_rows"][0]
+
+
+def mined(out):
+    return [json.loads(line) for line in open(out / "mined.jsonl")]
+
+
+def test_hard_negatives_are_mined_again_under_the_prober(tiny, media, mixture, tmp_path):
+    flags = flags_for(tiny, mixture, tmp_path / "one", "--steps", "9", "--epochs", "1", "--schedule", "uniform", "--remine")
+    go(*flags, "--margin", "-1")
+    t2v, *others = mined(tmp_path / "one")
+    assert others == [{}, {}] and len(t2v) == 7  # only this source has hard negatives
+    gve, rows = train.GVE.from_pretrained(tiny), [json.loads(line) for line in open(media / "t2v.jsonl")]
+    q = gve.embed([row["query"] for row in rows], "Find it.")
+    clips = {name: gve.embed([{"video": str(media / name)}])[0] for name in ("a.mp4", "b.mp4", "c.mp4", "d.mp4")}
+    for i, row in enumerate(rows):
+        own = row["positive"]["video"]
+        best = max((name for name in clips if name != own), key=lambda name: float(q[i] @ clips[name]))
+        assert [Path(item["video"]).name for item in t2v[str(i)]] == [best]
+    assert any(Path(t2v[str(i)][0]["video"]).name != row["negatives"][0]["video"] for i, row in enumerate(rows))
+    source = train.load_mixture(mixture)[0]
+    source.mined = {0: [{"video": str(media / "d.mp4")}]}
+    names = [[Path(item["video"]).name for item in source.load(i, [media])[1:]] for i in (0, 1)]
+    assert names == [["a.mp4", "d.mp4"], ["b.mp4", "c.mp4"]]  # mined ones come first, the file's where there are none
+    above = [{name: float(q[i] @ (clip - clips[row["positive"]["video"]])) for name, clip in clips.items()}
+             for i, row in enumerate(rows)]
+    i = max(range(7), key=lambda i: sorted(above[i].values())[-2])  # two clips score above its positive
+    best, second = sorted(above[i], key=above[i].get)[:-3:-1]
+    assert above[i][second] > 0
+    middle = train.parse_flags(train.Flags, [*map(str, flags), f"--margin={(above[i][best] + above[i][second]) / 2}"])
+    assert Path(train.mine(gve, source, range(7), middle)[i][0]["video"]).name == second  # the best one is false now
+
+
+def test_mining_is_the_same_on_two_ranks_and_after_a_stop(tiny, mixture, tmp_path):
+    same = ("--steps", "6", "--epochs", "2", "--schedule", "uniform", "--remine", "--dtype", "float64", "--dropout", "0")
+    go(*flags_for(tiny, mixture, tmp_path / "one", *same))
+    two = run(*launch(2), __file__, tmp_path / "two.pt", *flags_for(tiny, mixture, tmp_path / "two", *same))
+    assert two.returncode == 0 and mined(tmp_path / "one") == mined(tmp_path / "two"), two.stderr[-2000:]
+    stopped = flags_for(tiny, mixture, tmp_path / "stopped", *same)
+    assert run(__file__, tmp_path / "stopped.pt", *stopped, FATE="15 0 3").returncode == 128 + 15  # in the second epoch
+    go(*stopped, "--resume", "auto")
+    ours, expected = weights(tmp_path / "stopped"), weights(tmp_path / "one")
+    assert all(torch.equal(ours[k], expected[k]) for k in expected)
+
+
+def test_a_dry_run_prints_its_memory_and_writes_nothing(tiny, mixture, tmp_path, capsys):
+    for more in ((), ("--grad-cache",)):
+        go(*flags_for(tiny, mixture, tmp_path / "out", "--dry-run", "--max-length", "300", "--max-tokens", "20", "--micro-tokens",
+                      "1000", *more))
+        printed = re.findall(r"(\d+ \w+ of \d+) tokens in a forward: 0\.[1-9]", capsys.readouterr().out)
+        assert printed == ["7 videos of 140", "3 texts of 300"]  # 4 grids of 4 x 5 tokens and 60 of prompt; 1,000 at most
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_walk_up_the_pyramid_is_drawn_from_the_log(one_and_many, uninterrupted, tmp_path, capsys):
+    shutil.copy(uninterrupted[0] / "log.jsonl", tmp_path)
+    assert pyramid.main([str(tmp_path / "log.jsonl")]) is None
+    out, epochs = capsys.readouterr().out, [json.loads(x) for x in open(tmp_path / "log.jsonl")]
+    assert out.count("epoch ") == 3 and out.count(" t2v ") == 3 and (tmp_path / "pyramid.png").stat().st_size > 5000
+    first = next(x for x in epochs if x["event"] == "epoch")
+    assert f"{first['R']['t2v']:7.3f} {first['R_error']['t2v']:6.3f} {first['P']['t2v']:7.3f}" in out
+    assert pyramid.main([str(tmp_path / "gone")]).startswith("The walk")
 
 
 def test_log_and_checkpoint_hold_what_the_record_needs(one_and_many):
