@@ -43,7 +43,7 @@ PAPER = dict(data="data", lr=3e-5, weight_decay=0.1, epochs=3, temperature=0.03,
              checkpointing=True, grad_cache=True, micro_batch=32, micro_tokens=32768, workers=4, probe_pairs=256)  # N_p: ours
 PRESETS = {
     "mini": dict(base="mini/base", prober="mini/prober", data="runs/mini", mixture=["runs/mini/train/mixture.json"],
-                 out="runs/gve-mini", features="runs/features", steps=600, dropout=0.0, micro_tokens=16384),
+                 out="runs/gve-mini", features="runs/features", steps=640, dropout=0.0, micro_tokens=16384),
     "gve-3b": dict(PAPER, base="Qwen/Qwen2.5-VL-3B-Instruct", out="runs/gve-3b", mixture=["mixtures/gve-3b.json"]),
     "gve-7b": dict(PAPER, base="Qwen/Qwen2.5-VL-7B-Instruct", out="runs/gve-7b", mixture=["mixtures/gve-7b.json"]),
 }

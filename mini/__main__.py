@@ -355,7 +355,7 @@ def tour():
     print("nanoGVE's tour: a rendered world, a tiny Qwen2.5-VL, the Modality Pyramid, 16 datasets. All commands run alone, too.")
     os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
     run(f"{python} -m mini render")
-    run(f"{python} synth.py --max-new-tokens 96 --shares T2T=0 T2I=0 I2V=0 V2V=0 TI2V=1 TV2V=0.3")
+    run(f"{python} synth.py --max-new-tokens 96 --shares T2T=0 T2I=0 I2V=0 V2V=0 TI2V=1 TV2V=0")
     run(f"{python} eval.py --ckpt {BASE} --out runs/base --name base")
     run(f"{RANKS} train.py --workers 0 --mixture runs/mini/train/mixture.json runs/synth/uvrd/mixture.json --root runs/raw",
         OMP_NUM_THREADS="1")
