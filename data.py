@@ -3,6 +3,7 @@
 An *item* is a dict with any of `text`, `image`, `video`. A *mixture* is a list of training sources; every step draws one source,
 the same on every rank. decord decodes (PyAV what it cannot), transformers' own processors resize and cut patches.
 
+Commands: `python data.py check FILE`, `python data.py mixture FILE` (extras/mixture.py)
 Legend: F frames, H height, W width, B batch, T tokens, P patches, G global batch of a source, K sources.
 """
 
@@ -305,7 +306,7 @@ class Source:
             raise ValueError(f"task {self.task!r}; accepted: {', '.join(TASKS)}")
         if self.batch_size < 1 or self.samples < 0 or self.negatives < 0:
             raise ValueError("batch_size must be positive, samples and negatives not negative")
-        index, offset = [], 0
+        index, offset, self.mined = [], 0, {}  # {row: items}: hard negatives ahead of the file's, for an epoch's rows
         with open(self.path, "rb") as file:
             for number, line in enumerate(file, 1):
                 index += [(offset, number)] if line.strip() else []
@@ -313,7 +314,6 @@ class Source:
         if not index:
             raise ValueError(f"training file {self.path} is empty")
         self.index, self.samples = np.array(index, dtype=np.int64), self.samples or len(index)
-        self.mined = {}  # {row: items}, its hard negatives, ahead of the file's
 
     def __len__(self):
         return len(self.index)
@@ -350,12 +350,12 @@ def load_mixture(path, roots=()):
 
 def micro_batches(lengths, most, tokens=0):
     """Group items of like length -> lists of their indices: at most `most` items and, padded, `tokens` tokens (0: any number)."""
-    groups = [[]]
+    groups = []
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if len(groups[-1]) == most or groups[-1] and 0 < tokens < (len(groups[-1]) + 1) * lengths[i]:
+        if not groups or len(groups[-1]) == most or 0 < tokens < (len(groups[-1]) + 1) * lengths[i]:
             groups.append([])
         groups[-1].append(i)
-    return groups if lengths else []
+    return groups
 
 
 class Steps(torch.utils.data.Dataset):

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+PATIENCE = datetime.timedelta(days=7)  # ranks wait for the slowest one's clips; torchrun sees to it if one dies
 STOP = []  # the signals that asked this process to stop
 
 
@@ -35,7 +36,7 @@ def join_ranks():
         return 0
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))  # ranks wait for the slowest one's clips
+    dist.init_process_group("gloo", timeout=PATIENCE)
     return dist.get_rank()
 
 
@@ -57,6 +58,24 @@ def everyones(value, world):
     if world > 1:
         dist.all_gather_object(values, value)
     return values
+
+
+def reduce_sum(parameters, extra):
+    """Sum gradients and a vector of scalars over all ranks with one flat all-reduce; returns the summed vector (float64).
+
+    Each rank's gradient is its part of the gradient of the *global* mean loss, so parts are added, never averaged.
+    """
+    for p in parameters:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    if not dist.is_initialized():
+        return extra
+    flat = torch.cat([p.grad.flatten() for p in parameters] + [extra.to(parameters[0].dtype)])
+    dist.all_reduce(flat)
+    for p in parameters:
+        p.grad.copy_(flat[: p.numel()].view_as(p))
+        flat = flat[p.numel():]
+    return flat.double()
 
 
 def rng_state(device, state=None):

@@ -11,6 +11,7 @@ well-aligned sources come first, the others catch up. What a run did is in <out>
 Legend: K sources, G global batch, B this rank's rows, N hard negatives, D embedding dim.
 """
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -27,13 +28,14 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+import state
 from data import Collator, Steps, content_id, load_mixture, read_jsonl
-from embed import Cache, encode, flag, hash_weights, parse_flags, top_k
+from embed import Cache, encode, flag, hash_weights, parse_flags
 from extras.pyramid import table
 from kernels.infonce import info_nce_dist
 from model import GVE, to_device
 from parts import write
-from state import STOP, commit, everyones, heed_signals, load_state, memory, newest_state, rng_state, save_state
+from state import STOP, everyones, memory, reduce_sum, rng_state, save_state
 
 # Figure 5, bottom up. # PAPER: the figure leaves out I2T and T2TI, which Tables 6 and 7 hold; both are level two here.
 LEVELS = (("T2T", "T2I"), ("TI2I", "TI2T", "TI2TI", "I2I", "I2T", "T2TI"), ("T2V", "I2V", "V2V"), ("TI2V", "TV2V"))
@@ -88,7 +90,7 @@ class Flags:
     save_every: int = flag(0, "steps between states to resume from; 0: at each epoch's end alone")
     keep: int = flag(2, "newest states to keep")
     log_every: int = flag(10, "steps between log lines")
-    dry_run: bool = flag(False, "only try the largest forward and backward that the flags admit, print its memory, write nothing")
+    dry_run: bool = flag(False, "only try the largest micro-batch, forward and backward, print its memory, write nothing")
     seed: int = flag(42, "of everything random")
     device: str = flag("", "cpu or cuda; empty: cuda where there is one")
 
@@ -148,7 +150,7 @@ class Sampler:
 
 
 def embed_pairs(gve, source, rows, flags, cache=None):
-    """Embed queries and positives of rows -> ([(row, query, positive)], (n, D), (n, D)); training will list unusable ones."""
+    """Embed queries and positives of rows -> ([(row, positive)], (n, D), (n, D)); training will list unusable ones."""
     pairs = []
     for row in rows:
         with contextlib.suppress(ValueError):
@@ -157,7 +159,9 @@ def embed_pairs(gve, source, rows, flags, cache=None):
     q, bad = encode(gve, [query for _, query, _ in pairs], source.instruction, **options)
     p, worse = encode(gve, [positive for *_, positive in pairs], **options)
     good = [i for i in range(len(pairs)) if i not in bad | worse]
-    return [pairs[i] for i in good], q[good], p[good]
+    if not q[good].isfinite().all() or not p[good].isfinite().all():
+        raise FloatingPointError(f"source {source.name}: the prober gives vectors that are not finite")
+    return [(pairs[i][0], pairs[i][2]) for i in good], q[good], p[good]
 
 
 def probe(gve, sources, flags, rank=0, world=1):
@@ -167,8 +171,6 @@ def probe(gve, sources, flags, rank=0, world=1):
         rows = np.random.default_rng([flags.seed, k]).permutation(len(source))[: flags.probe_pairs][rank::world]
         _, q, p = embed_pairs(gve, source, rows, flags)
         cosine = (q * p).sum(1).double()
-        if not cosine.isfinite().all():
-            raise FloatingPointError(f"source {source.name}: the prober gives vectors that are not finite")
         sums[k] = torch.stack([cosine.sum(), (cosine**2).sum(), torch.tensor(float(len(cosine)))])
     if world > 1:
         sums = sums.to(gve.device)
@@ -181,18 +183,25 @@ def probe(gve, sources, flags, rank=0, world=1):
     return mean.numpy(), ((squares / n - mean**2).clamp(min=0) / (n - 1).clamp(min=1)).sqrt().numpy()
 
 
-def mine(gve, source, rows, flags):
-    """Mine hard negatives for rows under the prober Psi_t (section 4.2) -> {row: items}: of the other rows' positives those that
-    score highest for the query, but none of its positive's content and none above its positive by the margin."""
-    pairs, q, p = embed_pairs(gve, source, sorted(rows), flags, Cache(Path(flags.out) / "cache", gve))  # ranks share the work
-    scores, at = top_k(q, p, source.negatives + 32)  # (n, k)
-    ids, own = torch.tensor([content_id(positive) for *_, positive in pairs]), (q * p).sum(1, keepdim=True)
-    good = (ids[at] != ids[:, None]) & (scores <= own + (math.inf if flags.margin < 0 else flags.margin))
-    return {row: [pairs[j][2] for j in at[i][good[i]][: source.negatives].tolist()] for i, (row, *_) in enumerate(pairs)}
+def mine(gve, source, rows, flags, cache=None):
+    """Mine hard negatives of rows under the prober Psi_t (section 4.2) -> {row: items}: the distinct positives of these rows that
+    score highest for the query, but none of its own positive's content and none above that by the margin."""
+    # PAPER: mines "a large external corpus"; here the pool is what an epoch draws of the source itself.
+    pairs, q, p = embed_pairs(gve, source, sorted(rows), flags, cache)
+    ids, found = torch.tensor([content_id(item) for _, item in pairs]), {}
+    first = torch.from_numpy(np.unique(ids, return_index=True)[1])  # (U,) one row of each content
+    for block in torch.arange(len(pairs)).split(1024):
+        own = (q[block] * p[block]).sum(1, keepdim=True)
+        scores = (q[block].to(gve.device) @ p[first].to(gve.device).T).cpu()  # (1024, U)
+        barred = (ids[block][:, None] == ids[first]) | (scores > own + (math.inf if flags.margin < 0 else flags.margin))
+        best, at = scores.masked_fill(barred, -math.inf).topk(min(source.negatives, len(first)))
+        for i, score, which in zip(block.tolist(), best, first[at], strict=True):
+            found[pairs[i][0]] = [pairs[j][1] for j in which[score > -math.inf].tolist()]
+    return found
 
 
 def rehearse(gve, optimizer, collate, flags):
-    """Go through the largest micro-batch of videos, then of texts, that the flags admit: print items, tokens and peak memory."""
+    """Go through the largest micro-batch of videos, then of texts, that the flags admit, alone: print tokens and peak memory."""
     high = math.isqrt(flags.max_tokens)
     grid = torch.tensor([[flags.frames // 2, 2 * high, 2 * (flags.max_tokens // high)]])  # in patches, 2 x 2 to a token
     video = {"pixel_values_videos": torch.zeros(int(grid.prod()), 1176, dtype=torch.uint8), "video_grid_thw": grid,
@@ -205,25 +214,7 @@ def rehearse(gve, optimizer, collate, flags):
         vectors.sum().backward()
         replay(gve, vectors, again)
         optimizer.step()
-        print(f"{n} {name} of {length} tokens in a forward: {memory(gve.device):.2f} GiB at peak", flush=True)
-
-
-def reduce_sum(parameters, extra):
-    """Sum gradients and a vector of scalars over all ranks with one flat all-reduce; returns the summed vector (float64).
-
-    Each rank's gradient is its part of the gradient of the *global* mean loss, so parts are added, never averaged.
-    """
-    for p in parameters:
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
-    if not dist.is_initialized():
-        return extra
-    flat = torch.cat([p.grad.flatten() for p in parameters] + [extra.to(parameters[0].dtype)])
-    dist.all_reduce(flat)
-    for p in parameters:
-        p.grad.copy_(flat[: p.numel()].view_as(p))
-        flat = flat[p.numel():]
-    return flat.double()
+        tqdm.write(f"{n} {name} of {length} tokens in a forward: {memory(gve.device):.2f} GiB at peak")
 
 
 def embed_parts(gve, batches, cached=False):
@@ -245,8 +236,8 @@ def embed_parts(gve, batches, cached=False):
 def replay(gve, vectors, again):
     """Send d loss / d vectors through fresh forwards of the same micro-batches, with the same dropout."""
     after, at = rng_state(gve.device), 0
-    for batch, state in again:
-        rng_state(gve.device, state)
+    for batch, before in again:
+        rng_state(gve.device, before)
         made = gve(batch)
         made.backward(vectors.grad[at : at + len(made)])
         at += len(made)
@@ -276,7 +267,7 @@ def main(flags):
     kind = flags.device or ("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
     if world > 1:
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=state.PATIENCE)
     if kind == "cuda":
         torch.cuda.set_device(device)
     sources = []
@@ -285,8 +276,8 @@ def main(flags):
             hint = "; run `python -m mini render` first" if flags.preset == "mini" else ""
             raise ValueError(f"{mixture}: no such mixture{hint}")
         sources += load_mixture(mixture, [flags.data, *flags.root])
-    if len({s.name for s in sources}) < len(sources):
-        raise ValueError(f"{flags.mixture}: two sources share a name: {sorted(s.name for s in sources)}")
+    if twice := [name for name, n in collections.Counter(s.name for s in sources).items() if n > 1]:
+        raise ValueError(f"{flags.mixture}: two sources share a name: {twice}")
     sampler = Sampler(sources, flags.batch_scale, flags.seed)
     sizes, levels = [s.samples for s in sources], [LEVEL[s.task] for s in sources]
     steps = flags.steps or sum(math.ceil(size / batch) for size, batch in zip(sizes, sampler.batch, strict=True))
@@ -304,8 +295,8 @@ def main(flags):
     if flags.dry_run:
         return rehearse(gve, optimizer, collate, flags)
     out, log_file, config = Path(flags.out), None, dataclasses.asdict(flags) | {"world": world}
-    folder, resumed = newest_state(out / "state", config) if flags.resume else (None, None)
-    rng = load_state(folder, optimizer) if resumed else None
+    folder, resumed = state.newest_state(out / "state", config) if flags.resume else (None, None)
+    rng = state.load_state(folder, optimizer) if resumed else None
     if rank == 0:
         if not resumed and (out / "state").exists():  # another run's
             shutil.rmtree(out / "state.old", ignore_errors=True)
@@ -327,8 +318,9 @@ def main(flags):
             tqdm.write(text)
 
     trained = sum(p.numel() for p in parameters)
-    log("resume" if resumed else "start", config=config, commit=commit(), steps=steps, torch=torch.__version__,
-        trained=trained, sources={s.name: {"task": s.task, "samples": s.samples, "rows": len(s)} for s in sources})
+    about = {s.name: {"task": s.task, "level": LEVEL[s.task], "samples": s.samples, "rows": len(s)} for s in sources}
+    log("resume" if resumed else "start", config=config, commit=state.commit(), steps=steps, torch=torch.__version__,
+        trained=trained, sources=about)
     say(f"{len(sources)} sources, {sum(sizes):,} pairs, {steps} steps on {world} x {kind}, {trained:,} trained weights -> {out}")
 
     bad_rows, step, last = set(resumed["bad_rows"] if resumed else ()), resumed["step"] if resumed else 0, {}
@@ -340,7 +332,8 @@ def main(flags):
         if resumed:
             sampler.drawn, relevance, error = resumed["drawn"], resumed["relevance"], resumed["error"]
         else:
-            prober = GVE.from_pretrained(flags.prober, dtype=flags.dtype, device=device) if epoch == 0 and flags.prober else gve
+            other = epoch == 0 and flags.prober and (flags.remine or flags.schedule == "pyramid")
+            prober = GVE.from_pretrained(flags.prober, dtype=flags.dtype, device=device) if other else gve
             if flags.schedule == "pyramid":
                 relevance, error = (x.tolist() for x in probe(prober, sources, flags, rank, world))
         drawn = list(sampler.drawn)
@@ -357,14 +350,17 @@ def main(flags):
                 + table(about, {s.name: (LEVEL[s.task], s.task) for s in sources}))
             log("epoch", **about)
         if flags.remine and resumed:
-            for source, (_, found) in zip(sources, read_jsonl(out / "mined.jsonl"), strict=True):
+            for source, (_, found) in zip(sources, read_jsonl(out / f"mined-{epoch}.jsonl"), strict=True):
                 source.mined = {int(row): items for row, items in found.items()}
         elif flags.remine:
+            cache = Cache(out / "cache", prober)  # the ranks share the work
             for k, source in enumerate(sources):
                 rows = {row for at, rows in plan if at == k and source.negatives for row in rows.tolist()}
-                source.mined = mine(prober, source, rows, flags) if rows else {}
+                source.mined = mine(prober, source, rows, flags, cache) if rows else {}
+            everyones(None, world)  # all have read the cache
             if rank == 0:
-                write(out / "mined.jsonl", [source.mined for source in sources])
+                write(out / f"mined-{epoch}.jsonl", [source.mined for source in sources])
+                shutil.rmtree(out / "cache")
         dataset = Steps(plan[step - first_step:], sources, collate, rank=rank, world=world, micro_batch=flags.micro_batch,
                         micro_tokens=flags.micro_tokens, roots=[flags.data, *flags.root])
         loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=flags.workers, pin_memory=kind == "cuda")
@@ -423,7 +419,7 @@ def main(flags):
                 states, bad = zip(*everyones((rng_state(device), bad_rows), world), strict=True)
                 if rank == 0:
                     gve.save_pretrained(out, info={
-                        "config": config, "step": step, "seed": flags.seed, "commit": commit(), "metrics": last,
+                        "config": config, "step": step, "seed": flags.seed, "commit": state.commit(), "metrics": last,
                         "data": {s.name: {"rows": len(s), "drawn": d} for s, d in zip(sources, sampler.drawn, strict=True)}})
                     save_state(out / "state", optimizer, torch.stack(states), {
                         "step": step, "epoch": epoch, "drawn": drawn, "relevance": relevance, "error": error, "config": config,
@@ -442,7 +438,7 @@ def main(flags):
 
 
 if __name__ == "__main__":
-    heed_signals()
+    state.heed_signals()
     try:
         main(parse_flags(Flags, doc=__doc__, presets=PRESETS))
     except (ValueError, OSError, FloatingPointError) as problem:

@@ -1,6 +1,6 @@
 """The walk up the Modality Pyramid, from a run's log: R_k and P(k) per source and per level (arXiv 2510.27571, section 4.2).
 
-    python -m extras.pyramid runs/gve-mini/log.jsonl        # prints the tables of all epochs, writes pyramid.png beside the log
+    python extras/pyramid.py runs/gve-mini/log.jsonl        # prints the tables of all epochs, writes pyramid.png beside the log
 """
 
 import json
@@ -49,12 +49,11 @@ def plot(epochs, levels, path):
 
 def main(argv=None):
     """Print the tables of a log and draw its picture; returns an error text or None."""
-    from train import LEVEL
     words = sys.argv[1:] if argv is None else argv
     if len(words) != 1 or not Path(words[0]).is_file():
         return __doc__
     events = [json.loads(line) for line in Path(words[0]).read_text().splitlines()]
-    levels = {name: (LEVEL[source["task"]], source["task"]) for name, source in events[0]["sources"].items()}
+    levels = {name: (source["level"], source["task"]) for name, source in events[0]["sources"].items()}
     epochs = [event for event in events if event["event"] == "epoch"]
     for event in epochs:
         print(f"\nepoch {event['epoch'] + 1}, sigma {event['sigma']:.2f}, schedule {event['schedule']}\n{table(event, levels)}")

@@ -301,9 +301,11 @@ def pretrain_base(out, seed=42, scenes=8000, lr=2e-3):
     windows.install(model.model.visual)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(processor.tokenizer)} tokens, {len(pool)} scenes")
     for cycle, (seeing, describing, rate) in enumerate(((1200, 3400, lr), (600, 600, lr / 2))):
-        if cycle:  # from what was saved, with a random state of its own
-            rng, model = random.Random(seed + cycle), model.bfloat16().float()
+        if cycle:  # from weights in bf16, which is how the first cycle's were kept, with a random state of its own
+            rng = random.Random(seed + cycle)
             torch.manual_seed(seed + cycle)
+            for p in model.parameters():
+                p.data = p.data.bfloat16().float()
         learn_to_see(model, clips, pool, rng, seeing, lr=rate)
         describe(model, clips, pool, collate, rng, describing, rate, warm=0 if cycle else 0.2)
     shutil.rmtree(out, ignore_errors=True)

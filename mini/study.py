@@ -11,6 +11,7 @@ import math
 import os
 import re
 import runpy
+import shutil
 import statistics
 import subprocess
 import sys
@@ -18,12 +19,15 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
 from scipy import stats
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 OUT = Path("runs/study")
 DATA = Path("runs/mini/stamp.json"), Path("runs/synth/uvrd/mixture.json")
 COLLECTED = "--mixture runs/mini/train/mixture.json"
 BOTH = f"{COLLECTED} runs/synth/uvrd/mixture.json --root runs/raw"  # the tour's training data
+RANDOM = OUT / "random"  # a prober that knows nothing
 EASY = f"--mixture {OUT}/no-motion-negatives.json runs/synth/uvrd/mixture.json --root runs/raw runs/mini/train"
 
 
@@ -32,32 +36,36 @@ class Variant:
     train: str = BOTH  # flags of train.py besides --seed
     test: str = ""  # flags of eval.py
     defect: str = ""  # a key of DEFECTS
+    late: bool = False  # the defect is there at test time alone
 
     def folder(self, seed):
         """Where its checkpoint lies: the same for every variant that trains alike, another one for other data."""
         made = b"".join(path.read_bytes() for path in DATA if path.is_file())
-        return OUT / f"{zlib.crc32(f'{self.defect} {self.train}'.encode() + made):08x}-seed{seed}"
+        trained = f"{'' if self.late else self.defect} {self.train}".encode()
+        return OUT / f"{zlib.crc32(trained + made):08x}-seed{seed}"
 
     def results(self, seed):
-        return self.folder(seed) / re.sub(r"\W+", "_", self.test).strip("_") / "results.json"
+        what = re.sub(r"\W+", "_", self.test).strip("_") + self.late * self.defect
+        return self.folder(seed) / what / "results.json"
 
 
 TOUR = Variant()
 STUDIES = {  # name: (seeds, {variant: how}); differences are to the first variant
     "noise": (range(42, 52), {"default": TOUR}),
     "defects": (range(42, 43), {
-        "default": TOUR, "1-D positions": Variant(defect="1d"), "pooled one token early": Variant(defect="early"),
+        "default": TOUR, "1-D positions": Variant(defect="1d"), "1-D positions at test": Variant(defect="1d", late=True),
+        "pooled one token early": Variant(defect="early"), "pooled early at test": Variant(defect="early", late=True),
         "temperature x 10": Variant(f"{BOTH} --temperature 0.3"), "no hard negatives on motion": Variant(EASY),
         "no reverse loss": Variant(f"{BOTH} --no-symmetric")}),
     "scaling": (range(42, 45), {f"{n} steps": Variant(f"{BOTH} --steps {n}") for n in (6, 20, 64, 200)} | {"640 steps": TOUR}),
     "frames": (range(42, 45), {"8 frames": TOUR} | {f"{n} frames": Variant(test=f"--frames {n}") for n in (2, 4, 16)}),
     "synth": (range(5, 15), {"GVE-i": Variant(f"{COLLECTED} --schedule proportional"),
                              "GVE-s": Variant(f"{BOTH} --schedule proportional"), "GVE": TOUR}),
-    "curriculum": (range(42, 47), {
+    "curriculum": (range(42, 47), {  # `noise` comes first
         "pyramid": TOUR, **{name: Variant(f"{BOTH} --schedule {name}") for name in ("proportional", "uniform", "staged")},
         **{f"sigma to {s}": Variant(f"{BOTH} --sigma-max {s}") for s in (0.3, 3)},
         **{f"prober {name}": Variant(f"{BOTH} --prober {path}")
-           for name, path in {"base": "mini/base", "trained": TOUR.folder(42)}.items()}})}  # `noise` comes first
+           for name, path in {"base": "mini/base", "trained": TOUR.folder(42), "random": RANDOM}.items()}})}
 
 
 # Deliberate defects in the code
@@ -99,14 +107,15 @@ def measure(variant, seed):
     folder, results = variant.folder(seed), variant.results(seed)
     results.parent.mkdir(parents=True, exist_ok=True)
 
-    def script(command, log):
-        start = [sys.executable, *([__file__, variant.defect] if variant.defect else [])]
+    def script(command, log, defect=variant.defect):
+        start = [sys.executable, *([__file__, defect] if defect else [])]
         with open(log, "w") as out:
             status = subprocess.run([*start, *command.split()], stdout=out, stderr=out, env=os.environ | {"OMP_NUM_THREADS": "1"})
         if status.returncode:
             raise RuntimeError(f"`{command}` ended with status {status.returncode}; its output is in {log}")
     if not (folder / "trained").is_file():  # a checkpoint alone may be that of an epoch's end
-        script(f"train.py --workers 0 {variant.train} --seed {seed} --out {folder}", folder / "train.txt")
+        script(f"train.py --workers 0 {variant.train} --seed {seed} --out {folder}", folder / "train.txt",
+               "" if variant.late else variant.defect)
         (folder / "trained").touch()
     if not results.is_file():
         script(f"eval.py --ckpt {folder} {variant.test} --out {results.parent}", results.with_name("eval.txt"))
@@ -199,6 +208,10 @@ def study(name):
         if source["name"] in ("t2v-temporal", "t2v-camera"):
             source["negatives"] = 0
     OUT.mkdir(parents=True, exist_ok=True)
+    if name == "curriculum" and not RANDOM.is_dir():
+        torch.manual_seed(0)
+        shutil.copytree("mini/base", RANDOM)
+        Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig.from_pretrained("mini/base")).save_pretrained(RANDOM)
     (OUT / "no-motion-negatives.json").write_text(json.dumps(mixture))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = {(variant, seed): pool.submit(measure, how, seed) for seed in seeds for variant, how in variants.items()}
@@ -207,6 +220,8 @@ def study(name):
         floor = [TOUR.results(seed) for seed in STUDIES["noise"][0] if TOUR.results(seed).is_file()]
         if len(floor) > 2:
             found(scores, columns([json.loads(path.read_text()) for path in floor]))
+        else:
+            print("\nWhat of this is noise: `python -m mini study noise` first, then this again.")
     picture(name, seeds, scores, OUT / f"{name}.png")
 
 

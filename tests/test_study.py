@@ -111,6 +111,17 @@ def test_interval_and_table_by_hand(capsys):
     assert "| a | 0.200 " in out and "| b - a | +0.150 ± 0.635 " in out  # t(.975, 1) = 12.706, deviation .0707
 
 
+def test_what_is_beyond_the_noise_by_hand(capsys, tmp_path):
+    floor = study.columns([results(score) for score in (0.4, 0.5, 0.6)])  # mean .5, deviation .1
+    scores = {"default": study.columns([results(0.5)]), "near": study.columns([results(0.9)]), "far": study.columns([results(9.0)])}
+    study.found(scores, floor)  # t(1 - .025 / 11, 2) = 20.9, times sqrt(4 / 3): differences above 2.4
+    near, far = capsys.readouterr().out.splitlines()[-2:]
+    assert near == "* near: nothing" and "AVG-D +8.500 (+85.0)" in far and far.count("+85.0") == 11
+    study.picture("scaling", [42], {"6 steps": scores["near"], "60 steps": scores["far"]}, tmp_path / "a.png")
+    study.picture("defects", range(42, 45), {"default": floor, "other": floor}, tmp_path / "b.png")
+    assert all((tmp_path / name).stat().st_size > 5000 for name in ("a.png", "b.png"))
+
+
 def test_a_defect_trains_scores_and_is_not_run_again(tiny, media, mixture, tmp_path, monkeypatch):
     monkeypatch.setattr(study, "OUT", tmp_path / "study")
     folder = tmp_path / "uvrb" / "MSRVTT"
@@ -127,6 +138,9 @@ def test_a_defect_trains_scores_and_is_not_run_again(tiny, media, mixture, tmp_p
     study.measure(how, 1)
     assert how.results(1).stat().st_mtime_ns == stamp
     assert "trained 1 steps" in (how.folder(1) / "train.txt").read_text()
+    late = study.Variant(train, how.test, "early", late=True)
+    sound = study.Variant(train, how.test)
+    assert late.folder(1) == sound.folder(1) != how.folder(1) and late.results(1) != sound.results(1)  # one checkpoint, two scores
     monkeypatch.setattr(study.sys, "executable", "/bin/false")
     with pytest.raises(RuntimeError, match="status 1; its output is in .*train.txt"):
         study.measure(how, 2)
