@@ -113,8 +113,8 @@ def test_interval_and_table_by_hand(capsys):
 
 def test_what_is_beyond_the_noise_by_hand(capsys, tmp_path):
     floor = study.columns([results(score) for score in (0.4, 0.5, 0.6)])  # mean .5, deviation .1
-    scores = {"default": study.columns([results(0.5)]), "near": study.columns([results(0.9)]), "far": study.columns([results(9.0)])}
-    study.found(scores, floor)  # t(1 - .025 / 11, 2) = 20.9, times sqrt(4 / 3): differences above 2.4
+    scores = {name: study.columns([results(score)]) for name, score in (("default", 0.5), ("near", 2.1), ("far", 9.0))}
+    study.found(scores, floor)  # t(1 - .025 / 11, 2) = 14.78, times sqrt(4 / 3): differences above 1.707
     near, far = capsys.readouterr().out.splitlines()[-2:]
     assert near == "* near: nothing" and "AVG-D +8.500 (+85.0)" in far and far.count("+85.0") == 11
     study.picture("scaling", [42], {"6 steps": scores["near"], "60 steps": scores["far"]}, tmp_path / "a.png")
@@ -140,7 +140,7 @@ def test_a_defect_trains_scores_and_is_not_run_again(tiny, media, mixture, tmp_p
     assert "trained 1 steps" in (how.folder(1) / "train.txt").read_text()
     late = study.Variant(train, how.test, "early", late=True)
     sound = study.Variant(train, how.test)
-    assert late.folder(1) == sound.folder(1) != how.folder(1) and late.results(1) != sound.results(1)  # one checkpoint, two scores
+    assert late.folder(1) == sound.folder(1) != how.folder(1) and late.results(1) != sound.results(1)
     monkeypatch.setattr(study.sys, "executable", "/bin/false")
     with pytest.raises(RuntimeError, match="status 1; its output is in .*train.txt"):
         study.measure(how, 2)
