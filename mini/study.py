@@ -142,8 +142,8 @@ def table(seeds, measured):
 
     def line(name, cells):
         print("| " + " | ".join([name, *cells]) + " |")
-    print(f"mini-UVRB, seeds {seeds[0]} to {seeds[-1]}; mean, below it the deviation over seeds; then paired differences to "
-          f"{first} with 95 % intervals\n")
+    print(f"mini-UVRB, seeds {seeds[0]} to {seeds[-1]}: means, below them deviations over seeds, then paired differences to {first} "
+          "with 95 % intervals\n" if len(seeds) > 1 else f"mini-UVRB, seed {seeds[0]}, then differences to {first}\n")
     line("", names)
     line("---", ["---"] * len(names))
     for name in measured:
@@ -152,7 +152,8 @@ def table(seeds, measured):
             line("", [f"({statistics.stdev(scores[name][c]):.3f})" for c in names])
     for name in list(measured)[1:]:
         pairs = {c: [a - b for a, b in zip(scores[name][c], scores[first][c], strict=True)] for c in names}
-        line(f"{name} - {first}", ["{:+.3f} ± {:.3f}".format(*interval(pairs[c])) for c in names])
+        form = "{:+.3f} ± {:.3f}" if len(seeds) > 1 else "{:+.3f}"
+        line(f"{name} - {first}", [form.format(*interval(pairs[c])) for c in names])
     if len(seeds) >= 5 and len(measured) == 1:
         deviation = statistics.stdev(scores[first]["AVG-D"])
         needed = math.ceil(2 * (1.96 + 0.84) ** 2 * (deviation / 0.01) ** 2)
