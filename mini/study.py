@@ -142,8 +142,8 @@ def table(seeds, measured):
 
     def line(name, cells):
         print("| " + " | ".join([name, *cells]) + " |")
-    print(f"mini-UVRB, seeds {seeds[0]} to {seeds[-1]}: means, deviations over seeds below, then paired differences to {first} with "
-          "95 % intervals\n" if len(seeds) > 1 else f"mini-UVRB, seed {seeds[0]}, then differences to {first}\n")
+    about = "means, deviations over seeds, then paired differences with 95 % intervals" if len(seeds) > 1 else "with differences"
+    print(f"mini-UVRB, seeds {seeds[0]} to {seeds[-1]}, {about} to {first}\n")
     line("", names)
     line("---", ["---"] * len(names))
     for name in measured:
