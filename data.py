@@ -345,6 +345,8 @@ def load_mixture(path, roots=()):
         except (TypeError, ValueError, FileNotFoundError) as error:  # Source's own signature knows the keys
             raise ValueError(f"{path}: entry {number} ({entry.get('name', 'no name')}): {error} "
                              f"(keys: {', '.join(f.name for f in dataclasses.fields(Source))})") from error
+    if len({s.name for s in sources}) < len(sources):
+        raise ValueError(f"{path}: two entries share a name: {sorted(s.name for s in sources)}")
     return sources
 
 
@@ -370,8 +372,7 @@ class Steps(torch.utils.data.Dataset):
         return len(self.plan)
 
     def __getitem__(self, i):
-        k, rows = self.plan[i]
-        bad = []
+        k, rows, bad = *self.plan[i], []
         made = [self._usable(self.sources[k], int(row), bad) for row in rows[self.rank :: self.world]]
         out = {"source": k, "rows": rows, "bad": bad}
         for name, which in (("query", slice(1)), ("positive", slice(1, 2)), ("negative", slice(2, None))):
@@ -385,8 +386,7 @@ class Steps(torch.utils.data.Dataset):
     def _usable(self, source, row, bad):
         """Prepare [query, positive, *negatives], each as (sample, content id), from `row` or the first usable one after it."""
         def prepare(items):  # the query alone carries the instruction
-            said = [source.instruction] + [None] * (len(items) - 1)
-            return list(zip(map(self.collate.prepare, items, said), map(content_id, items), strict=True))
+            return [(self.collate.prepare(x, None if n else source.instruction), content_id(x)) for n, x in enumerate(items)]
         for attempt in range(100):
             try:
                 return source.load((row + attempt) % len(source), self.roots, prepare)

@@ -318,9 +318,9 @@ def main(flags):
             tqdm.write(text)
 
     trained = sum(p.numel() for p in parameters)
-    about = {s.name: {"task": s.task, "level": LEVEL[s.task], "samples": s.samples, "rows": len(s)} for s in sources}
+    read = {s.name: {"task": s.task, "level": LEVEL[s.task], "samples": s.samples, "rows": len(s)} for s in sources}
     log("resume" if resumed else "start", config=config, commit=state.commit(), steps=steps, torch=torch.__version__,
-        trained=trained, sources=about)
+        trained=trained, sources=read)
     say(f"{len(sources)} sources, {sum(sizes):,} pairs, {steps} steps on {world} x {kind}, {trained:,} trained weights -> {out}")
 
     bad_rows, step, last = set(resumed["bad_rows"] if resumed else ()), resumed["step"] if resumed else 0, {}

@@ -52,9 +52,12 @@ def main(argv=None):
     words = sys.argv[1:] if argv is None else argv
     if len(words) != 1 or not Path(words[0]).is_file():
         return __doc__
-    events = [json.loads(line) for line in Path(words[0]).read_text().splitlines()]
-    levels = {name: (source["level"], source["task"]) for name, source in events[0]["sources"].items()}
-    epochs = [event for event in events if event["event"] == "epoch"]
+    try:
+        events = [json.loads(line) for line in Path(words[0]).read_text().splitlines()]
+        levels = {name: (source["level"], source["task"]) for name, source in events[0]["sources"].items()}
+        epochs = [event for event in events if event["event"] == "epoch"]
+    except (ValueError, IndexError, KeyError) as error:
+        return f"{words[0]}: not a log of this train.py ({error!r})"
     for event in epochs:
         print(f"\nepoch {event['epoch'] + 1}, sigma {event['sigma']:.2f}, schedule {event['schedule']}\n{table(event, levels)}")
     path = Path(words[0]).with_name("pyramid.png")

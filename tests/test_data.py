@@ -15,7 +15,17 @@ from transformers import Qwen2_5_VLProcessor
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
-from data import Collator, MediaError, Steps, content_id, load_image, load_mixture, load_video, micro_batches, resolve  # noqa: E402
+from data import (  # noqa: E402
+    Collator,
+    MediaError,
+    Steps,
+    content_id,
+    load_image,
+    load_mixture,
+    load_video,
+    micro_batches,
+    resolve,
+)
 
 
 @pytest.mark.parametrize("n, expected", [(16, [0, 2, 4, 6, 9, 11, 13, 15]), (8, list(range(8))), (1, [0] * 8),
@@ -173,6 +183,9 @@ def test_wrong_mixtures_name_file_entry_and_what_is_accepted(media, mixture, cha
     path = media / "wrong.json"
     path.write_text(json.dumps([entries[0], {**entries[1], **change}]))
     with pytest.raises(ValueError, match=f"(?s)wrong.json: entry 1.*{message}"):
+        load_mixture(path)
+    path.write_text(json.dumps([entries[0], entries[0]]))
+    with pytest.raises(ValueError, match="share a name"):
         load_mixture(path)
 
 

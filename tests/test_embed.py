@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -227,6 +228,12 @@ def test_a_shard_is_there_only_with_both_files(gve, tmp_path, monkeypatch):
     close(vectors, gve.embed([{"text": "one"}]))
 
 
+def encode_alone(*args, **how):
+    """For a process that will be killed: tqdm's lock is shared by forks, and a dead one that held it stops all others."""
+    tqdm.set_lock(threading.RLock())
+    encode(*args, **how)
+
+
 def children(pid):
     return [int(c) for task in Path(f"/proc/{pid}/task").glob("*/children") for c in task.read_text().split()]
 
@@ -237,11 +244,12 @@ def test_killed_at_20_moments_it_goes_on_each_time_and_loses_and_repeats_nothing
         {"video": {"path": str(media / f"{c}.mp4"), "start": i / 100}} for i in range(40) for c in "abcd"]
     rng, known = random.Random(0), set()
     for attempt in range(20):
-        work = multiprocessing.get_context("fork").Process(target=encode, args=(gve, items), kwargs=dict(
+        work = multiprocessing.get_context("fork").Process(target=encode_alone, args=(gve, items), kwargs=dict(
             batch_tokens=300, workers=attempt % 2, cache=Cache(tmp_path, gve, every=0)))
         work.start()
         some = len(list(tmp_path.rglob("*.npy"))) + rng.randrange(5)  # strike amid the writing, whatever the machine's speed
         while len(list(tmp_path.rglob("*.npy"))) < some:
+            assert work.is_alive(), "the work was done before the kills were"
             time.sleep(0.001)
         time.sleep(rng.uniform(0, 0.02))
         decoders = children(work.pid)

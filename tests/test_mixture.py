@@ -68,6 +68,7 @@ def stand_ins(folder, rows=3):
         file.write_text("".join(lines))
 
 
+@pytest.mark.timeout(3600)
 @pytest.mark.slow  # 8 ranks on however few cores
 def test_eight_ranks_walk_all_epochs_of_the_preset_over_38_small_stand_ins(tiny, media, tmp_path):
     def item(form, i):

@@ -328,6 +328,9 @@ def test_the_walk_up_the_pyramid_is_drawn_from_the_log(uninterrupted, tmp_path, 
     first = next(x for x in epochs if x["event"] == "epoch")
     assert f"{first['R']['t2v']:7.3f} {first['R_error']['t2v']:6.3f} {first['P']['t2v']:7.3f}" in out
     assert pyramid.main([str(tmp_path / "gone")]).startswith("The walk")
+    for content in ("", "{", '{"event": "start"}'):
+        (tmp_path / "log.jsonl").write_text(content)
+        assert "log.jsonl: not a log of this train.py" in pyramid.main([str(tmp_path / "log.jsonl")])
 
 
 def test_log_and_checkpoint_hold_what_the_record_needs(one_and_many):
