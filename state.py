@@ -8,6 +8,7 @@ A state is written beside its place, synced and renamed, so that what has the na
 
 import datetime
 import json
+import math
 import os
 import resource
 import shutil
@@ -21,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 PATIENCE = datetime.timedelta(days=7)  # ranks wait for the slowest one's clips; torchrun sees to it if one dies
+PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # operations a second in dense bfloat16, from the maker's data sheets
 STOP = []  # the signals that asked this process to stop
 
 
@@ -44,6 +46,43 @@ def memory(device):
     """Peak GiB: of the GPU where there is one, else of this process."""
     process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else process) / 2**30
+
+
+def peak_flops(device):
+    """Operations a second that this GPU promises in bfloat16, dense; None where nobody has looked it up."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((flops for model, flops in PEAK.items() if model in name), None)
+
+
+def multiply_adds(gve):
+    """Return a function: collated batch -> the multiply-adds that one training step needs for it, both towers forward and, for
+    LoRA's sake, the language model backward.
+
+    Not counted: padding, gradients of frozen weights, recomputation, what causality or a vision window hides, norms, the loss.
+    """
+    text, vision, visual = gve.core.config.text_config, gve.core.config.vision_config, gve.core.visual
+    layers, merge, full = gve.core.language_model.layers, vision.spatial_merge_size, len(vision.fullatt_block_indexes)
+    weights = {name: m.weight.numel() for name, m in layers.named_modules() if isinstance(m, torch.nn.Linear)}
+    lora = sum(n for name, n in weights.items() if ".lora_" in name)  # these have a gradient of their own
+    first = sum(n for name, n in weights.items()  # the embeddings, which these read, need none
+                if name.startswith("0.self_attn") and ".o_proj" not in name and ".lora_B" not in name)
+    per_token = 2 * sum(weights.values()) + lora - first
+    per_pair = 6 * text.num_hidden_layers * text.num_attention_heads * layers[0].self_attn.head_dim  # scores, values; thrice
+    matrices = {name: p.numel() for name, p in visual.named_parameters() if p.dim() > 1}
+    per_patch = sum(n / merge**2 if name.startswith("merger") else n for name, n in matrices.items())
+    window = vision.window_size // vision.patch_size // merge  # its side in cells of merge x merge patches
+
+    def count(batch):
+        macs = sum(n * per_token + n * (n + 1) // 2 * per_pair for n in batch["attention_mask"].sum(1).tolist())
+        for kind in ("image", "video"):
+            grids = batch[f"{kind}_grid_thw"].tolist() if f"{kind}_grid_thw" in batch else []
+            known = batch.get(f"{kind}_features", [None] * len(grids))  # those from the store cost nothing
+            for t, h, w in (grid for grid, features in zip(grids, known, strict=True) if features is None):
+                sides = ([min(window, n // merge - at) for at in range(0, n // merge, window)] for n in (h, w))
+                near = merge**4 * math.prod(sum(n * n for n in side) for side in sides)  # pairs of patches that share a window
+                macs += t * h * w * per_patch + 2 * vision.hidden_size * t * (full * (h * w) ** 2 + (vision.depth - full) * near)
+        return macs
+    return count
 
 
 def commit():

@@ -285,7 +285,8 @@ def main(flags):
     gve = GVE.from_pretrained(flags.base, dtype=flags.dtype, device=device, lora={"lora_dropout": flags.dropout})
     if flags.checkpointing:
         gve.core.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    parameters = list(gve.lora_parameters().values())
+    parameters, needed = list(gve.lora_parameters().values()), state.multiply_adds(gve)
+    peak = state.peak_flops(device)
     optimizer = torch.optim.AdamW(parameters, lr=flags.lr, weight_decay=flags.weight_decay, fused=kind == "cuda")
     store = f"{flags.features}/{hash_weights(gve.core.visual)[:16]}" if flags.features else None
     collate = Collator(gve.processor, frames=flags.frames, max_tokens=flags.max_tokens, max_length=flags.max_length,
@@ -371,7 +372,7 @@ def main(flags):
 
         gve.train()
         clock = since = time.perf_counter()  # probing and saving are not training time
-        seen, waited = 0, 0.0
+        seen, waited, macs = 0, 0.0, 0
         for batch in batches:
             waited, source = waited + time.perf_counter() - clock, sources[batch["source"]]
             # -- forward: queries, positives, hard negatives --
@@ -400,6 +401,7 @@ def main(flags):
             optimizer.zero_grad(set_to_none=True)
             # -- log --
             step, seen = step + 1, seen + rows
+            macs += sum(needed(micro) for part in parts for micro in batch[part])
             for reason in batch["bad"]:
                 if reason not in bad_rows:
                     bad_rows.add(reason)
@@ -408,10 +410,11 @@ def main(flags):
                 elapsed = time.perf_counter() - since
                 last = {"loss": loss_sum, "score": scores / n_scores, "positive": positives / rows, "gap": gaps / rows,
                         "lr": group["lr"], "grad_norm": norm, "items_per_s": seen / elapsed, "waiting": waited / elapsed,
-                        "memory_gib": memory(device), "bad_rows": len(bad_rows)}
+                        "memory_gib": memory(device), "tflops": 2e-12 * macs / elapsed, "bad_rows": len(bad_rows),
+                        **({"mfu": 2 * macs / elapsed / peak} if peak else {})}
                 last = {k: float(f"{v:.6g}") for k, v in last.items()}
                 log("step", step=step, epoch=epoch, source=source.name, rows=int(rows), **last)
-                seen, waited, since = 0, 0.0, time.perf_counter()
+                seen, waited, macs, since = 0, 0.0, 0, time.perf_counter()
             bar.update()
             bar.set_postfix(loss=f"{loss_sum:.3f}", source=source.name, refresh=False)
             # -- save: the adapter and the state are whole at every moment --

@@ -13,9 +13,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+import state  # noqa: E402
 import train  # noqa: E402
 from extras import pyramid  # noqa: E402
 
@@ -336,11 +339,28 @@ def test_the_walk_up_the_pyramid_is_drawn_from_the_log(uninterrupted, tmp_path, 
 def test_log_and_checkpoint_hold_what_the_record_needs(one_and_many):
     log = one_and_many[1, False]["log"]
     assert [x["event"] for x in log] == ["start"] + (["epoch"] + ["step"] * 3) * 3 + ["end"]
-    curves = {"loss", "score", "positive", "gap", "lr", "grad_norm", "items_per_s", "waiting", "memory_gib", "rows", "source"}
-    assert all(curves <= x.keys() for x in log if x["event"] == "step")
+    curves = {"loss", "score", "positive", "gap", "lr", "grad_norm", "items_per_s", "waiting", "memory_gib", "tflops", "rows"}
+    assert all(curves <= x.keys() and x["tflops"] > 0 for x in log if x["event"] == "step")
     epochs = [x for x in log if x["event"] == "epoch"]
     assert [x["sigma"] for x in epochs] == [0.1, 0.55, 1.0]
     assert all(abs(sum(x["P"].values()) - 1) < 1e-3 and abs(sum(x["level_P"].values()) - 1) < 1e-3 for x in epochs)
+
+
+@pytest.mark.parametrize("item", [{"text": "a text, and no more than that"}, {"image": "wide.png", "text": "look"},
+                                  {"video": "wide.mp4"}, {"video": "a.mp4", "text": "at night"}])
+def test_a_step_needs_the_multiply_adds_that_torch_counts(tiny, media, item):
+    gve = train.GVE.from_pretrained(tiny, lora={"lora_dropout": 0.0}).train()
+    batch = train.Collator(gve.processor)([{k: str(media / v) if k != "text" else v for k, v in item.items()}])
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        gve(batch).sum().backward()
+    tokens, layers, heads, width = batch["input_ids"].numel(), 2, 4, 16
+    hidden = 3 * tokens * (tokens - 1) * layers * heads * width  # torch also multiplies what causality hides
+    assert 2 * (state.multiply_adds(gve)(batch) + hidden) == pytest.approx(counter.get_total_flops(), rel=1e-3)
+    padded = train.Collator(gve.processor)([{"text": "x"}, {"text": "a much longer text than the first one"}])
+    apart = [train.Collator(gve.processor)([{"text": text}]) for text in ("x", "a much longer text than the first one")]
+    count = state.multiply_adds(gve)
+    assert count(padded) == sum(map(count, apart))
+    assert count(gve.see(batch)) == count({k: v for k, v in batch.items() if not k.endswith("grid_thw")})  # seen once
 
 
 def test_sampler_draws_each_row_once_per_pass_and_is_restored_by_replay(mixture):
