@@ -175,7 +175,7 @@ def select(rows, flags):
             rows[i] |= {"fate": "dropped", "why": f"consistency: {score:.4f} < {limit:.4f}"}
     kept = [i for i, row in enumerate(rows) if row["fate"] == "kept"]
     bits = [np.unpackbits(np.frombuffer(bytes.fromhex(rows[i]["hash"]), np.uint8)) for i in kept]
-    signs = torch.from_numpy(np.array(bits, np.float32).reshape(len(kept), -1)) * 2 - 1
+    signs = torch.from_numpy(np.array(bits, np.float32).reshape(len(kept), 448)) * 2 - 1
     for i, agree, others in zip(kept, *top_k(signs, signs, 8), strict=True) if kept else ():
         first = min((kept[j] for s, j in zip(agree, others, strict=True) if s >= flags.duplicate * signs.shape[1]), default=i)
         if first < i:
@@ -382,8 +382,9 @@ def main(flags):
     seconds += tell(out, "3-pairs", pairs)
     with lock(out / "lock"):
         assemble(good := [row for row in pairs if row["fate"] == "kept"], flags)
-    seconds /= max(1, len(good))
-    print(f"    {seconds:.2f} s a pair; 1.55M pairs at this rate: {seconds * 1.55e6 / 3600:.0f} hours of one such process")
+    if good:
+        each = seconds / len(good)
+        print(f"    {each:.2f} s a pair; 1.55M pairs at this rate: {each * 1.55e6 / 3600:.0f} hours of one such process")
     if failed := sum(row["fate"] == "failed" for row in sum(captions, []) + pairs):
         sys.exit(f"{failed} failed; the same command tries them again")
 

@@ -361,6 +361,15 @@ def test_odd_folders_ids_and_files(tmp_path, media):
     assert list(check(tmp_path / "out" / "uvrd" / "mixture.json", [tmp_path])) == []
 
 
+def test_where_nothing_can_be_used_the_reasons_are_all_that_is_left(tmp_path, media):
+    (tmp_path / "in").mkdir()
+    rows = [{"id": c, "video": str(media / f"{c}.mp4")} for c in "ab"]  # outside the folder, and no --root
+    (tmp_path / "in" / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    printed = run("--videos", tmp_path / "in" / "rows.jsonl", "--captioner", Server().name, "--out", tmp_path / "out")
+    assert "kept 0 of 2, dropped 2 (unreadable)" in printed and "hours" not in printed
+    assert json.loads((tmp_path / "out" / "uvrd" / "mixture.json").read_text()) == []
+
+
 @pytest.mark.parametrize("line, wrong", [
     ('{"video": 3}', "captions.jsonl:2: video and text"), ("{", "captions.jsonl:2: not JSON"),
     ('{"video": "a.mp4"}', "captions.jsonl:2: .*'a.mp4' new")])
