@@ -4,7 +4,7 @@
     python -m mini render              the files of runs/mini and runs/raw, under a minute; nothing where they are current
     python -m mini pretrain            make mini/base and mini/prober again, about 30 minutes; committed, so rarely needed
     python -m mini ablate              rankers that must fail, beside base, prober and runs/gve-mini: 4 minutes
-    python -m mini study NAME          train and score variants over seeds: noise, defects, scaling, frames, synth, curriculum
+    python -m mini study NAME          train and score variants over seeds: noise, defects, late, scaling, frames, ...
     python -m mini report              one page about the world, in runs/report, with what `ablate` and `study noise` have found
     python -m mini report --synth      what synth.py made of the raw videos in runs/raw, judged by their scene graphs
     python -m mini pretrain --check    measure the captions of the committed base: everything right in at least 80 % of clips

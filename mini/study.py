@@ -53,10 +53,11 @@ TOUR = Variant()
 STUDIES = {  # name: (seeds, {variant: how}); differences are to the first variant
     "noise": (range(42, 52), {"default": TOUR}),
     "defects": (range(42, 43), {
-        "default": TOUR, "1-D positions": Variant(defect="1d"), "1-D positions at test": Variant(defect="1d", late=True),
-        "pooled one token early": Variant(defect="early"), "pooled early at test": Variant(defect="early", late=True),
+        "default": TOUR, "1-D positions": Variant(defect="1d"), "pooled one token early": Variant(defect="early"),
         "temperature x 10": Variant(f"{BOTH} --temperature 0.3"), "no hard negatives on motion": Variant(EASY),
         "no reverse loss": Variant(f"{BOTH} --no-symmetric")}),
+    "late": (range(42, 52), {"default": TOUR, "1-D positions at test": Variant(defect="1d", late=True),
+                             "pooled early at test": Variant(defect="early", late=True)}),
     "scaling": (range(42, 45), {f"{n} steps": Variant(f"{BOTH} --steps {n}") for n in (6, 20, 64, 200)} | {"640 steps": TOUR}),
     "frames": (range(42, 45), {"8 frames": TOUR} | {f"{n} frames": Variant(test=f"--frames {n}") for n in (2, 4, 16)}),
     "synth": (range(5, 15), {"GVE-i": Variant(f"{COLLECTED} --schedule proportional"),
