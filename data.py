@@ -342,11 +342,11 @@ def load_mixture(path, roots=()):
         try:
             places = [os.path.join(base, entry.get("path", "missing path")) for base in (Path(path).parent, *roots)]
             sources.append(Source(**{**entry, "path": next(filter(os.path.isfile, places), " or ".join(places))}))
+            if sources[-1].name in {s.name for s in sources[:-1]}:
+                raise ValueError("an earlier entry has the same name")
         except (TypeError, ValueError, FileNotFoundError) as error:  # Source's own signature knows the keys
             raise ValueError(f"{path}: entry {number} ({entry.get('name', 'no name')}): {error} "
                              f"(keys: {', '.join(f.name for f in dataclasses.fields(Source))})") from error
-    if len({s.name for s in sources}) < len(sources):
-        raise ValueError(f"{path}: two entries share a name: {sorted(s.name for s in sources)}")
     return sources
 
 
@@ -372,9 +372,9 @@ class Steps(torch.utils.data.Dataset):
         return len(self.plan)
 
     def __getitem__(self, i):
-        k, rows, bad = *self.plan[i], []
-        made = [self._usable(self.sources[k], int(row), bad) for row in rows[self.rank :: self.world]]
-        out = {"source": k, "rows": rows, "bad": bad}
+        k, rows = self.plan[i]
+        out = {"source": k, "rows": rows, "bad": []}
+        made = [self._usable(self.sources[k], int(row), out["bad"]) for row in rows[self.rank :: self.world]]
         for name, which in (("query", slice(1)), ("positive", slice(1, 2)), ("negative", slice(2, None))):
             part = [one for row in made for one in row[which]]
             groups = micro_batches([len(sample["ids"]) for sample, _ in part], *self.most)

@@ -1,4 +1,5 @@
-"""What a run needs beside the method: its ranks, signals, and a state on disk from which it goes on as if nothing had happened.
+"""What a run needs beside the method: its ranks, signals, the work it does, and a state on disk to go on from as if nothing had
+happened.
 
     <out>/state/step-N/tensors.safetensors    LoRA weights, AdamW's moments, each rank's random state
     <out>/state/step-N/facts.json             step, epoch, curriculum state, flags, where the log stood
@@ -22,7 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 PATIENCE = datetime.timedelta(days=7)  # ranks wait for the slowest one's clips; torchrun sees to it if one dies
-PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # operations a second in dense bfloat16, from the maker's data sheets
+PEAK = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100-SXM4-80GB": 312e12,  # from the maker's data sheets
+        "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100 80GB PCIe": 312e12}
 STOP = []  # the signals that asked this process to stop
 
 
@@ -48,17 +50,17 @@ def memory(device):
     return (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else process) / 2**30
 
 
-def peak_flops(device):
-    """Operations a second that this GPU promises in bfloat16, dense; None where nobody has looked it up."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((flops for model, flops in PEAK.items() if model in name), None)
+def peak_flops(device, dtype):
+    """Operations a second that this GPU promises in dense bfloat16; None for others and where nobody has looked it up."""
+    return PEAK.get(torch.cuda.get_device_name(device)) if device.type == "cuda" and dtype == "bfloat16" else None
 
 
 def multiply_adds(gve):
-    """Return a function: collated batch -> the multiply-adds that one training step needs for it, both towers forward and, for
-    LoRA's sake, the language model backward.
+    """Return a function: collated batch -> the multiply-adds that one training step needs for it, the vision tower and the
+    language model forward and, for LoRA's sake, the latter backward.
 
     Not counted: padding, gradients of frozen weights, recomputation, what causality or a vision window hides, norms, the loss.
+    Counted although only the pooled token needs it: the last layer of all other tokens.
     """
     text, vision, visual = gve.core.config.text_config, gve.core.config.vision_config, gve.core.visual
     layers, merge, full = gve.core.language_model.layers, vision.spatial_merge_size, len(vision.fullatt_block_indexes)

@@ -341,6 +341,8 @@ def main(flags):
     if os.environ.get("RANK", "0") != "0":
         sys.stdout = open(os.devnull, "w")
     out, rows = Path(flags.out), inputs(flags)
+    if not rows:
+        raise ValueError(f"{flags.videos}: nothing in it")
     if flags.dry_run:
         return dry_run(len(rows), flags.share, flags.prompts, flags.frames, flags.max_tokens)
     out.mkdir(parents=True, exist_ok=True)
@@ -382,11 +384,12 @@ def main(flags):
     seconds += tell(out, "3-pairs", pairs)
     with lock(out / "lock"):
         assemble(good := [row for row in pairs if row["fate"] == "kept"], flags)
-    if good:
-        each = seconds / len(good)
-        print(f"    {each:.2f} s a pair; 1.55M pairs at this rate: {each * 1.55e6 / 3600:.0f} hours of one such process")
+    seconds /= max(1, len(good))
+    print(f"    {seconds:.2f} s a pair; 1.55M pairs at this rate: {seconds * 1.55e6 / 3600:.0f} hours of one such process")
     if failed := sum(row["fate"] == "failed" for row in sum(captions, []) + pairs):
         sys.exit(f"{failed} failed; the same command tries them again")
+    if not good:
+        sys.exit("not one pair was made; the reasons are above")
 
 
 if __name__ == "__main__":

@@ -285,8 +285,8 @@ def main(flags):
     gve = GVE.from_pretrained(flags.base, dtype=flags.dtype, device=device, lora={"lora_dropout": flags.dropout})
     if flags.checkpointing:
         gve.core.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    parameters, needed = list(gve.lora_parameters().values()), state.multiply_adds(gve)
-    peak = state.peak_flops(device)
+    parameters = list(gve.lora_parameters().values())
+    needed, peak = state.multiply_adds(gve), state.peak_flops(device, flags.dtype)
     optimizer = torch.optim.AdamW(parameters, lr=flags.lr, weight_decay=flags.weight_decay, fused=kind == "cuda")
     store = f"{flags.features}/{hash_weights(gve.core.visual)[:16]}" if flags.features else None
     collate = Collator(gve.processor, frames=flags.frames, max_tokens=flags.max_tokens, max_length=flags.max_length,
@@ -319,9 +319,9 @@ def main(flags):
             tqdm.write(text)
 
     trained = sum(p.numel() for p in parameters)
-    read = {s.name: {"task": s.task, "level": LEVEL[s.task], "samples": s.samples, "rows": len(s)} for s in sources}
+    facts = {s.name: {"task": s.task, "level": LEVEL[s.task], "samples": s.samples, "rows": len(s)} for s in sources}
     log("resume" if resumed else "start", config=config, commit=state.commit(), steps=steps, torch=torch.__version__,
-        trained=trained, sources=read)
+        trained=trained, sources=facts)
     say(f"{len(sources)} sources, {sum(sizes):,} pairs, {steps} steps on {world} x {kind}, {trained:,} trained weights -> {out}")
 
     bad_rows, step, last = set(resumed["bad_rows"] if resumed else ()), resumed["step"] if resumed else 0, {}
@@ -387,9 +387,10 @@ def main(flags):
             for part in parts.values():
                 replay(gve, *part)
             with torch.no_grad():
+                work = sum(needed(micro) for part in parts for micro in batch[part])
                 extra = torch.cat([loss.detach().double()[None], curve_sums(q, p, n, p_ids, n_ids).double(),
-                                   torch.tensor([float(len(STOP))], device=device).double()])
-            loss_sum, scores, n_scores, positives, gaps, rows, stops = reduce_sum(parameters, extra).tolist()
+                                   torch.tensor([work, len(STOP)], device=device, dtype=torch.float64)])
+            loss_sum, scores, n_scores, positives, gaps, rows, work, stops = reduce_sum(parameters, extra).tolist()
             norm = float(torch.nn.utils.clip_grad_norm_(parameters, flags.clip or math.inf))
             if not math.isfinite(loss_sum) or not math.isfinite(norm):
                 raise FloatingPointError(f"step {step}: loss {loss_sum}, gradient norm {norm}; source {source.name}, rows "
@@ -400,8 +401,7 @@ def main(flags):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             # -- log --
-            step, seen = step + 1, seen + rows
-            macs += sum(needed(micro) for part in parts for micro in batch[part])
+            step, seen, macs = step + 1, seen + rows, macs + work / world
             for reason in batch["bad"]:
                 if reason not in bad_rows:
                     bad_rows.add(reason)
@@ -411,13 +411,14 @@ def main(flags):
                 last = {"loss": loss_sum, "score": scores / n_scores, "positive": positives / rows, "gap": gaps / rows,
                         "lr": group["lr"], "grad_norm": norm, "items_per_s": seen / elapsed, "waiting": waited / elapsed,
                         "memory_gib": memory(device), "tflops": 2e-12 * macs / elapsed, "bad_rows": len(bad_rows),
-                        **({"mfu": 2 * macs / elapsed / peak} if peak else {})}
+                        **({"mfu": 2 * macs / elapsed / peak} if peak else {})}  # tflops, mfu: of one rank, on average
                 last = {k: float(f"{v:.6g}") for k, v in last.items()}
                 log("step", step=step, epoch=epoch, source=source.name, rows=int(rows), **last)
                 seen, waited, macs, since = 0, 0.0, 0, time.perf_counter()
             bar.update()
             bar.set_postfix(loss=f"{loss_sum:.3f}", source=source.name, refresh=False)
             # -- save: the adapter and the state are whole at every moment --
+            saving = time.perf_counter()
             if step == last_step or stops or flags.save_every and step % flags.save_every == 0:
                 states, bad = zip(*everyones((rng_state(device), bad_rows), world), strict=True)
                 if rank == 0:
@@ -431,6 +432,7 @@ def main(flags):
                 say(f"stopped after step {step} as asked; `--resume auto` goes on from here")
                 sys.exit(128 + (STOP or [15])[0])  # 15: the signal came to another rank
             clock = time.perf_counter()
+            since += clock - saving
     bar.close()
     bad_rows = set().union(*everyones(bad_rows, world))  # every rank met its own
     log("end", step=step, passes=named(sampler.passes()), bad_rows=sorted(bad_rows))

@@ -56,7 +56,8 @@ def main(argv=None):
         events = [json.loads(line) for line in Path(words[0]).read_text().splitlines()]
         levels = {name: (source["level"], source["task"]) for name, source in events[0]["sources"].items()}
         epochs = [event for event in events if event["event"] == "epoch"]
-    except (ValueError, IndexError, KeyError) as error:
+        epochs[0]  # a log without one has no walk to draw
+    except (ValueError, IndexError, KeyError, TypeError) as error:
         return f"{words[0]}: not a log of this train.py ({error!r})"
     for event in epochs:
         print(f"\nepoch {event['epoch'] + 1}, sigma {event['sigma']:.2f}, schedule {event['schedule']}\n{table(event, levels)}")

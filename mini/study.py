@@ -105,6 +105,7 @@ def broken(defect, script, *flags):
 
 def measure(variant, seed):
     """Train and score one variant with one seed, unless that has been done -> content of results.json."""
+    from parts import lock  # not where a script is started through this file, out of its folder
     folder, results = variant.folder(seed), variant.results(seed)
     results.parent.mkdir(parents=True, exist_ok=True)
 
@@ -114,10 +115,11 @@ def measure(variant, seed):
             status = subprocess.run([*start, *command.split()], stdout=out, stderr=out, env=os.environ | {"OMP_NUM_THREADS": "1"})
         if status.returncode:
             raise RuntimeError(f"`{command}` ended with status {status.returncode}; its output is in {log}")
-    if not (folder / "trained").is_file():  # a checkpoint alone may be that of an epoch's end
-        script(f"train.py --workers 0 {variant.train} --seed {seed} --out {folder}", folder / "train.txt",
-               "" if variant.late else variant.defect)
-        (folder / "trained").touch()
+    with lock(folder / "lock"):  # variants may share a checkpoint
+        if not (folder / "trained").is_file():  # a checkpoint alone may be that of an epoch's end
+            script(f"train.py --workers 0 {variant.train} --seed {seed} --out {folder}", folder / "train.txt",
+                   "" if variant.late else variant.defect)
+            (folder / "trained").touch()
     if not results.is_file():
         script(f"eval.py --ckpt {folder} {variant.test} --out {results.parent}", results.with_name("eval.txt"))
     return json.loads(results.read_text())

@@ -1,13 +1,13 @@
-"""Training speed beside sentence-transformers' trainer and an older loop of ours, in one run:
+"""Training speed beside sentence-transformers' trainer and an older loop of ours, in one run of some minutes:
 
     pip install datasets accelerate                           # what sentence-transformers' trainer needs and nothing else here
     python tests/speed_train.py [source] [steps] [commit]     # t2v-spatial 40; a commit's train.py runs, too, in a worktree
 
-One source of runs/mini (`python -m mini render`), batches of 64 with its hard negatives, LoRA on mini/base, the same rate and
-temperature, one process with all cores, decoding inline: train.py as the mini preset has it (vision features kept on disk, in
-an empty folder and then in the filled one), without that store, with GradCache in micro-batches of 32, and beside them
+One source of runs/mini (`python -m mini render`), batches of 64 with its hard negatives, LoRA on mini/base, the same rate,
+temperature and instruction, one process with all cores, decoding inline with decord on the CPU: train.py with GradCache in
+micro-batches of 32 and without, its vision features kept on disk from an earlier run or not; and sentence-transformers'
 CachedMultipleNegativesRankingLoss in mini-batches of 32. Prints pairs per second of the second half of the steps and the last
-loss.
+step's loss (ours leaves out false negatives, so the two are not one quantity). records/2026-11-22-speed-cpu.md has figures.
 """
 
 import json
@@ -21,12 +21,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-MIXTURE = ROOT / "runs/mini/train/speed.json"
+DATA = ROOT / "runs/mini"
 
 
-def ours(root, out, steps, *more):
-    """Run a train.py -> (pairs per second, loss) of the second half of the steps, from its log."""
-    flags = ["--mixture", str(MIXTURE), "--data", str(ROOT / "runs/mini"), "--out", out, "--epochs", "1", "--schedule", "uniform",
+def ours(root, mixture, out, steps, *more):
+    """Run a train.py -> (pairs per second of the second half of the steps, the last loss), from its log."""
+    flags = ["--mixture", mixture, "--data", str(DATA), "--out", out, "--epochs", "1", "--schedule", "uniform", "--device", "cpu",
              "--steps", str(steps), "--workers", "0", "--dropout", "0", "--log-every", str(steps // 2)]
     done = subprocess.run([sys.executable, "train.py", *flags, *more], cwd=root, capture_output=True, text=True)
     if done.returncode:
@@ -36,7 +36,7 @@ def ours(root, out, steps, *more):
 
 
 def theirs(source, out, steps):
-    """The same rows through SentenceTransformerTrainer -> (pairs per second, loss)."""
+    """Rows of the same source through SentenceTransformerTrainer -> the same two figures."""
     from datasets import Dataset
     from peft import LoraConfig
     from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
@@ -45,9 +45,9 @@ def theirs(source, out, steps):
     from transformers import TrainerCallback
 
     from model import GVE, LORA
-    folder = MIXTURE.parent / source["path"]
-    rows = [json.loads(line) for line in open(folder)]
-    path = lambda item: os.path.normpath(folder.parent / item["video"])  # noqa: E731
+    rows = [json.loads(line) for line in open(DATA / source["path"])]
+    rows = rows[: len(rows) // 64 * 64]  # whole batches
+    path = lambda item: os.path.normpath(DATA / "train" / item["video"])  # noqa: E731
     data = Dataset.from_list([{"query": row["query"]["text"], "positive": path(row["positive"])} |
                               {f"negative_{i}": path(item) for i, item in enumerate(row.get("negatives", []))} for row in rows])
     GVE.from_pretrained(str(ROOT / "mini/base")).save_pretrained(f"{out}/merged", merge=True)
@@ -67,7 +67,8 @@ def theirs(source, out, steps):
                                               directions=("query_to_doc", "doc_to_query"), partition_mode="per_direction")
     arguments = SentenceTransformerTrainingArguments(
         output_dir=out, per_device_train_batch_size=64, max_steps=steps, learning_rate=2e-3, warmup_steps=0.03, weight_decay=0.1,
-        lr_scheduler_type="cosine", logging_steps=1, save_strategy="no", report_to=[], seed=42, use_cpu=True, disable_tqdm=True)
+        lr_scheduler_type="cosine", prompts={"query": source["instruction"]}, logging_steps=1, save_strategy="no", report_to=[],
+        seed=42, use_cpu=True, disable_tqdm=True)
     trainer = SentenceTransformerTrainer(model, arguments, train_dataset=data, loss=loss, callbacks=[Clock()])
     preprocess = trainer.data_collator.preprocess_fn
     trainer.data_collator.preprocess_fn = lambda items, **more: preprocess(shown(items), **more)
@@ -76,31 +77,38 @@ def theirs(source, out, steps):
 
 
 def main(name="t2v-spatial", steps="40", commit=None):
-    steps, mixture = int(steps), json.loads((MIXTURE.parent / "mixture.json").read_text())
-    source = next(s for s in mixture if s["name"] == name)
-    MIXTURE.write_text(json.dumps([source]))
+    steps = int(steps)
+    if steps < 2 or steps % 2:
+        raise ValueError(f"{steps} steps: an even number is needed")
+    sources = {source["name"]: source for source in json.loads((DATA / "train/mixture.json").read_text())}
+    if name not in sources:
+        raise ValueError(f"{name}: one of {', '.join(sources)} is needed")
+    source = sources[name] | {"path": f"train/{sources[name]['path']}"}
     print(f"{name}: batches of 64 pairs with {source['negatives']} hard negatives, {steps} steps")
 
     def tell(way, speed, loss):
-        print(f"{way:44} {speed:6.1f} pairs/s, loss {loss:.3f}", flush=True)
+        print(f"{way:40} {speed:6.1f} pairs/s, loss {loss:.3f}", flush=True)
 
     with tempfile.TemporaryDirectory() as out:
-        cached = "--features", "", "--grad-cache", "--micro-batch", "32", "--micro-tokens", "0"
-        tell("train.py, features kept, empty at first", *ours(ROOT, f"{out}/a", steps, "--features", f"{out}/features"))
-        tell("train.py, features kept before", *ours(ROOT, f"{out}/b", steps, "--features", f"{out}/features"))
-        tell("train.py, no features kept", *ours(ROOT, f"{out}/c", steps, "--features", ""))
-        tell("train.py, GradCache, no features kept", *ours(ROOT, f"{out}/d", steps, *cached))
-        tell("train.py, GradCache, features kept before", *ours(ROOT, f"{out}/e", steps, "--features", f"{out}/features",
-                                                               *cached[2:]))
+        mixture, features, cached = f"{out}/mixture.json", f"{out}/features", ("--grad-cache", "--micro-batch", "32")
+        Path(mixture).write_text(json.dumps([source]))
+        ours(ROOT, mixture, f"{out}/fill", steps, "--features", features)
+        tell("train.py, features kept", *ours(ROOT, mixture, f"{out}/a", steps, "--features", features))
+        tell("train.py", *ours(ROOT, mixture, f"{out}/b", steps, "--features", ""))
+        tell("train.py, GradCache, features kept", *ours(ROOT, mixture, f"{out}/c", steps, "--features", features, *cached))
+        tell("train.py, GradCache", *ours(ROOT, mixture, f"{out}/d", steps, "--features", "", *cached))
         tell("sentence-transformers, cached loss", *theirs(source, out, steps))
         if commit:
             subprocess.run(["git", "worktree", "add", "-q", "--detach", f"{out}/old", commit], cwd=ROOT, check=True)
             try:
                 shutil.copytree(ROOT / "mini/base", f"{out}/old/mini/base", dirs_exist_ok=True)
-                tell(f"train.py of {commit}", *ours(f"{out}/old", f"{out}/f", steps))
+                tell(f"train.py of {commit}", *ours(f"{out}/old", mixture, f"{out}/e", steps))
             finally:
                 subprocess.run(["git", "worktree", "remove", "--force", f"{out}/old"], cwd=ROOT, check=True)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    try:
+        main(*sys.argv[1:])
+    except (ValueError, OSError) as problem:
+        sys.exit(f"error: {problem}")

@@ -185,7 +185,7 @@ def test_wrong_mixtures_name_file_entry_and_what_is_accepted(media, mixture, cha
     with pytest.raises(ValueError, match=f"(?s)wrong.json: entry 1.*{message}"):
         load_mixture(path)
     path.write_text(json.dumps([entries[0], entries[0]]))
-    with pytest.raises(ValueError, match="share a name"):
+    with pytest.raises(ValueError, match="entry 1 .*same name"):
         load_mixture(path)
 
 

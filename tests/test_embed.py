@@ -249,7 +249,7 @@ def test_killed_at_20_moments_it_goes_on_each_time_and_loses_and_repeats_nothing
         work.start()
         some = len(list(tmp_path.rglob("*.npy"))) + rng.randrange(5)  # strike amid the writing, whatever the machine's speed
         while len(list(tmp_path.rglob("*.npy"))) < some:
-            assert work.is_alive(), "the work was done before the kills were"
+            assert work.is_alive(), f"the work ended with status {work.exitcode} before the kills did"
             time.sleep(0.001)
         time.sleep(rng.uniform(0, 0.02))
         decoders = children(work.pid)

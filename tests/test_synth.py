@@ -361,13 +361,14 @@ def test_odd_folders_ids_and_files(tmp_path, media):
     assert list(check(tmp_path / "out" / "uvrd" / "mixture.json", [tmp_path])) == []
 
 
-def test_where_nothing_can_be_used_the_reasons_are_all_that_is_left(tmp_path, media):
+def test_where_nothing_can_be_used_the_run_fails_and_has_said_why(tmp_path, media):
     (tmp_path / "in").mkdir()
     rows = [{"id": c, "video": str(media / f"{c}.mp4")} for c in "ab"]  # outside the folder, and no --root
     (tmp_path / "in" / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    printed = run("--videos", tmp_path / "in" / "rows.jsonl", "--captioner", Server().name, "--out", tmp_path / "out")
-    assert "kept 0 of 2, dropped 2 (unreadable)" in printed and "hours" not in printed
-    assert json.loads((tmp_path / "out" / "uvrd" / "mixture.json").read_text()) == []
+    printed = run("--videos", tmp_path / "in" / "rows.jsonl", "--captioner", Server().name, "--out", tmp_path / "out", ok=False)
+    assert "kept 0 of 2, dropped 2 (unreadable)" in printed and "not one pair was made" in printed
+    (tmp_path / "empty").mkdir()
+    assert "empty: nothing in it" in run("--videos", tmp_path / "empty", ok=False)
 
 
 @pytest.mark.parametrize("line, wrong", [

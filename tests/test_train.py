@@ -30,7 +30,7 @@ def run(*command, cwd=ROOT, **env):
 
 def flags_for(tiny, mixture, out, *more):
     return ["--base", tiny, "--prober", "", "--data", mixture.parent, "--mixture", mixture, "--out", out, "--workers", "0",
-            "--log-every", "1", "--epochs", "3", "--dropout", "0.1", *more]
+            "--features", Path(mixture).parent / "features", "--log-every", "1", "--epochs", "3", "--dropout", "0.1", *more]
 
 
 def record(out):
@@ -331,7 +331,7 @@ def test_the_walk_up_the_pyramid_is_drawn_from_the_log(uninterrupted, tmp_path, 
     first = next(x for x in epochs if x["event"] == "epoch")
     assert f"{first['R']['t2v']:7.3f} {first['R_error']['t2v']:6.3f} {first['P']['t2v']:7.3f}" in out
     assert pyramid.main([str(tmp_path / "gone")]).startswith("The walk")
-    for content in ("", "{", '{"event": "start"}'):
+    for content in ("", "{", "[1]", '{"event": "start"}', '{"event": "start", "sources": {}}'):
         (tmp_path / "log.jsonl").write_text(content)
         assert "log.jsonl: not a log of this train.py" in pyramid.main([str(tmp_path / "log.jsonl")])
 
@@ -356,11 +356,30 @@ def test_a_step_needs_the_multiply_adds_that_torch_counts(tiny, media, item):
     tokens, layers, heads, width = batch["input_ids"].numel(), 2, 4, 16
     hidden = 3 * tokens * (tokens - 1) * layers * heads * width  # torch also multiplies what causality hides
     assert 2 * (state.multiply_adds(gve)(batch) + hidden) == pytest.approx(counter.get_total_flops(), rel=1e-3)
-    padded = train.Collator(gve.processor)([{"text": "x"}, {"text": "a much longer text than the first one"}])
-    apart = [train.Collator(gve.processor)([{"text": text}]) for text in ("x", "a much longer text than the first one")]
-    count = state.multiply_adds(gve)
-    assert count(padded) == sum(map(count, apart))
-    assert count(gve.see(batch)) == count({k: v for k, v in batch.items() if not k.endswith("grid_thw")})  # seen once
+
+
+def test_padding_and_what_was_seen_before_cost_nothing_and_the_log_has_the_sum(tiny, media, one_and_many):
+    gve = train.GVE.from_pretrained(tiny, lora=True)
+    count, collate = state.multiply_adds(gve), train.Collator(gve.processor)
+    items = [{"text": "x"}, {"text": "a much longer text", "image": str(media / "i.png")}, {"image": str(media / "wide.png")}]
+    whole, apart = collate(items), [count(collate([item])) for item in items]
+    assert count(whole) == sum(apart)
+    first, seen = collate(items[1:2]), gve.see(whole)
+    assert count(seen) < count(seen | {"image_features": [None, seen["image_features"][1]]}) < count(whole)
+    assert count(seen | {"image_features": [None, seen["image_features"][1]]}) - count(seen) == apart[1] - count(gve.see(first))
+    runs = [(n, [x for x in one_and_many[n, cached]["log"] if x["event"] == "step"]) for n, cached in sorted(one_and_many)]
+    first, *others = ([n * x["tflops"] * x["rows"] / x["items_per_s"] for x in steps] for n, steps in runs)
+    assert all(other == pytest.approx(others[0], rel=1e-4) for other in others)  # neither GradCache nor ranks need more
+    assert others[0] != sorted(others[0])  # a line's own steps, not all so far
+    assert sum(first) > 1.05 * sum(others[0])  # the first run alone has seen the clips: they were kept
+
+
+def test_peaks_are_those_of_known_gpus_in_bfloat16(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    cuda = torch.device("cuda", 0)
+    assert state.peak_flops(cuda, "bfloat16") == 989e12 and state.peak_flops(cuda, "float32") is None
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 PCIe")
+    assert state.peak_flops(cuda, "bfloat16") is state.peak_flops(torch.device("cpu"), "bfloat16") is None
 
 
 def test_sampler_draws_each_row_once_per_pass_and_is_restored_by_replay(mixture):
