@@ -256,9 +256,10 @@ def test_a_server_that_dies_midway_leaves_everything_accounted_for_and_a_rerun_f
 
 def test_a_captioner_that_always_refuses_ends_with_everything_dropped(raw, tmp_path):
     server = Server(answer=lambda prompt, n: "I'm sorry, but I can't help with that.")
-    printed = run("--videos", raw / "captions.jsonl", "--captioner", server.name, "--out", tmp_path, "--tries", 2)
+    printed = run("--videos", raw / "captions.jsonl", "--captioner", server.name, "--out", tmp_path, "--tries", 2, ok=False)
     count = accounted(tmp_path, "2-captions")
     assert count["kept"] == count["failed"] == 0 < count["dropped"] and f"dropped {count['dropped']} (not JSON)" in printed
+    assert "not one pair was made" in printed
     assert len(server.served) == 2 * count["dropped"]
 
 
