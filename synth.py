@@ -59,7 +59,7 @@ class Flags:
     min_frames: int = flag(8, "least frames: what the embedder sees")
     probe_fps: float = flag(8.0, "frames per second on which motion and cuts are measured")
     min_motion: float = flag(0.01, "least share of pixels that change by 24 of 255 levels within a shot")
-    consistency: str = flag("0.18", "least cosine of video and caption; q0.1: the lowest tenth goes")
+    consistency: str = flag("0.09", "least cosine of the caption and the video or one of its shots; q0.1: the lowest tenth goes")
     duplicate: float = flag(0.6, "videos whose brightness gradients agree in sign this much (1 all, 0 by chance) are one")
     key_frames: int = flag(3, "most key frames per video")
     clips: int = flag(2, "most clips per video, 2-10 s each")
@@ -154,25 +154,27 @@ def look(row, flags):
 
 
 def control(p, jobs, see, flags):
-    """Stage 1 of a part; vectors of videos and captions (rows, 2, D) float16 lie beside its rows."""
+    """Stage 1 of a part, vectors (rows, D) beside it; consistency: the caption's best cosine with the video and its shots."""
     rows = list(ahead(lambda job: look(job, flags), jobs, flags.workers, 8))
-    vectors = see([{"video": row["video"]} if row["fate"] == "kept" else {"text": "-"} for row in rows] +
-                  [{"text": row["text"] or "-"} for row in rows])
-    np.save(Path(flags.out) / "1-pool" / f"{p:05}.npy", vectors.view(2, len(rows), -1).movedim(0, 1).half().numpy())
+    said = [i for i, row in enumerate(rows) if row["fate"] == "kept" and row["text"]]
+    shots = [(i, {"video": {"path": rows[i]["video"], "start": a, "end": b}}) for i in said
+             for a, b in itertools.pairwise([0, *rows[i]["cuts"], rows[i]["seconds"]]) if 0.5 <= b - a < rows[i]["seconds"]]
+    videos = see([{"video": row["video"]} if row["fate"] == "kept" else {"text": "-"} for row in rows])
+    texts = dict(zip(said, see([{"text": rows[i]["text"]} for i in said]), strict=True))
+    for i, view in [*((i, videos[i]) for i in said), *zip((i for i, _ in shots), see([item for _, item in shots]), strict=True)]:
+        rows[i]["consistency"] = max(rows[i].get("consistency", -1), round(float(view @ texts[i]), 4))
+    np.save(Path(flags.out) / "1-pool" / f"{p:05}.npy", videos.half().numpy())
     return rows  # their file, written after the vectors, says that both are there
 
 
 def select(rows, flags):
     """What takes all rows: consistency, near-duplicates, captions of several videos -> pool.jsonl, pool.npy (N, D)."""
-    paths = sorted((Path(flags.out) / "1-pool").glob("*.npy"))
-    both = torch.from_numpy(np.concatenate([np.load(path) for path in paths])).float()  # (rows, 2, D)
-    paired = [i for i, row in enumerate(rows) if row["fate"] == "kept" and row["text"]]
-    scores, limit = both[paired].prod(1).sum(-1), float(flags.consistency.lstrip("q"))  # cosines
-    limit = scores.quantile(limit).item() if flags.consistency.startswith("q") and paired else limit
-    for i, score in zip(paired, scores.tolist(), strict=True):
-        rows[i]["consistency"] = round(score, 4)
-        if score < limit:
-            rows[i] |= {"fate": "dropped", "why": f"consistency: {score:.4f} < {limit:.4f}"}
+    vectors = np.concatenate([np.load(path) for path in sorted((Path(flags.out) / "1-pool").glob("*.npy"))])  # (rows, D)
+    scores, limit = [row["consistency"] for row in rows if "consistency" in row], float(flags.consistency.lstrip("q"))
+    limit = float(np.quantile(scores, limit)) if flags.consistency.startswith("q") and scores else limit
+    for row in rows:
+        if row.get("consistency", limit) < limit:
+            row |= {"fate": "dropped", "why": f"consistency: {row['consistency']:.4f} < {limit:.4f}"}
     kept = [i for i, row in enumerate(rows) if row["fate"] == "kept"]
     bits = [np.unpackbits(np.frombuffer(bytes.fromhex(rows[i]["hash"]), np.uint8)) for i in kept]
     signs = torch.from_numpy(np.array(bits, np.float32).reshape(len(kept), 448)) * 2 - 1
@@ -185,7 +187,7 @@ def select(rows, flags):
     for i in kept:
         if rows[i]["text"] and often[rows[i]["text"].lower()] > 1:
             rows[i] |= {"text": "", "text_dropped": "of several videos"}
-    np.save(Path(flags.out) / "pool.npy", both[kept, 0].numpy())
+    np.save(Path(flags.out) / "pool.npy", vectors[kept].astype(np.float32))
     write(Path(flags.out) / "pool.jsonl", rows)
 
 
@@ -356,8 +358,7 @@ def main(flags):
                 raise ValueError(f"{out} was begun with --{key.replace('_', '-')} {value}, not {now[key]}: take another --out")
     sizes = {key: getattr(flags, key) for key in ("frames", "max_tokens")}
     prober = functools.cache(lambda: GVE.from_pretrained(flags.prober, device=flags.device))
-    names = "device batch_size workers max_new_tokens concurrency retries backoff timeout".split()
-    rest = {name: getattr(flags, name) for name in names}
+    rest = {k: getattr(flags, k) for k in "device batch_size workers max_new_tokens concurrency retries backoff timeout".split()}
     asker = functools.cache(lambda: captioner(flags.captioner, **sizes, **rest))
     see = lambda items: encode(prober(), items, **sizes)[0]  # noqa: E731  -> (len(items), D) float32
     ask = lambda requests: asker()(requests) if requests else ()  # noqa: E731

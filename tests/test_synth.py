@@ -29,6 +29,7 @@ import synth
 from embed import parse_flags
 from extras.mixture import check
 from mini import bench, report, world
+from model import GVE
 
 ROOT = Path(__file__).resolve().parent.parent
 FIVE = {"concise": "A white square slides slowly over the plain ground to the right edge.",
@@ -279,6 +280,18 @@ def test_mini_makes_a_mixture_that_loads_whole(whole, raw):
     assert sources.keys() >= {"T2T", "T2I", "T2V", "I2V", "TI2V"}
     assert {source.samples for source in sources.values()} == {len(sources["T2V"])}  # equal shares, whatever was dropped
     assert sum(map(len, sources.values())) == accounted(whole[1], "3-pairs")["kept"]
+
+
+def test_a_caption_is_as_consistent_as_the_best_of_its_video_and_shots(whole):
+    gve, by_shot = GVE.from_pretrained("mini/prober"), 0
+    for row in (row for row in parts.read(whole[1] / "pool.jsonl") if "consistency" in row):
+        ends = [0, *row["cuts"], row["seconds"]]
+        clips = [{"video": {"path": row["video"], "start": ends[i], "end": ends[i + 1]}} for i in range(len(ends) - 1)]
+        scores = gve.embed([{"video": row["video"]}, *clips]) @ gve.embed([{"text": row["text"]}])[0]
+        assert row["consistency"] == pytest.approx(scores.max().item(), abs=1e-3), row["id"]
+        assert row.get("why", "").startswith("consistency") == (row["consistency"] < 0.09) or "duplicate" in row["why"]
+        by_shot += scores.argmax().item() > 0 and len(clips) > 1
+    assert by_shot
 
 
 @pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
