@@ -25,10 +25,13 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 OUT = Path("runs/study")
 DATA = Path("runs/mini/stamp.json"), Path("runs/synth/uvrd/mixture.json")
-COLLECTED = "--mixture runs/mini/train/mixture.json"
-BOTH = f"{COLLECTED} runs/synth/uvrd/mixture.json --root runs/raw"  # the tour's training data
+BOTH = "--mixture runs/mini/train/mixture.json runs/synth/uvrd/mixture.json --root runs/raw"  # the tour's training data
 RANDOM = OUT / "random"  # a prober that knows nothing
 EASY = f"--mixture {OUT}/no-motion-negatives.json runs/synth/uvrd/mixture.json --root runs/raw runs/mini/train"
+# `synth`: V-SynFlow on more raw videos, beside collected sources of Table 6's kinds alone: no composed or twin videos, one caption
+TABLE6 = "t2t", "t2i", "ti2i", "t2v", "t2v-long"
+PLAIN = f"--root runs/mini/train {OUT}/raw --steps 320 --mixture {OUT}/plain.json"
+RICH = f"{PLAIN} {OUT}/synth/uvrd/mixture.json"
 
 
 @dataclasses.dataclass
@@ -40,7 +43,8 @@ class Variant:
 
     def folder(self, seed):
         """Where its checkpoint lies: the same for every variant that trains alike, another one for other data."""
-        made = b"".join(path.read_bytes() for path in DATA if path.is_file())
+        named = {Path(word) for word in self.train.split() if word.endswith(".json")}
+        made = b"".join(path.read_bytes() for path in sorted({DATA[0], *named}) if path.is_file())
         trained = f"{'' if self.late else self.defect} {self.train}".encode()
         return OUT / f"{zlib.crc32(trained + made):08x}-seed{seed}"
 
@@ -60,8 +64,8 @@ STUDIES = {  # name: (seeds, {variant: how}); differences are to the first varia
                              "pooled early at test": Variant(defect="early", late=True)}),
     "scaling": (range(42, 45), {f"{n} steps": Variant(f"{BOTH} --steps {n}") for n in (6, 20, 64, 200)} | {"640 steps": TOUR}),
     "frames": (range(42, 45), {"8 frames": TOUR} | {f"{n} frames": Variant(test=f"--frames {n}") for n in (2, 4, 16)}),
-    "synth": (range(5, 15), {"GVE-i": Variant(f"{COLLECTED} --schedule proportional"),
-                             "GVE-s": Variant(f"{BOTH} --schedule proportional"), "GVE": TOUR}),
+    "synth": (range(5, 15), {"GVE-i": Variant(f"{PLAIN} --schedule proportional"),
+                             "GVE-s": Variant(f"{RICH} --schedule proportional"), "GVE": Variant(RICH)}),
     "curriculum": (range(42, 47), {  # `noise` comes first
         "pyramid": TOUR, **{name: Variant(f"{BOTH} --schedule {name}") for name in ("proportional", "uniform", "staged")},
         **{f"sigma to {s}": Variant(f"{BOTH} --sigma-max {s}") for s in (0.3, 3)},
@@ -208,10 +212,17 @@ def study(name):
         raise ValueError(f"{missing[0]}: not there; run `python -m mini` first")
     seeds, variants = STUDIES[name]
     mixture = json.loads(Path("runs/mini/train/mixture.json").read_text())
+    OUT.mkdir(parents=True, exist_ok=True)
+    (OUT / "plain.json").write_text(json.dumps([source for source in mixture if source["name"] in TABLE6]))
     for source in mixture:
         if source["name"] in ("t2v-temporal", "t2v-camera"):
             source["negatives"] = 0
-    OUT.mkdir(parents=True, exist_ok=True)
+    if name == "synth":
+        from mini import bench  # late: this file is a script, too
+        if not (OUT / "raw/captions.jsonl").is_file():
+            bench.raw(OUT / "raw", n=100)
+        subprocess.run([sys.executable, *f"synth.py --videos {OUT}/raw/captions.jsonl --out {OUT}/synth --max-new-tokens 96 "
+                        "--shares TI2V=1 TV2V=1".split()], check=True)
     if name == "curriculum" and not RANDOM.is_dir():
         torch.manual_seed(0)
         shutil.copytree("mini/base", RANDOM)
