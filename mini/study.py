@@ -28,7 +28,7 @@ DATA = Path("runs/mini/stamp.json"), Path("runs/synth/uvrd/mixture.json")
 BOTH = "--mixture runs/mini/train/mixture.json runs/synth/uvrd/mixture.json --root runs/raw"  # the tour's training data
 RANDOM = OUT / "random"  # a prober that knows nothing
 EASY = f"--mixture {OUT}/no-motion-negatives.json runs/synth/uvrd/mixture.json --root runs/raw runs/mini/train"
-# `synth`: V-SynFlow on more raw videos, beside collected sources of Table 6's kinds alone: no composed or twin videos, one caption
+# `synth`: V-SynFlow on more raw videos beside collected sources of kinds that Table 6 has: no composed video, no twins
 TABLE6 = "t2t", "t2i", "ti2i", "t2v", "t2v-long"
 PLAIN = f"--root runs/mini/train {OUT}/raw --steps 320 --mixture {OUT}/plain.json"
 RICH = f"{PLAIN} {OUT}/synth/uvrd/mixture.json"

@@ -83,7 +83,7 @@ def main(name="t2v-spatial", steps="40", commit=None):
     sources = {source["name"]: source for source in json.loads((DATA / "train/mixture.json").read_text())}
     if name not in sources:
         raise ValueError(f"{name}: one of {', '.join(sources)} is needed")
-    source = sources[name] | {"path": f"train/{sources[name]['path']}"}
+    source = sources[name] | {"path": str(DATA / "train" / sources[name]["path"])}
     print(f"{name}: batches of 64 pairs with {source['negatives']} hard negatives, {steps} steps")
 
     def tell(way, speed, loss):
