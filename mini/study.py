@@ -222,7 +222,7 @@ def study(name):
         if not (OUT / "raw/captions.jsonl").is_file():
             bench.raw(OUT / "raw", n=100)
         subprocess.run([sys.executable, *f"synth.py --videos {OUT}/raw/captions.jsonl --out {OUT}/synth --max-new-tokens 96 "
-                        "--shares TI2V=1 TV2V=1".split()], check=True)
+                        "--shares V2V=0".split()], check=True)  # clips of two seconds, which films of two seconds do not have
     if name == "curriculum" and not RANDOM.is_dir():
         torch.manual_seed(0)
         shutil.copytree("mini/base", RANDOM)
