@@ -110,6 +110,16 @@ def requests_for(kind, media, prompts, rng, raw=""):
              "want": WORDS[kind], "plain": False}]
 
 
+def task_numbers(words, default, kind):
+    """Read a flag's TASK=NUMBER words over its defaults by task."""
+    for word in words:
+        task, _, value = word.partition("=")
+        if task not in default or not re.fullmatch(r"\d+(\.\d+)?" if kind is float else r"\d+", value):
+            raise ValueError(f"{word}: wanted TASK=NUMBER, TASK one of {', '.join(default)}")
+        default[task] = kind(value)
+    return default
+
+
 def dry_run(n, share, prompts, frames, max_tokens):
     """Print the prompts and what n videos cost if none is dropped; 1.35 tokens a word, the middle of each range of words.
 

@@ -19,7 +19,6 @@ import itertools
 import json
 import os
 import random
-import re
 import sys
 import zlib
 from pathlib import Path
@@ -28,7 +27,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from caption import ahead, captioner, dry_run, obtain, requests_for, useless_text
+from caption import ahead, captioner, dry_run, obtain, requests_for, task_numbers, useless_text
 from data import read_frames, read_jsonl, resolve
 from embed import encode, flag, parse_flags, top_k
 from model import GVE
@@ -66,7 +65,8 @@ class Flags:
     hallucination: float = flag(2.0, "a caption goes if its cosine with the video is this far below the raw caption's; 2: off")
     shares: list[str] = flag([], "pairs per video, as T2I=0.5; default Table 7's in units of T2V")
     negatives: list[str] = flag([], "hard negatives per pair, as TI2V=2; default Table 7's")
-    margin: float = flag(-0.03, "a hard negative's score exceeds the positive's by at most this")
+    margin: float = flag(0.0, "a hard negative's score exceeds the positive's by at most this")
+    same: float = flag(0.97, "a video one of whose captions is this like the query (cosine) is no hard negative of T2V")
     twin: float = flag(0.98, "a video with this cosine to the positive is neither its negative nor its reference")
     frames: int = flag(8, "frames of a video that captioner and prober see")
     max_tokens: int = flag(200, "vision tokens (28 x 28 pixels) per frame")
@@ -81,7 +81,7 @@ class Flags:
 
 
 DECISIVE = ("prober prompts part seed script min_side min_frames probe_fps min_motion consistency duplicate key_frames clips "
-            "hallucination shares negatives margin twin frames max_tokens").split()  # one --out, one value
+            "hallucination shares negatives margin same twin frames max_tokens").split()  # one --out, one value
 
 
 # Stage 1: quality control
@@ -264,10 +264,11 @@ def plan(rows, pool, flags):
     return jobs
 
 
-def extend(jobs, ask, see, pool, matrix, flags):
+def extend(jobs, ask, see, told, pool, matrix, flags):
     """Compose queries about a reference that is like the target, drop those that do without it, mine hard negatives.
 
-    # PAPER: the reference is a frame or clip of a *similar* video of the pool (A.6: the same or a similar source).
+    told(id) -> a video's captions as vectors (n, D). Captions tell twins apart better than videos do: for T2V the 32 likeliest
+    negatives are ranked by theirs. # PAPER: the reference is a frame or clip of a *similar* video (A.6: same or similar source).
     """
     names, asked = list(pool), []
     for job in jobs:
@@ -290,6 +291,11 @@ def extend(jobs, ask, see, pool, matrix, flags):
         if "reference" in job:
             barred[pool[job["reference"]]["row"]] = True
             job["ranks"] = [int((s > s[row]).sum()) + 1 for s in (scores, matrix @ text)]  # with and without the reference
+        if job["task"] == "T2V":
+            likely, scores = scores.masked_fill(barred, -2).topk(min(32, len(names))).indices, torch.full_like(scores, -2)
+            for j in likely.tolist():
+                scores[j] = max((told(names[j]) @ query).tolist(), default=-2)
+            barred |= scores > flags.same
         best, which = scores.masked_fill(barred, -2).topk(min(k, len(scores)))
         job["negatives"] = [pool[names[j]]["item"] for j in which[best > -2].tolist()]
         if "reference" in job and job["ranks"][0] >= job["ranks"][1]:
@@ -322,21 +328,11 @@ def assemble(rows, flags):
     os.replace(folder / "mixture.json.part", folder / "mixture.json")
 
 
-def numbers(words, default, kind):
-    """Read TASK=NUMBER words over the defaults of a flag."""
-    for word in words:
-        task, _, value = word.partition("=")
-        if task not in TABLE7 or not re.fullmatch(r"\d+(\.\d+)?" if kind is float else r"\d+", value):
-            raise ValueError(f"{word}: wanted TASK=NUMBER, TASK one of {', '.join(TABLE7)}")
-        default[task] = kind(value)
-    return default
-
-
 def main(flags):
     """Run the stages and print what each kept. Raises ValueError for wrong flags and input."""
     per_video = {task: source["samples"] / TABLE7["T2V"]["samples"] for task, source in TABLE7.items()}
-    flags.share = numbers(flags.shares, per_video, float)
-    flags.negative = numbers(flags.negatives, {task: source["negatives"] for task, source in TABLE7.items()}, int)
+    flags.share = task_numbers(flags.shares, per_video, float)
+    flags.negative = task_numbers(flags.negatives, {task: source["negatives"] for task, source in TABLE7.items()}, int)
     if flags.prompts == "auto":
         flags.prompts = "short" if flags.captioner == "mini" else "full"
     flags.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if flags.device == "cuda" else flags.device
@@ -380,8 +376,10 @@ def main(flags):
     seconds += tell(out, "2-captions", sum(captions, []))
     if flags.stages < 3:
         return
+    said = {row["of"]: row["captions"].values() for row in sum(captions, []) if (row["fate"], row["kind"]) == ("kept", "video")}
+    told = functools.lru_cache(100_000)(lambda of: see([{"text": text} for text in said.get(of, ())]))
     parts = [plan(part, pool, flags) for part in captions]
-    pairs = sum(share(out, "3-pairs", parts, lambda p, jobs: extend(jobs, ask, see, pool, matrix, flags), flags.shard), [])
+    pairs = sum(share(out, "3-pairs", parts, lambda p, jobs: extend(jobs, ask, see, told, pool, matrix, flags), flags.shard), [])
     seconds += tell(out, "3-pairs", pairs)
     with lock(out / "lock"):
         assemble(good := [row for row in pairs if row["fate"] == "kept"], flags)

@@ -306,6 +306,25 @@ def test_the_hallucination_check_removes_what_is_less_like_the_video_than_the_ra
     assert removed
 
 
+def test_hard_negatives_are_what_a_plain_search_finds(whole):
+    gve, out = GVE.from_pretrained("mini/prober"), whole[1]
+    every = {stage: [row for path in sorted((out / stage).glob("*.jsonl")) for row in parts.read(path)]
+             for stage in ("2-captions", "3-pairs")}
+    said = {row["of"]: gve.embed([{"text": text} for text in row["captions"].values()])
+            for row in every["2-captions"] if row["kind"] == "video" and row["fate"] == "kept"}
+    pool = {row["id"]: row["video"] for row in parts.read(out / "pool.jsonl") if row["fate"] == "kept"}
+    videos, names = gve.embed([{"video": path} for path in pool.values()]), list(pool)
+    pairs = [row for row in every["3-pairs"] if row["task"] == "T2V" and row["fate"] == "kept"]
+    assert len(pairs) > 5
+    for row in pairs:
+        query, own = gve.embed([row["query"]])[0], names.index(row["of"])
+        like = {names[j]: float((said[names[j]] @ query).max()) for j in range(len(names)) if names[j] in said and
+                videos[j] @ videos[own] < 0.98 and videos[j] @ query <= videos[own] @ query}
+        best = max(score for score in like.values() if score <= 0.97)
+        [negative] = [name for name in names if pool[name] == row["negatives"][0]["video"]]
+        assert negative != row["of"] and like[negative] == pytest.approx(best, abs=1e-3), row["id"]
+
+
 @pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_run_killed_at_random_moments_ends_with_the_rows_of_a_whole_one(whole, tmp_path, kills):
     (flags, folder), rng, killed = whole, random.Random(kills), 0
