@@ -1,7 +1,7 @@
 """V-SynFlow: weakly captioned videos -> universal retrieval data, UVRD (arXiv 2510.27571, sections 3.3 and A.6, Tables 7 and 8).
 
     python synth.py --videos runs/raw/captions.jsonl --out runs/synth                    # the mini world's; one CPU minute
-    python synth.py --videos DIR --out DIR --captioner openai:http://localhost:8000/v1#MODEL --prober Alibaba-NLP/GVE-3B
+    python synth.py --videos DIR --out DIR --captioner openai:http://HOST:8000/v1#M --prober Alibaba-NLP/GVE-3B --consistency q0.1
 
 Three stages, each a folder of JSON lines below --out with one row per job, its fate (kept, dropped or failed) and the reason:
     1-pool      quality control; pool.jsonl beside it is the asset pool, after what only all rows together can tell
