@@ -27,6 +27,7 @@ OUT = Path("runs/study")
 DATA = Path("runs/mini/stamp.json"), Path("runs/synth/uvrd/mixture.json")
 BOTH = "--mixture runs/mini/train/mixture.json runs/synth/uvrd/mixture.json --root runs/raw"  # the tour's training data
 RANDOM = OUT / "random"  # a prober that knows nothing
+SHORT = f"{BOTH} --steps 320 --batch-scale 0.5"  # a quarter of the tour: `curriculum` has 45 runs
 EASY = f"--mixture {OUT}/no-motion-negatives.json runs/synth/uvrd/mixture.json --root runs/raw runs/mini/train"
 # `synth`: V-SynFlow on more raw videos beside collected sources of kinds that Table 6 has: no composed video, no twins
 TABLE6 = "t2t", "t2i", "ti2i", "t2v", "t2v-long"
@@ -53,7 +54,7 @@ class Variant:
         return self.folder(seed) / what / "results.json"
 
 
-TOUR = Variant()
+TOUR, PYRAMID = Variant(), Variant(SHORT)
 STUDIES = {  # name: (seeds, {variant: how}); differences are to the first variant
     "noise": (range(42, 52), {"default": TOUR}),
     "defects": (range(42, 43), {
@@ -66,11 +67,11 @@ STUDIES = {  # name: (seeds, {variant: how}); differences are to the first varia
     "frames": (range(42, 45), {"8 frames": TOUR} | {f"{n} frames": Variant(test=f"--frames {n}") for n in (2, 4, 16)}),
     "synth": (range(5, 15), {"GVE-i": Variant(f"{PLAIN} --schedule proportional"),
                              "GVE-s": Variant(f"{RICH} --schedule proportional"), "GVE": Variant(RICH)}),
-    "curriculum": (range(42, 47), {  # `noise` comes first
-        "pyramid": TOUR, **{name: Variant(f"{BOTH} --schedule {name}") for name in ("proportional", "uniform", "staged")},
-        **{f"sigma to {s}": Variant(f"{BOTH} --sigma-max {s}") for s in (0.3, 3)},
-        **{f"prober {name}": Variant(f"{BOTH} --prober {path}")
-           for name, path in {"base": "mini/base", "trained": TOUR.folder(42), "random": RANDOM}.items()}})}
+    "curriculum": (range(42, 47), {
+        "pyramid": PYRAMID, **{name: Variant(f"{SHORT} --schedule {name}") for name in ("proportional", "uniform", "staged")},
+        **{f"sigma to {s}": Variant(f"{SHORT} --sigma-max {s}") for s in (0.3, 3)},
+        **{f"prober {name}": Variant(f"{SHORT} --prober {path}")
+           for name, path in {"base": "mini/base", "trained": PYRAMID.folder(42), "random": RANDOM}.items()}})}
 
 
 # Deliberate defects in the code
