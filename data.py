@@ -225,7 +225,7 @@ class Collator:
         unit = (processor.patch_size * processor.merge_size) ** 2  # pixels of one vision token, 28 x 28
         options = {"do_sample_frames": False, "cap_pixels_per_frame": False} if kind == "video" else {}
         options |= {"size": {"shortest_edge": MIN_TOKENS * unit, "longest_edge": self.most[kind] * unit}, "do_rescale": False,
-                    "do_normalize": False}  # batch() normalises: uint8 travels lighter between processes
+                    "do_normalize": False}  # see normalise: uint8 travels lighter between processes
         try:
             made = processor(**{kind + "s": [pixels]}, **options, input_data_format="channels_first", return_tensors="pt")
         except ValueError as error:  # transformers' resize refuses aspect ratios over 200
@@ -258,10 +258,10 @@ class Collator:
         assert ids[-1] == self.end, f"the pooled token must be {END}"
         return ids
 
-    def batch(self, samples):
+    def batch(self, samples, raw=False):
         """Pad and stack prepared samples -> input_ids, attention_mask, mm_token_type_ids (B, T) int64 and, where any sample has
-        media, pixel_values(_videos) (P, C*2*14*14) float32, image/video_grid_thw (n, 3), second_per_grid_ts (n,) float32; with a
-        store also image/video_features and image/video_file, a list each: what GVE.see need not compute, and where to keep it."""
+        media, pixel_values(_videos) (P, C*2*14*14) float32 (raw: uint8, for GVE.see), image/video_grid_thw (n, 3) and
+        second_per_grid_ts (n,); with a store image/video_features and _file, lists: what see need not do, where to keep it."""
         width = max(len(s["ids"]) for s in samples)
         ids, mask = torch.full((len(samples), width), self.end), torch.zeros(len(samples), width, dtype=torch.int64)
         for row, sample in enumerate(samples):
@@ -273,7 +273,7 @@ class Collator:
         by = {"pixel_values": self.processor.image_processor, "pixel_values_videos": self.processor.video_processor}
         for key in (*by, "image_grid_thw", "video_grid_thw", "second_per_grid_ts"):
             if parts := [s[key] for s in samples if key in s]:
-                out[key] = normalise(torch.cat(parts), by[key]) if key in by else torch.cat(parts)
+                out[key] = torch.cat(parts) if raw or key not in by else normalise(torch.cat(parts), by[key])
         for kind in ("image", "video") if self.store else ():
             shown = [s for s in samples if f"{kind}_grid_thw" in s]
             out |= {f"{kind}_{what}": [s.get(f"{kind}_{what}") for s in shown] for what in ("features", "file")} if shown else {}
@@ -284,7 +284,7 @@ def normalise(patches, processor):
     """Normalise patches (P, C*2*14*14) from uint8 to float32 as transformers' image and video processors do, to the bit."""
     mean, std = (torch.tensor(x).repeat_interleave(patches.shape[1] // len(x)) * (1 / processor.rescale_factor)
                  for x in (processor.image_mean, processor.image_std))
-    return (patches.float() - mean).div_(std)
+    return (patches.float() - mean.to(patches.device)).div_(std.to(patches.device))
 
 
 @dataclasses.dataclass
@@ -378,7 +378,7 @@ class Steps(torch.utils.data.Dataset):
         for name, which in (("query", slice(1)), ("positive", slice(1, 2)), ("negative", slice(2, None))):
             part = [one for row in made for one in row[which]]
             groups = micro_batches([len(sample["ids"]) for sample, _ in part], *self.most)
-            out[name] = [self.collate.batch([part[j][0] for j in group]) for group in groups]
+            out[name] = [self.collate.batch([part[j][0] for j in group], raw=True) for group in groups]
             out[f"{name}_at"] = torch.tensor(sum(groups, []), dtype=torch.int64).argsort()  # row i's place in the micro-batches
             out[f"{name}_ids"] = torch.tensor([number for _, number in part], dtype=torch.int64)
         return out

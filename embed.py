@@ -141,7 +141,7 @@ def encode(gve, items, instruction=None, *, batch_tokens=4096, workers=0, second
     with tqdm(total=len(todo), desc=desc, disable=desc is None or rank > 0, leave=False) as bar:
         for batch in _batches(_prepared(todo, items, prepare, workers, seconds, lock), failed, batch_tokens):
             with lock:
-                vectors[list(batch)] = made = gve(to_device(collate.batch(list(batch.values())), gve.device)).float().cpu()
+                vectors[list(batch)] = made = gve(to_device(collate.batch(batch.values(), raw=True), gve.device)).float().cpu()
             if cache:
                 cache.add([{"key": keys[i], "item": items[i]} for i in batch], made)
             bar.update(len(batch))

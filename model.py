@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLModel, Qwen2_5_VLProcessor
 from transformers.utils import cached_file
 
-from data import DEFAULT_INSTRUCTION, END, IMAGE_TOKENS, MIN_TOKENS, Collator
+from data import DEFAULT_INSTRUCTION, END, IMAGE_TOKENS, MIN_TOKENS, Collator, normalise
 from kernels import windows  # registers the attention that load_backbone names
 
 # Table 9: r 16, alpha 32, dropout 0.1 on q, k, v, up, gate, down of the language model; o_proj is not in the list. The expression
@@ -185,13 +185,15 @@ class GVE(nn.Module):
 
     @torch.no_grad()
     def see(self, batch):
-        """Run the frozen vision tower, once: a collated batch -> the batch with `image_features` and `video_features`, one (V, D)
-        per medium, in place of pixels. What the collator's store lacks is written to it."""
+        """Run the frozen vision tower, once: a collated batch, raw or not -> the batch with `image_features` and
+        `video_features`, one (V, D) per medium, in place of pixels. What the collator's store lacks is written to it."""
         batch = dict(batch)
-        for kind, encode, pixels in (("image", self.core.get_image_features, batch.pop("pixel_values", None)),
-                                     ("video", self.core.get_video_features, batch.pop("pixel_values_videos", None))):
+        for kind, pixels in (("image", batch.pop("pixel_values", None)), ("video", batch.pop("pixel_values_videos", None))):
             if pixels is None:
                 continue
+            encode = getattr(self.core, f"get_{kind}_features")
+            if pixels.dtype == torch.uint8:
+                pixels = normalise(pixels, getattr(self.processor, f"{kind}_processor"))
             grids = batch[f"{kind}_grid_thw"]
             features, files = (list(batch.get(f"{kind}_{what}") or [None] * len(grids)) for what in ("features", "file"))
             missing = [i for i, known in enumerate(features) if known is None]

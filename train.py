@@ -210,7 +210,7 @@ def rehearse(gve, optimizer, collate, flags):
         sample["ids"] = collate._tokens(vision, "" if vision else "a " * flags.max_length, "", sample)
         length = len(sample["ids"])
         n = min(flags.micro_batch, max(1, flags.micro_tokens // length) if flags.micro_tokens else flags.micro_batch)
-        vectors, again = embed_parts(gve.train(), [collate.batch([sample] * n)], flags.grad_cache)
+        vectors, again = embed_parts(gve.train(), [collate.batch([sample] * n, raw=True)], flags.grad_cache)
         vectors.sum().backward()
         replay(gve, vectors, again)
         optimizer.step()

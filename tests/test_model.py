@@ -193,6 +193,17 @@ def test_vectors_do_not_depend_on_padding_side_or_batch(gve, media, side):
     assert (alone @ alone.T - torch.eye(len(items))).abs().max() < 0.999999  # and the items are told apart
 
 
+def test_raw_batches_give_the_bits_of_normalised_ones_at_a_quarter_of_the_bytes(gve, media):
+    collate = Collator(gve.processor)
+    samples = [collate.prepare(item) for group in items_of(media).values() for item in group]
+    normal, raw = collate.batch(samples), collate.batch(samples, raw=True)
+    for pixels in ("pixel_values", "pixel_values_videos"):
+        assert normal[pixels].dtype == torch.float32 and raw[pixels].dtype == torch.uint8
+        assert raw[pixels].shape == normal[pixels].shape and raw[pixels].float().std() > 10
+    with torch.no_grad():
+        assert torch.equal(gve(normal), gve(raw))
+
+
 def test_pool_takes_the_last_attended_token_on_both_sides():
     hidden = torch.arange(24.0).view(2, 4, 3)
     mask = torch.tensor([[0, 1, 1, 1], [1, 1, 0, 0]])
