@@ -7,7 +7,8 @@ One source of runs/mini (`python -m mini render`), batches of 64 with its hard n
 temperature and instruction, one process with all cores, decoding inline with decord on the CPU: train.py with GradCache in
 micro-batches of 32 and without, its vision features kept on disk from an earlier run or not; and sentence-transformers'
 CachedMultipleNegativesRankingLoss in mini-batches of 32. Prints pairs per second of the second half of the steps and the last
-step's loss (ours leaves out false negatives, so the two are not one quantity). records/2026-11-22-speed-cpu.md has figures.
+step's loss (ours leaves out false negatives, so the two are not one quantity). Then GradCache in one batch of 2,048 pairs beside
+plain batches of 32: model time per pair, without waiting for data, and peak memory of the process. records/ has figures.
 """
 
 import json
@@ -25,18 +26,21 @@ DATA = ROOT / "runs/mini"
 
 
 def ours(root, mixture, out, steps, *more):
-    """Run a train.py -> (pairs per second of the second half of the steps, the last loss), from its log."""
+    """Run a train.py -> the last line of its log, which is about the second half of the steps."""
     flags = ["--mixture", mixture, "--data", str(DATA), "--out", out, "--epochs", "1", "--schedule", "uniform", "--device", "cpu",
              "--steps", str(steps), "--workers", "0", "--dropout", "0", "--log-every", str(steps // 2)]
     done = subprocess.run([sys.executable, "train.py", *flags, *more], cwd=root, capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr[-2000:])
-    last = [json.loads(line) for line in open(f"{out}/log.jsonl")][-2]
-    return last["items_per_s"], last["loss"]
+    return [json.loads(line) for line in open(f"{out}/log.jsonl")][-2]
+
+
+def path(item):
+    return os.path.normpath(DATA / "train" / item["video"])
 
 
 def theirs(source, out, steps):
-    """Rows of the same source through SentenceTransformerTrainer -> the same two figures."""
+    """Rows of the same source through SentenceTransformerTrainer -> the same two figures of it."""
     from datasets import Dataset
     from peft import LoraConfig
     from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
@@ -47,7 +51,6 @@ def theirs(source, out, steps):
     from model import GVE, LORA
     rows = [json.loads(line) for line in open(DATA / source["path"])]
     rows = rows[: len(rows) // 64 * 64]  # whole batches
-    path = lambda item: os.path.normpath(DATA / "train" / item["video"])  # noqa: E731
     data = Dataset.from_list([{"query": row["query"]["text"], "positive": path(row["positive"])} |
                               {f"negative_{i}": path(item) for i, item in enumerate(row.get("negatives", []))} for row in rows])
     GVE.from_pretrained(str(ROOT / "mini/base")).save_pretrained(f"{out}/merged", merge=True)
@@ -73,7 +76,23 @@ def theirs(source, out, steps):
     preprocess = trainer.data_collator.preprocess_fn
     trainer.data_collator.preprocess_fn = lambda items, **more: preprocess(shown(items), **more)
     trainer.train()
-    return 64 * (steps - steps // 2) / (at[steps] - at[steps // 2]), float(trainer.state.log_history[-2]["loss"])
+    speed = 64 * (steps - steps // 2) / (at[steps] - at[steps // 2])
+    return {"items_per_s": speed, "loss": float(trainer.state.log_history[-2]["loss"])}
+
+
+def large(source, out, features):
+    """Print what GradCache costs in one batch of 2,048 pairs, a source's rows over and over, in micro-batches of 32."""
+    rows, file, mixture, seen = [json.loads(x) for x in open(source["path"])], f"{out}/large.jsonl", f"{out}/large.json", {}
+    for item in (item for row in rows for item in (row["query"], row["positive"], *row.get("negatives", [])) if "video" in item):
+        item["video"] = path(item)
+    Path(file).write_text("".join(json.dumps(rows[i % len(rows)]) + "\n" for i in range(4096)))
+    for size, steps, more in ((32, 128, ()), (2048, 2, ("--grad-cache", "--micro-batch", "32"))):
+        Path(mixture).write_text(json.dumps([source | {"path": file, "batch_size": size, "samples": 0}]))
+        last = ours(ROOT, mixture, f"{out}/{size}", steps, "--features", features, *more)
+        seen[size] = (1 - last["waiting"]) / last["items_per_s"], last["memory_gib"]
+        print(f"batches of {size:,}: {1000 * seen[size][0]:.2f} ms of model time a pair, {last['memory_gib']:.2f} GiB at peak")
+    time, memory = (big / small for small, big in zip(*seen.values(), strict=True))
+    print(f"2,048 with GradCache beside 32 without: {time:.2f} times the time, {memory:.2f} times the memory", flush=True)
 
 
 def main(name="t2v-spatial", steps="40", commit=None):
@@ -86,23 +105,24 @@ def main(name="t2v-spatial", steps="40", commit=None):
     source = sources[name] | {"path": str(DATA / "train" / sources[name]["path"])}
     print(f"{name}: batches of 64 pairs with {source['negatives']} hard negatives, {steps} steps")
 
-    def tell(way, speed, loss):
-        print(f"{way:40} {speed:6.1f} pairs/s, loss {loss:.3f}", flush=True)
+    def tell(way, last):
+        print(f"{way:40} {last['items_per_s']:6.1f} pairs/s, loss {last['loss']:.3f}", flush=True)
 
     with tempfile.TemporaryDirectory() as out:
         mixture, features, cached = f"{out}/mixture.json", f"{out}/features", ("--grad-cache", "--micro-batch", "32")
         Path(mixture).write_text(json.dumps([source]))
         ours(ROOT, mixture, f"{out}/fill", steps, "--features", features)
-        tell("train.py, features kept", *ours(ROOT, mixture, f"{out}/a", steps, "--features", features))
-        tell("train.py", *ours(ROOT, mixture, f"{out}/b", steps, "--features", ""))
-        tell("train.py, GradCache, features kept", *ours(ROOT, mixture, f"{out}/c", steps, "--features", features, *cached))
-        tell("train.py, GradCache", *ours(ROOT, mixture, f"{out}/d", steps, "--features", "", *cached))
-        tell("sentence-transformers, cached loss", *theirs(source, out, steps))
+        tell("train.py, features kept", ours(ROOT, mixture, f"{out}/a", steps, "--features", features))
+        tell("train.py", ours(ROOT, mixture, f"{out}/b", steps, "--features", ""))
+        tell("train.py, GradCache, features kept", ours(ROOT, mixture, f"{out}/c", steps, "--features", features, *cached))
+        tell("train.py, GradCache", ours(ROOT, mixture, f"{out}/d", steps, "--features", "", *cached))
+        tell("sentence-transformers, cached loss", theirs(source, out, steps))
+        large(source, out, features)
         if commit:
             subprocess.run(["git", "worktree", "add", "-q", "--detach", f"{out}/old", commit], cwd=ROOT, check=True)
             try:
                 shutil.copytree(ROOT / "mini/base", f"{out}/old/mini/base", dirs_exist_ok=True)
-                tell(f"train.py of {commit}", *ours(f"{out}/old", mixture, f"{out}/e", steps))
+                tell(f"train.py of {commit}", ours(f"{out}/old", mixture, f"{out}/e", steps))
             finally:
                 subprocess.run(["git", "worktree", "remove", "--force", f"{out}/old"], cwd=ROOT, check=True)
 
