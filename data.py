@@ -1,4 +1,4 @@
-"""Items, media, batches: everything between files on disk and model.py's tensors (arXiv 2510.27571, sections 4.1, A.3, A.7).
+"""Items, media, mixtures: everything between files on disk and model.py's tensors (arXiv 2510.27571, sections 4.1, A.3, A.7).
 
 An *item* is a dict with any of `text`, `image`, `video`. A *mixture* is a list of training sources; every step draws one source,
 the same on every rank. decord decodes (PyAV what it cannot), transformers' own processors resize and cut patches.
@@ -318,18 +318,21 @@ class Source:
     def __len__(self):
         return len(self.index)
 
+    def where(self, i):
+        return f"{self.path}:{self.index[i, 1]}"
+
     def load(self, i, roots=(), use=list):
         """Read and resolve row i -> use([query, positive, *negatives]); whatever is wrong is a ValueError naming file:line."""
-        where = f"{self.path}:{self.index[i, 1]}"
+        where = self.where(i)
         with open(self.path, "rb") as file:
             file.seek(self.index[i, 0])
             row = _parse(file.readline(), where)
         try:
             if not {"query", "positive"} <= row.keys() <= {"query", "positive", "negatives", "id"}:
                 raise ValueError(f"keys {sorted(row)}; accepted: query, positive (both required), negatives, id")
-            items = [row["query"], row["positive"], *[*self.mined.get(i, []), *row.get("negatives", [])][: self.negatives]]
+            items = [row["query"], row["positive"], *[*self.mined.get(i, []), *(row.get("negatives") or [])][: self.negatives]]
             return use([resolve(item, os.path.dirname(os.path.abspath(self.path)), roots) for item in items])
-        except (ValueError, FileNotFoundError) as error:
+        except (ValueError, TypeError, FileNotFoundError) as error:
             raise ValueError(f"{where}: {error}") from error
 
 
@@ -358,41 +361,6 @@ def micro_batches(lengths, most, tokens=0):
             groups.append([])
         groups[-1].append(i)
     return groups
-
-
-class Steps(torch.utils.data.Dataset):
-    """One rank's share of a list of drawn batches, decoded and collated by DataLoader workers: item i is step i. A row that
-    cannot be used is replaced by the next one of its file, whatever the number of ranks, and listed under `bad`."""
-
-    def __init__(self, plan, sources, collate, *, rank=0, world=1, micro_batch=32, micro_tokens=0, roots=()):
-        self.plan, self.sources, self.collate, self.most = plan, sources, collate, (micro_batch, micro_tokens)
-        self.rank, self.world, self.roots = rank, world, roots
-
-    def __len__(self):
-        return len(self.plan)
-
-    def __getitem__(self, i):
-        k, rows = self.plan[i]
-        out = {"source": k, "rows": rows, "bad": []}
-        made = [self._usable(self.sources[k], int(row), out["bad"]) for row in rows[self.rank :: self.world]]
-        for name, which in (("query", slice(1)), ("positive", slice(1, 2)), ("negative", slice(2, None))):
-            part = [one for row in made for one in row[which]]
-            groups = micro_batches([len(sample["ids"]) for sample, _ in part], *self.most)
-            out[name] = [self.collate.batch([part[j][0] for j in group], raw=True) for group in groups]
-            out[f"{name}_at"] = torch.tensor(sum(groups, []), dtype=torch.int64).argsort()  # row i's place in the micro-batches
-            out[f"{name}_ids"] = torch.tensor([number for _, number in part], dtype=torch.int64)
-        return out
-
-    def _usable(self, source, row, bad):
-        """Prepare [query, positive, *negatives], each as (sample, content id), from `row` or the first usable one after it."""
-        def prepare(items):  # the query alone carries the instruction
-            return [(self.collate.prepare(x, None if n else source.instruction), content_id(x)) for n, x in enumerate(items)]
-        for attempt in range(100):
-            try:
-                return source.load((row + attempt) % len(source), self.roots, prepare)
-            except ValueError as error:
-                bad.append(str(error))
-        raise ValueError(f"100 rows on end cannot be used, the last: {bad[-1]}")
 
 
 if __name__ == "__main__":

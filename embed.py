@@ -10,20 +10,15 @@ Legend: N queries, M corpus items, D embedding dim, n items.
 
 import argparse
 import collections
-import contextlib
 import dataclasses
 import hashlib
-import itertools
 import json
-import multiprocessing
 import os
-import signal
 import sys
 import tempfile
 import threading
 import time
 import uuid
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -35,63 +30,8 @@ from tqdm import tqdm
 
 from data import Collator, read_jsonl, resolve, stamp
 from model import GVE, to_device
+from parts import packed, prepared, unpacked
 from state import everyones, join_ranks
-
-
-class Decoder(threading.local):
-    """Prepare items by index, in a process of its own for each thread that calls. One that dies, or takes longer than `seconds`
-    over an item, is replaced: a decoder that hangs in C ends only with its process. -> (i, sample or reason)"""
-    process = None
-
-    def __init__(self, items, prepare, seconds, lock):
-        self.items, self.prepare, self.seconds, self.lock = items, prepare, seconds, lock
-
-    @staticmethod
-    def serve(parents, pipe, prepare):
-        parents.close()  # an open copy would hide the parent's death
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # its way to heed it is not
-        torch.set_num_threads(1)
-        with contextlib.suppress(EOFError, BrokenPipeError):
-            while True:
-                pipe.send(prepare(pipe.recv()))
-
-    def __call__(self, i):
-        if self.process is None:
-            fork = multiprocessing.get_context("fork")  # the items need not be sent
-            with self.lock:  # held while the model runs, too: a fork copies locks as they stand, its threads' as well
-                self.pipe, theirs = fork.Pipe()
-                self.process = fork.Process(target=self.serve, args=(self.pipe, theirs, self.prepare), daemon=True)
-                self.process.start()
-                theirs.close()
-        try:
-            self.pipe.send(i)
-            if self.pipe.poll(self.seconds):
-                return i, self.pipe.recv()
-            reason = f"not decoded within {self.seconds:g} s"
-        except (EOFError, OSError):
-            reason = "its decoder crashed"
-        self.process.kill()
-        self.process = None
-        return i, f"{self.items[i]}: {reason}"
-
-
-def _prepared(order, items, prepare, workers, seconds, lock):
-    """Yield (i, what prepare(i) returns, or the reason why it cannot) in order; `workers` processes decode ahead."""
-    if not workers:
-        yield from ((i, prepare(i)) for i in order)
-        return
-    decoder, threads, cores = Decoder(items, prepare, seconds, lock), ThreadPoolExecutor(workers), torch.get_num_threads()
-    futures = (threads.submit(decoder, i) for i in order)
-    ahead = collections.deque(itertools.islice(futures, 32 * workers))  # enough to last while the model runs
-    torch.set_num_threads(max(1, cores - workers))  # of the model, meanwhile
-    try:
-        while ahead:
-            yield ahead.popleft().result()
-            ahead.extend(itertools.islice(futures, 1))
-    finally:
-        torch.set_num_threads(cores)
-        threads.shutdown(cancel_futures=True)
 
 
 def _batches(samples, failed, batch_tokens):
@@ -105,7 +45,7 @@ def _batches(samples, failed, batch_tokens):
         if batch and width * (len(batch) + 1) > batch_tokens:
             yield batch
             batch, width = {}, len(sample["ids"])
-        batch[i] = {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in sample.items()}
+        batch[i] = unpacked(sample)
     if batch:
         yield batch
 
@@ -134,12 +74,12 @@ def encode(gve, items, instruction=None, *, batch_tokens=4096, workers=0, second
             sample = collate.prepare(items[i], instruction)
         except Exception as error:  # a decoder may raise anything over a damaged file; it is listed, not hidden
             return str(error) if isinstance(error, (ValueError, FileNotFoundError)) else f"{items[i]}: {error!r}"
-        return {k: v.numpy() if isinstance(v, torch.Tensor) else v for k, v in sample.items()}
+        return packed(sample)
 
     training, todo = gve.training, [i for i in order[rank::world] if i not in known]
     gve.eval()
     with tqdm(total=len(todo), desc=desc, disable=desc is None or rank > 0, leave=False) as bar:
-        for batch in _batches(_prepared(todo, items, prepare, workers, seconds, lock), failed, batch_tokens):
+        for batch in _batches(prepared(todo, prepare, items.__getitem__, workers, seconds, lock), failed, batch_tokens):
             with lock:
                 vectors[list(batch)] = made = gve(to_device(collate.batch(batch.values(), raw=True), gve.device)).float().cpu()
             if cache:

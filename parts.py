@@ -1,8 +1,11 @@
-"""Work that many processes share and a killed one resumes: stages of parts, a file of JSON lines each (used by synth.py).
+"""Work in many processes, any of which may die: decoding ahead of a model, and stages that a killed run resumes.
 
-    rows = share("out", "1-pool", parts, do)        # parts: lists of jobs with an "id"; do(p, jobs) -> rows with "id" and "fate"
+    for i, sample in prepared(range(n), prepare, items.__getitem__, workers=4, seconds=60): ...       # embed.py, `data.py check`
+    for batch in batches(plan, sources, collate, rank=0, world=8, workers=4): ...                     # train.py
+    rows = share("out", "1-pool", parts, do)                                                          # synth.py
 
-A part's file appears whole under its name or not at all, and its lock dies with the process that holds it.
+A decoder that crashes or hangs in C costs the one item that it had. A part's file appears whole under its name or not at all,
+and its lock dies with the process that holds it.
 """
 
 import collections
@@ -10,12 +13,134 @@ import contextlib
 import fcntl
 import itertools
 import json
+import multiprocessing
 import os
+import pickle
 import re
+import signal
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from data import read_jsonl
+import numpy as np
+import torch
+
+from data import content_id, micro_batches, read_jsonl
+
+
+class Decoder(threading.local):
+    """Call prepare(key) in a process of its own for each thread that asks. One that dies, or takes longer than `seconds`, is
+    replaced: a decoder that hangs in C ends only with its process. -> (key, what prepare returns, or name(key) and the reason)"""
+    process = None
+
+    def __init__(self, prepare, name, seconds, lock):
+        self.prepare, self.name, self.seconds, self.lock = prepare, name, seconds, lock
+
+    @staticmethod
+    def serve(parents, pipe, prepare):
+        parents.close()  # an open copy would hide the parent's death
+        os.setsid()  # what stops the parent's group is for the parent to heed: it still needs its clips for the step at hand
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # but its own way to heed it is not this process's
+        torch.set_num_threads(1)
+        with contextlib.suppress(EOFError, BrokenPipeError):
+            while True:  # a plain pickle: torch's own would share the tensors' memory, which dies with this process
+                pipe.send_bytes(pickle.dumps(prepare(pipe.recv()), pickle.HIGHEST_PROTOCOL))
+
+    def __call__(self, key):
+        if self.process is None:
+            fork = multiprocessing.get_context("fork")  # what prepare knows need not be sent
+            with self.lock:  # held while the model runs, too: a fork copies locks as they stand, its threads' as well
+                self.pipe, theirs = fork.Pipe()
+                self.process = fork.Process(target=self.serve, args=(self.pipe, theirs, self.prepare), daemon=True)
+                self.process.start()
+                theirs.close()
+        try:
+            self.pipe.send(key)
+            if self.pipe.poll(self.seconds):
+                return key, pickle.loads(self.pipe.recv_bytes())
+            reason = f"not decoded within {self.seconds:g} s"
+        except (EOFError, OSError):
+            reason = "its decoder crashed"
+        self.process.kill()
+        self.process = None
+        return key, f"{self.name(key)}: {reason}"
+
+
+def prepared(order, prepare, name, workers, seconds, lock=None):
+    """Yield (key, prepare(key)) in order, or (key, a reason that begins with name(key)) where its decoder died or took `seconds`.
+
+    prepare runs in one of `workers` processes, which work ahead; with 0 of them it runs inline, without a limit.
+    lock: held by the caller whenever it does something during which no process should fork.
+    """
+    if not workers:
+        yield from ((key, prepare(key)) for key in order)
+        return
+    decoder = Decoder(prepare, name, seconds, lock or threading.Lock())
+    threads, cores = ThreadPoolExecutor(workers), torch.get_num_threads()
+    futures = (threads.submit(decoder, key) for key in order)
+    ahead = collections.deque(itertools.islice(futures, 32 * workers))  # enough to last while the model runs
+    torch.set_num_threads(max(1, cores - workers))  # of the model, meanwhile
+    try:
+        while ahead:
+            yield ahead.popleft().result()
+            ahead.extend(itertools.islice(futures, 1))
+    finally:
+        torch.set_num_threads(cores)
+        threads.shutdown(cancel_futures=True)
+
+
+def packed(sample):
+    """A Collator's sample with arrays for tensors: they pickle four times as fast (bfloat16 has none)."""
+    return {k: v.numpy() if isinstance(v, torch.Tensor) and v.dtype != torch.bfloat16 else v for k, v in sample.items()}
+
+
+def unpacked(sample):
+    return {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in sample.items()}
+
+
+def batches(plan, sources, collate, *, rank=0, world=1, micro_batch=32, micro_tokens=0, roots=(), workers=0, seconds=60):
+    """Yield one rank's share of every drawn batch, decoded ahead by `workers` processes and padded into micro-batches.
+
+    plan: [(source number, row numbers)]. A row that cannot be used, or whose decoder dies or takes `seconds` (with workers), is
+    replaced by the next usable one of its file, whatever the number of ranks, and listed under "bad". "query", "positive" and
+    "negative" are lists of collated micro-batches; "..._at" finds each item's vector in them, "..._ids" are the content ids.
+    """
+    def prepare(key):  # -> [query, positive, *negatives], each as (sample, content id); the query alone carries the instruction
+        source = sources[key[0]]
+
+        def use(items):
+            return [(packed(collate.prepare(x, None if n else source.instruction)), content_id(x)) for n, x in enumerate(items)]
+        try:
+            return source.load(key[1], roots, use)
+        except ValueError as error:
+            return str(error)
+
+    def stream(keys, workers):
+        return prepared(keys, prepare, lambda key: sources[key[0]].where(key[1]), workers, seconds, lock)
+
+    def usable(key, made, bad):
+        for attempt in range(1, 101):
+            if not isinstance(made, str):
+                return made
+            bad.append(made)
+            following = key[0], (key[1] + attempt) % len(sources[key[0]])
+            made = next(stream([following], min(workers, 1)))[1]
+        raise ValueError(f"100 rows on end cannot be used, the last: {bad[-1]}")
+
+    lock = threading.Lock()
+    ahead = stream([(k, int(row)) for k, rows in plan for row in rows[rank::world]], workers)
+    for k, rows in plan:
+        out = {"source": k, "rows": rows, "bad": []}
+        made = [usable(*next(ahead), out["bad"]) for _ in rows[rank::world]]
+        for part, which in (("query", slice(1)), ("positive", slice(1, 2)), ("negative", slice(2, None))):
+            samples = [one for row in made for one in row[which]]
+            groups = micro_batches([len(sample["ids"]) for sample, _ in samples], micro_batch, micro_tokens)
+            out[part] = [collate.batch([unpacked(samples[i][0]) for i in group], raw=True) for group in groups]
+            out[f"{part}_at"] = torch.tensor(sum(groups, []), dtype=torch.int64).argsort()
+            out[f"{part}_ids"] = torch.tensor([number for _, number in samples], dtype=torch.int64)
+        with lock:
+            yield out
 
 
 def read(path):

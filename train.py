@@ -29,12 +29,12 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import state
-from data import Collator, Steps, content_id, load_mixture, read_jsonl
+from data import Collator, content_id, load_mixture, read_jsonl
 from embed import Cache, encode, flag, hash_weights, parse_flags
 from extras.pyramid import table
 from kernels.infonce import info_nce_dist
 from model import GVE, to_device
-from parts import write
+from parts import batches, write
 from state import STOP, everyones, memory, reduce_sum, rng_state, save_state
 
 # Figure 5, bottom up. # PAPER: the figure leaves out I2T and T2TI, which Tables 6 and 7 hold; both are level two here.
@@ -217,20 +217,20 @@ def rehearse(gve, optimizer, collate, flags):
         tqdm.write(f"{n} {name} of {length} tokens in a forward: {memory(gve.device):.2f} GiB at peak")
 
 
-def embed_parts(gve, batches, cached=False):
+def embed_parts(gve, micro, cached=False):
     """Embed a list of collated micro-batches -> (vectors (rows, D), what `replay` needs); the vision tower runs here, once.
 
     cached (GradCache, arXiv 2101.06983): no graph is kept; the vectors are a leaf, and their gradient goes through a second
-    forward, one micro-batch after the other. No batches: an empty leaf, so that this rank joins in backward.
+    forward, one micro-batch after the other. None of them: an empty leaf, so that this rank joins in backward.
     """
     made, again = [], []
     with torch.set_grad_enabled(not cached):
-        for batch in batches:
+        for batch in micro:
             again.append((gve.see(to_device(batch, gve.device)), rng_state(gve.device)))
             made.append(gve(again[-1][0]))
     empty = torch.zeros(0, gve.dim, device=gve.device, dtype=torch.float64 if gve.core.dtype == torch.float64 else torch.float32)
     vectors = torch.cat([*made, empty])
-    return (vectors.requires_grad_(), again) if cached or not batches else (vectors, [])
+    return (vectors.requires_grad_(), again) if cached or not micro else (vectors, [])
 
 
 def replay(gve, vectors, again):
@@ -362,18 +362,16 @@ def main(flags):
             if rank == 0:
                 write(out / f"mined-{epoch}.jsonl", [source.mined for source in sources])
                 shutil.rmtree(out / "cache")
-        dataset = Steps(plan[step - first_step:], sources, collate, rank=rank, world=world, micro_batch=flags.micro_batch,
-                        micro_tokens=flags.micro_tokens, roots=[flags.data, *flags.root])
-        loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=flags.workers, pin_memory=kind == "cuda")
-        batches = iter(loader)
+        stream = batches(plan[step - first_step:], sources, collate, rank=rank, world=world, micro_batch=flags.micro_batch,
+                         micro_tokens=flags.micro_tokens, roots=[flags.data, *flags.root], workers=flags.workers)
         if resumed:
-            rng_state(device, rng[rank].clone())  # last of all: probing and loaders draw numbers, too
+            rng_state(device, rng[rank].clone())  # last of all: whatever comes before may draw numbers, too
         prober = resumed = None
 
         gve.train()
         clock = since = time.perf_counter()  # probing and saving are not training time
         seen, waited, macs = 0, 0.0, 0
-        for batch in batches:
+        for batch in stream:
             waited, source = waited + time.perf_counter() - clock, sources[batch["source"]]
             # -- forward: queries, positives, hard negatives --
             parts = {part: embed_parts(gve, batch[part], flags.grad_cache) for part in ("query", "positive", "negative")}

@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 
 from data import IMAGE_TOKENS, Source, load_image, load_mixture, load_video
+from parts import prepared
 
 WIDTHS = {"3B": (3.75e9, 36, 2048, 11008, 256), "7B": (7.75e9, 28, 3584, 18944, 512)}  # W, L, D, I, width of keys and values
 TOKENS = {"T": 128, "I": IMAGE_TOKENS, "V": 800}  # per item: a guess for texts, the limits for images and 8 frames in 4 grids
@@ -70,22 +71,31 @@ def describe(path, roots=(), batch_scale=32, epochs=3, micro_batch=32):
         print(f"to train on what is here, delete the other {len(absent)} entries from a copy of {path}; name it with --mixture")
 
 
-def check(path, roots=()):
-    """Yield "file:line: reason" for each unusable row of a training file, or of a mixture's (*.json) files; media are decoded."""
+def check(path, roots=(), workers=0, seconds=60):
+    """Yield "file:line: reason" for each unusable row of a training file, or of a mixture's (*.json) files; media are decoded, by
+    `workers` processes, which also survive those that crash their decoder or take it so many seconds."""
     mixture = str(path).endswith(".json")
-    for source in load_mixture(path, roots) if mixture else [Source("file", "T2V", str(path), negatives=sys.maxsize)]:
-        def decode(items, promised=mixture * source.negatives):
-            if len(items) - 2 < promised:
-                raise ValueError(f"{len(items) - 2} negatives, the mixture promises {promised}")
-            for item in items:
-                for media, load in (("video", load_video), ("image", load_image)):
-                    if media in item:
-                        load(item[media])
-        for i in range(len(source)):
-            try:
-                source.load(i, roots, decode)
-            except ValueError as error:
-                yield str(error)
+    sources = load_mixture(path, roots) if mixture else [Source("file", "T2V", str(path), negatives=sys.maxsize)]
+    rows = [(source, i) for source in sources for i in range(len(source))]
+
+    def decode(items, promised):
+        if len(items) - 2 < promised:
+            raise ValueError(f"{len(items) - 2} negatives, the mixture promises {promised}")
+        for item in items:
+            for media, load in (("video", load_video), ("image", load_image)):
+                if media in item:
+                    load(item[media])
+
+    def wrong(i):
+        source, row = rows[i]
+        try:
+            source.load(row, roots, lambda items: decode(items, mixture * source.negatives))
+        except ValueError as error:
+            return str(error)
+
+    def name(i):
+        return rows[i][0].where(rows[i][1])
+    yield from (reason for _, reason in prepared(range(len(rows)), wrong, name, workers, seconds) if reason)
 
 
 def main(argv=None):
@@ -94,11 +104,14 @@ def main(argv=None):
     parser.add_argument("command", choices=["check", "mixture"])
     parser.add_argument("file", help="training file (*.jsonl) or mixture (*.json)")
     parser.add_argument("--root", nargs="+", default=[], help="folders that media may lie in, beside the file's own")
+    parser.add_argument("--workers", type=int, default=2, help="check: decoding processes (default 2); 0 decodes inline")
     given = parser.parse_args(argv)
     try:
         if given.command == "mixture":
             return describe(given.file, given.root)
-        problems = len([print(problem) for problem in check(given.file, given.root)])
+        problems = len([print(problem) for problem in check(given.file, given.root, given.workers)])
         return f"{given.file}: {problems} unusable rows" if problems else None
     except (ValueError, OSError) as problem:
         return f"data.py: {problem}"
+    except (TypeError, KeyError, AttributeError) as problem:
+        return f"data.py: {given.file}: not a mixture of sources: {problem!r}"

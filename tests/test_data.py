@@ -18,7 +18,6 @@ import data  # noqa: E402
 from data import (  # noqa: E402
     Collator,
     MediaError,
-    Steps,
     content_id,
     load_image,
     load_mixture,
@@ -26,6 +25,7 @@ from data import (  # noqa: E402
     micro_batches,
     resolve,
 )
+from parts import batches  # noqa: E402
 
 
 @pytest.mark.parametrize("n, expected", [(16, [0, 2, 4, 6, 9, 11, 13, 15]), (8, list(range(8))), (1, [0] * 8),
@@ -194,7 +194,7 @@ def test_ranks_share_a_global_batch_without_overlap(tiny, mixture):
     plan = [(0, np.array([5, 2, 0, 6, 1, 3]))]
     collate = Collator(Qwen2_5_VLProcessor.from_pretrained(tiny))
     for world in (1, 2, 3):
-        parts = [Steps(plan, sources, collate, rank=r, world=world, micro_batch=2)[0] for r in range(world)]
+        parts = [next(batches(plan, sources, collate, rank=r, world=world, micro_batch=2)) for r in range(world)]
         ids = torch.cat([p["positive_ids"] for p in parts])
         texts = sorted(t for p in parts for b in p["query"] for t in collate.tokenizer.batch_decode(b["input_ids"]))
         assert len(ids) == 6 and len(texts) == 6 and {p["source"] for p in parts} == {0}
@@ -219,11 +219,11 @@ def test_micro_batches_hold_every_item_once_within_their_bounds(most, tokens):
 
 
 def test_vectors_find_their_rows_again(tiny, mixture):
-    steps = Steps([(0, np.arange(7))], load_mixture(mixture), Collator(Qwen2_5_VLProcessor.from_pretrained(tiny)), micro_batch=2)
-    step = steps[0]
+    sources, collate = load_mixture(mixture), Collator(Qwen2_5_VLProcessor.from_pretrained(tiny))
+    step = next(batches([(0, np.arange(7))], sources, collate, micro_batch=2))
     read = [int(ids[mask.bool()].sum()) for batch in step["query"]
             for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
-    rows = [sum(steps._usable(steps.sources[0], row, [])[0][0]["ids"]) for row in range(7)]
+    rows = [sum(collate.prepare(sources[0].load(row)[0], sources[0].instruction)["ids"]) for row in range(7)]
     assert [read[at] for at in step["query_at"]] == rows != read
 
 
@@ -235,11 +235,11 @@ def test_an_unusable_row_is_replaced_by_the_next_one_for_any_rank_and_listed(tin
     (media / "hurt.json").write_text(json.dumps([{"name": "hurt", "task": "T2V", "path": "hurt.jsonl", "batch_size": 7}]))
     sources = load_mixture(media / "hurt.json")
     collate = Collator(Qwen2_5_VLProcessor.from_pretrained(tiny))
-    step = Steps([(0, np.arange(7))], sources, collate)[0]
+    step = next(batches([(0, np.arange(7))], sources, collate))
     ids = step["positive_ids"].tolist()
     assert len(ids) == 7 and ids[2] == ids[3] and ids[4] == ids[5]
     assert len(step["bad"]) == 2 and "hurt.jsonl:3" in step["bad"][0] and "hurt.jsonl:5" in step["bad"][1]
-    third = Steps([(0, np.arange(7))], sources, collate, rank=2, world=3)[0]
+    third = next(batches([(0, np.arange(7))], sources, collate, rank=2, world=3))
     assert third["positive_ids"].tolist() == step["positive_ids"][2::3].tolist()
 
 

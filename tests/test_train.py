@@ -1,6 +1,7 @@
 """train.py: ranks against one process, frozen weights, the pyramid's arithmetic, and every way a run may stop."""
 
 import contextlib
+import ctypes
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+import data  # noqa: E402
 import state  # noqa: E402
 import train  # noqa: E402
 from extras import pyramid  # noqa: E402
@@ -48,7 +50,11 @@ def record(out):
         seen["grad"].append(torch.cat([p.grad.flatten() for p in parameters]).double())
         return summed
 
-    train.reduce_sum = spy_reduce
+    def slow_load(video, frames, load=data.load_video):
+        time.sleep(float(os.environ.get("SLOW", 0)))
+        return load(video, frames)
+
+    train.reduce_sum, data.load_video = spy_reduce, slow_load
     train.state.heed_signals()
     train.main(train.parse_flags(train.Flags, sys.argv[2:], presets=train.PRESETS))
     if int(os.environ.get("RANK", 0)) == 0:
@@ -179,19 +185,42 @@ def test_one_of_three_ranks_dies_and_the_others_end_within_a_minute_over_a_check
         train.GVE.from_pretrained(tmp_path / "run", lora=True).lora_parameters().values()))
 
 
-def kill_at(command, out, step, wait):
-    """Run a command and, `wait` seconds after the log of `out` holds that step, kill torchrun and its ranks at once."""
-    job = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                           env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+def start(command, out, step, **env):
+    """Start torchrun and wait until the log of `out` holds that step."""
+    job = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                           text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **env})
     log = out / "log.jsonl"
     while job.poll() is None and not (log.is_file() and f'"step": {step},' in log.read_text()):
         time.sleep(0.01)
-    time.sleep(wait)
+    return job
+
+
+@pytest.mark.slow
+def test_sigterm_to_torchrun_finishes_the_step_with_the_clips_it_needs_and_the_run_resumes_bit_for_bit(tiny, mixture, tmp_path):
+    def command(name):
+        return [*launch(2), __file__, tmp_path / "seen.pt", *flags_for(
+            tiny, mixture, tmp_path / name, "--steps", "12", "--epochs", "1", "--schedule", "uniform", "--workers", "1",
+            "--features", "", "--resume", "auto")]
+    assert run(*command("whole")).returncode == 0
+    job = start(command("stopped"), tmp_path / "stopped", 4, SLOW="0.7")  # so that the next step's clips are on their way
+    job.terminate()  # torchrun passes it on to the ranks' whole process groups
+    said = job.communicate(timeout=60)[0]
+    assert job.returncode != 0 and "crashed" not in said and re.search(r"stopped after step \d+ as asked", said), said[-3000:]
+    assert len(steps_of(tmp_path / "stopped")) < 12
+    assert run(*command("stopped")).returncode == 0
+    ours, expected = weights(tmp_path / "stopped"), weights(tmp_path / "whole")
+    assert all(torch.equal(ours[k], expected[k]) for k in expected)
+    assert steps_of(tmp_path / "stopped") == steps_of(tmp_path / "whole")
+
+
+def kill(job):
+    """Kill torchrun and its ranks at once."""
     ranks = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split()
     for pid in (job.pid, *map(int, ranks)):  # ranks have sessions of their own and outlive torchrun
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    return job.wait()
+    job.communicate()
+    return job.returncode
 
 
 @pytest.mark.slow
@@ -202,7 +231,9 @@ def test_killed_outright_at_ten_random_moments_two_ranks_end_as_if_nothing_had_b
     assert run(*command("whole")).returncode == 0
     rng, out = np.random.default_rng(0), tmp_path / "killed"
     for step in sorted(rng.choice(np.arange(1, 30), 10, replace=False)):
-        assert kill_at([sys.executable, *map(str, command("killed"))], out, step, rng.uniform(0, 0.2)) == -signal.SIGKILL
+        job = start(command("killed"), out, step)
+        time.sleep(rng.uniform(0, 0.2))
+        assert kill(job) == -signal.SIGKILL
     assert run(*command("killed")).returncode == 0
     ours, expected = weights(out), weights(tmp_path / "whole")
     assert ours.keys() == expected.keys() and all(torch.equal(ours[k], expected[k]) for k in ours)
@@ -210,12 +241,6 @@ def test_killed_outright_at_ten_random_moments_two_ranks_end_as_if_nothing_had_b
     events = [json.loads(line)["event"] for line in open(out / "log.jsonl")]
     assert events.count("epoch") == 3 and events.count("start") == 1
     assert 1 <= events.count("resume") <= 10  # what a killed run wrote after its last state is cut off, this line included
-
-
-@pytest.mark.slow
-def test_sigterm_finishes_the_step_saves_and_resumes_bit_for_bit(uninterrupted, tmp_path):
-    done = resumes(uninterrupted, tmp_path / "run", "15 0 3")
-    assert "stopped after step 5 as asked" in done.stdout + done.stderr
 
 
 def test_sigterm_finishes_the_step_and_saves(tiny, mixture, tmp_path):
@@ -330,6 +355,41 @@ def test_damaged_clips_spread_over_the_sources_cost_what_replacing_their_rows_by
     assert min(end["passes"].values()) >= 1  # every row was met
     listed = sorted((re.search(r"(\w+\.jsonl:\d+): ", x)[1], re.search(r"(\w+\.mp4): ", x)[1]) for x in end["bad_rows"])
     assert listed == sorted((f"{s}.jsonl:{i + 1}", f"{s}{i}.mp4") for s, gone in damaged.items() for i in gone)
+
+
+def test_clips_that_crash_or_hang_their_decoder_are_replaced_as_well(tiny, media, tmp_path, monkeypatch):
+    clips = [{"path": str(media / f"{'abcd'[i % 4]}.mp4"), "start": i / 10} for i in range(12)]
+    rows = [{"query": {"text": f"number {i}"}, "positive": {"video": clip}} for i, clip in enumerate(clips)]
+    for name in ("crash", "hang"):
+        shutil.copy(media / "a.mp4", tmp_path / f"{name}.mp4")
+    bad = {3: "crash.mp4", 7: "hang.mp4", 8: "hang.mp4"}
+    load, losses = data.load_video, {}
+
+    def harmful(video, frames):
+        if "crash.mp4" in str(video):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if "hang.mp4" in str(video):
+            ctypes.PyDLL(None).sleep(1000)  # holds the interpreter's lock
+        return load(video, frames)
+
+    monkeypatch.setattr(data, "load_video", harmful)
+    monkeypatch.setitem(train.batches.__kwdefaults__, "seconds", 3)
+    for name in ("bad", "good"):
+        (tmp_path / name).mkdir()
+        lines = [{**row, "positive": {"video": str(tmp_path / bad[i])}} if i in bad else row for i, row in enumerate(rows)]
+        if name == "good":
+            lines = [next(rows[j] for j in range(i, 12) if j not in bad) for i in range(12)]
+        (tmp_path / name / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        source = {"name": "t2v", "task": "T2V", "path": "rows.jsonl", "batch_size": 6}
+        (tmp_path / name / "mixture.json").write_text(json.dumps([source]))
+        out = tmp_path / name / "out"
+        go(*flags_for(tiny, tmp_path / name / "mixture.json", out, "--root", media, tmp_path, "--steps", "3", "--epochs", "1",
+                      "--schedule", "uniform", "--workers", "2", "--features", ""))
+        losses[name] = [step[1] for step in steps_of(out)]
+    assert losses["bad"] == losses["good"] and len(losses["good"]) == 3
+    end = [json.loads(x) for x in open(tmp_path / "bad" / "out" / "log.jsonl")][-1]
+    reasons = sorted(re.search(r"rows.jsonl:(\d+): (.*)", x).groups() for x in end["bad_rows"])
+    assert reasons == [("4", "its decoder crashed"), ("8", "not decoded within 3 s"), ("9", "not decoded within 3 s")]
 
 
 def mined(out):
