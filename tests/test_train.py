@@ -202,7 +202,7 @@ def test_sigterm_to_torchrun_finishes_the_step_with_the_clips_it_needs_and_the_r
             tiny, mixture, tmp_path / name, "--steps", "12", "--epochs", "1", "--schedule", "uniform", "--workers", "1",
             "--features", "", "--resume", "auto")]
     assert run(*command("whole")).returncode == 0
-    job = start(command("stopped"), tmp_path / "stopped", 4, SLOW="0.7")  # so that the next step's clips are on their way
+    job = start(command("stopped"), tmp_path / "stopped", 5, SLOW="0.5")  # the next step waits for its clips then
     job.terminate()  # torchrun passes it on to the ranks' whole process groups
     said = job.communicate(timeout=60)[0]
     assert job.returncode != 0 and "crashed" not in said and re.search(r"stopped after step \d+ as asked", said), said[-3000:]
