@@ -203,6 +203,7 @@ class Collator:
     def prepare(self, item, instruction=None):
         """Decode and tokenise one item -> {"ids": list of int}; for each medium, its pixels (P, C*2*14*14) uint8, or its features
         (V, D) where the store holds them, its grid (1, 3), and a video's seconds per grid (1,)."""
+        check_item(item)
         sample, vision = {}, ""
         for kind in ("video", "image"):
             if item.get(kind):
@@ -237,7 +238,7 @@ class Collator:
     def _tokens(self, vision, text, instruction, sample):
         """Token ids of the whole prompt; where they exceed max_length, the tail of the user's text goes and nothing else."""
         instruction, text = (s.replace("<|", "< |") for s in (instruction, text))  # users cannot write special tokens
-        # PAPER: Figure 4 only says that the prompt comes before text and media; a system turn is what Qwen and MTEB's GVE have.
+        # PAPER: Figure 4 draws prompt, text, image, video; a system turn, and media before text, are MTEB's and released code.
         system, lead = (instruction, "") if self.prompt_style == "system" else ("", instruction and instruction + "\n")
         head = f"<|im_start|>system\n{system or DEFAULT_INSTRUCTION}<|im_end|>\n<|im_start|>user\n{lead}{vision}"
         tail = f"<|im_end|>\n<|im_start|>assistant\n{END}"

@@ -134,10 +134,9 @@ class GVE(nn.Module):
         base: overrides the adapter's own record of its base model. prompt_style: data.Collator's; empty: gve.json's, or "system".
         Raises ValueError when files are missing or a tensor finds no place.
         """
-        device = torch.device(device or "cpu")
+        device, path = torch.device(device or "cpu"), str(path)
+        dtype = dtype or ("bfloat16" if device.type == "cuda" else "float32")
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-        path = str(path)
         if not os.path.exists(path) and (path.count("/") != 1 or path.startswith((".", "/"))):
             raise ValueError(f"{path}: neither a checkpoint folder nor a hub id (owner/name)")
         is_adapter = _file(path, "adapter_config.json") is not None
@@ -145,18 +144,18 @@ class GVE(nn.Module):
         try:
             processor = Qwen2_5_VLProcessor.from_pretrained(path)
         except (OSError, ValueError, TypeError, ImportError) as error:  # transformers raises any of these for absent files
-            raise ValueError(f"{path}: no usable processor (preprocessor_config.json or processor_config.json, tokenizer.json): "
-                             f"{str(error).splitlines()[0]}") from error
+            name = path if os.path.exists(path) else f"{path} (a hub id, for there is no such folder)"
+            raise ValueError(f"{name}: no usable processor (its config, tokenizer.json): {error!s:.200}") from error
         backbone = load_backbone(base, dtype)
         backbone.requires_grad_(False)
         if is_adapter:
-            backbone = _attach_adapter(backbone, path, trainable=bool(lora))
+            backbone = _attach_adapter(backbone, path, lora)
         elif lora:
             config = LoraConfig(**{**LORA, **(lora if isinstance(lora, dict) else {})}, base_model_name_or_path=str(base))
             backbone = get_peft_model(backbone, config)  # LoRA weights in float32 over a bfloat16 base (autocast_adapter_dtype)
             backbone.peft_config["default"].base_model_name_or_path = str(base)
-        info = Path(path) / "gve.json"
-        info = json.loads(info.read_text()) if info.is_file() else {}
+        backbone.apply(lambda layer: setattr(layer, "cast_input_dtype_enabled", dtype != torch.bfloat16))  # as autocast does
+        info = json.loads(Path(file).read_text()) if (file := _file(path, "gve.json")) else {}
         return cls(backbone, processor, base, info, prompt_style).to(device).eval()
 
     @property
@@ -223,8 +222,10 @@ class GVE(nn.Module):
 
     def forward(self, batch):
         """Embed a collated batch (data.Collator) -> (B, D) unit vectors, float32 (float64 for a float64 model)."""
-        hidden = self.core.language_model(inputs_embeds=self.inputs_embeds(batch), attention_mask=batch["attention_mask"],
-                                          position_ids=self.positions(batch), use_cache=False).last_hidden_state  # (B, T, D)
+        embeds = self.inputs_embeds(batch)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.core.dtype == torch.bfloat16):  # for LoRA's float32
+            hidden = self.core.language_model(inputs_embeds=embeds, attention_mask=batch["attention_mask"], use_cache=False,
+                                              position_ids=self.positions(batch)).last_hidden_state  # (B, T, D)
         pooled = last_token_pool(hidden, batch["attention_mask"])  # (B, D)
         return F.normalize(pooled if pooled.dtype == torch.float64 else pooled.float(), dim=-1)
 
@@ -248,8 +249,7 @@ class GVE(nn.Module):
         merge=False writes the LoRA adapter in PEFT's layout, merge=True full weights with LoRA folded in (as
         ForConditionalGeneration, so that any Qwen2.5-VL loader takes them). info: dict for gve.json.
         """
-        folder = Path(folder)
-        part = folder.with_name(folder.name + ".part")
+        part = Path(folder).with_name(Path(folder).name + ".part")
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         if merge or not hasattr(self.backbone, "peft_config"):
@@ -312,13 +312,15 @@ def load_backbone(path, dtype):
     if wrong := {k: sorted(map(str, report[k]))[:3] for k in ("missing_keys", "unexpected_keys", "mismatched_keys") if report[k]}:
         raise ValueError(f"{path}: weights do not fit Qwen2.5-VL: {wrong}")
     windows.install(model.visual)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # NaN gradients under a mask on Hopper (pytorch issue 196678), a plan per shape
     return model
 
 
-def _attach_adapter(backbone, path, trainable):
-    """Put an adapter folder's LoRA weights on a backbone and check that each one found its place."""
+def _attach_adapter(backbone, path, lora):
+    """Put an adapter folder's LoRA weights on a backbone and check that each one found its place; lora: from_pretrained's."""
     config = PeftConfig.from_pretrained(path)
-    config.inference_mode = not trainable
+    config.inference_mode = not lora
+    config.lora_dropout = lora["lora_dropout"] if isinstance(lora, dict) and "lora_dropout" in lora else config.lora_dropout
     model = get_peft_model(backbone, config)
     tensors = load_file(_file(path, "adapter_model.safetensors") or f"{path}/adapter_model.safetensors")
     tensors = {"base_model.model." + weight_key(k.removeprefix("base_model.model.")): v for k, v in tensors.items()}

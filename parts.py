@@ -10,6 +10,7 @@ and its lock dies with the process that holds it.
 
 import collections
 import contextlib
+import ctypes
 import fcntl
 import itertools
 import json
@@ -40,6 +41,7 @@ class Decoder(threading.local):
     @staticmethod
     def serve(parents, pipe, prepare):
         parents.close()  # an open copy would hide the parent's death
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: one that hangs would keep a dead rank's GPU memory
         os.setsid()  # what stops the parent's group is for the parent to heed: it still needs its clips for the step at hand
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # but its own way to heed it is not this process's
         torch.set_num_threads(1)
@@ -67,11 +69,11 @@ class Decoder(threading.local):
         return key, f"{self.name(key)}: {reason}"
 
 
-def prepared(order, prepare, name, workers, seconds, lock=None):
+def prepared(order, prepare, name, workers, seconds, lock=None, depth=0):
     """Yield (key, prepare(key)) in order, or (key, a reason that begins with name(key)) where its decoder died or took `seconds`.
 
     prepare runs in one of `workers` processes, which work ahead; with 0 of them it runs inline, without a limit.
-    lock: held by the caller whenever it does something during which no process should fork.
+    lock: held by the caller whenever it does something during which no process should fork. depth: how far ahead, at least.
     """
     if not workers:
         yield from ((key, prepare(key)) for key in order)
@@ -79,7 +81,7 @@ def prepared(order, prepare, name, workers, seconds, lock=None):
     decoder = Decoder(prepare, name, seconds, lock or threading.Lock())
     threads, cores = ThreadPoolExecutor(workers), torch.get_num_threads()
     futures = (threads.submit(decoder, key) for key in order)
-    ahead = collections.deque(itertools.islice(futures, 32 * workers))  # enough to last while the model runs
+    ahead = collections.deque(itertools.islice(futures, max(depth, 32 * workers)))  # to last while the model runs
     torch.set_num_threads(max(1, cores - workers))  # of the model, meanwhile
     try:
         while ahead:
@@ -116,8 +118,8 @@ def batches(plan, sources, collate, *, rank=0, world=1, micro_batch=32, micro_to
         except ValueError as error:
             return str(error)
 
-    def stream(keys, workers):
-        return prepared(keys, prepare, lambda key: sources[key[0]].where(key[1]), workers, seconds, lock)
+    def name(key):
+        return sources[key[0]].where(key[1])
 
     def usable(key, made, bad):
         for attempt in range(1, 101):
@@ -125,11 +127,12 @@ def batches(plan, sources, collate, *, rank=0, world=1, micro_batch=32, micro_to
                 return made
             bad.append(made)
             following = key[0], (key[1] + attempt) % len(sources[key[0]])
-            made = next(stream([following], min(workers, 1)))[1]
+            made = spare(following)[1] if workers else prepare(following)
         raise ValueError(f"100 rows on end cannot be used, the last: {bad[-1]}")
 
-    lock = threading.Lock()
-    ahead = stream([(k, int(row)) for k, rows in plan for row in rows[rank::world]], workers)
+    lock, keys = threading.Lock(), [(k, int(row)) for k, rows in plan for row in rows[rank::world]]
+    depth = 2 * max((len(rows[rank::world]) for _, rows in plan), default=0)  # the next step's rows while this one's are used
+    ahead, spare = prepared(keys, prepare, name, workers, seconds, lock, depth), Decoder(prepare, name, seconds, lock)
     for k, rows in plan:
         out = {"source": k, "rows": rows, "bad": []}
         made = [usable(*next(ahead), out["bad"]) for _ in rows[rank::world]]

@@ -41,8 +41,8 @@ from state import STOP, everyones, memory, reduce_sum, rng_state, save_state
 LEVELS = (("T2T", "T2I"), ("TI2I", "TI2T", "TI2TI", "I2I", "I2T", "T2TI"), ("T2V", "I2V", "V2V"), ("TI2V", "TV2V"))
 LEVEL = {task: level for level, tasks in enumerate(LEVELS, 1) for task in tasks}
 
-PAPER = dict(data="data", lr=3e-5, weight_decay=0.1, epochs=3, temperature=0.03, seed=42, dtype="bfloat16", batch_scale=32.0,
-             checkpointing=True, grad_cache=True, micro_batch=32, micro_tokens=32768, workers=4, probe_pairs=256)  # N_p: ours
+PAPER = dict(data="data", lr=3e-5, weight_decay=0.1, epochs=3, temperature=0.03, dtype="bfloat16", batch_scale=32.0, workers=4,
+             checkpointing=True, micro_batch=256, micro_tokens=32768, grad_cache=True, probe_pairs=256)  # PAPER: no cache, no N_p
 PRESETS = {
     "mini": dict(base="mini/base", prober="mini/prober", data="runs/mini", mixture=["runs/mini/train/mixture.json"],
                  out="runs/gve-mini", features="runs/features", steps=640, dropout=0.0, micro_tokens=16384),
@@ -61,7 +61,7 @@ class Flags:
     out: str = flag("", "checkpoint folder to write")
     prober: str = flag("", "Psi_1, the first epoch's prober: any checkpoint; empty: the starting one")
     schedule: str = flag("pyramid", "how sources are drawn", choices=["pyramid", "proportional", "uniform", "staged"])
-    epochs: int = flag(3, "curriculum epochs; together they are one pass over the data")
+    epochs: int = flag(3, "curriculum epochs; together they are one pass over the data")  # PAPER: or three; its curves show one
     steps: int = flag(0, "optimiser steps; 0: sum over sources of ceil(samples / global batch)")
     sigma_min: float = flag(0.1, "sigma of the first epoch")
     sigma_max: float = flag(1.0, "sigma of the last epoch")
@@ -107,7 +107,7 @@ def source_probabilities(schedule, relevance, sigma_t, sizes, levels, progress=0
     the levels one after the other, each for its share of the pairs, proportional to size inside.
     """
     sizes, levels = np.asarray(sizes, float), np.asarray(levels)
-    if schedule == "pyramid":
+    if schedule == "pyramid":  # PAPER: k is taken to be a source; its size does not count, as written
         z = np.asarray(relevance, float) / sigma_t
         weight = np.exp(z - z.max())
     elif schedule == "staged":
@@ -190,11 +190,12 @@ def mine(gve, source, rows, flags, cache=None):
     pairs, q, p = embed_pairs(gve, source, sorted(rows), flags, cache)
     ids, found = torch.tensor([content_id(item) for _, item in pairs]), {}
     first = torch.from_numpy(np.unique(ids, return_index=True)[1])  # (U,) one row of each content
+    pool, kinds = p[first].to(gve.device), ids[first].to(gve.device)  # (U, D), (U,)
     for block in torch.arange(len(pairs)).split(1024):
-        own = (q[block] * p[block]).sum(1, keepdim=True)
-        scores = (q[block].to(gve.device) @ p[first].to(gve.device).T).cpu()  # (1024, U)
-        barred = (ids[block][:, None] == ids[first]) | (scores > own + (math.inf if flags.margin < 0 else flags.margin))
-        best, at = scores.masked_fill(barred, -math.inf).topk(min(source.negatives, len(first)))
+        own, same = (q[block] * p[block]).sum(1, keepdim=True).to(gve.device), ids[block].to(gve.device)[:, None] == kinds
+        scores = q[block].to(gve.device) @ pool.T  # (1024, U)
+        barred = same | (scores > own + (math.inf if flags.margin < 0 else flags.margin))
+        best, at = (x.cpu() for x in scores.masked_fill(barred, -math.inf).topk(min(source.negatives, len(first))))
         for i, score, which in zip(block.tolist(), best, first[at], strict=True):
             found[pairs[i][0]] = [pairs[j][1] for j in which[score > -math.inf].tolist()]
     return found
@@ -210,8 +211,9 @@ def rehearse(gve, optimizer, collate, flags):
         sample["ids"] = collate._tokens(vision, "" if vision else "a " * flags.max_length, "", sample)
         length = len(sample["ids"])
         n = min(flags.micro_batch, max(1, flags.micro_tokens // length) if flags.micro_tokens else flags.micro_batch)
-        vectors, again = embed_parts(gve.train(), [collate.batch([sample] * n, raw=True)], flags.grad_cache)
-        vectors.sum().backward()
+        short = sample | {"ids": sample["ids"][1:]}  # uneven, as real ones are: attention with a mask
+        vectors, again = embed_parts(gve.train(), [collate.batch([sample] * (n - 1) + [short], raw=True)], flags.grad_cache)
+        info_nce_dist(vectors, vectors, 1 / flags.temperature).backward()
         replay(gve, vectors, again)
         optimizer.step()
         tqdm.write(f"{n} {name} of {length} tokens in a forward: {memory(gve.device):.2f} GiB at peak")
@@ -337,8 +339,7 @@ def main(flags):
             prober = GVE.from_pretrained(flags.prober, dtype=flags.dtype, device=device) if other else gve
             if flags.schedule == "pyramid":
                 relevance, error = (x.tolist() for x in probe(prober, sources, flags, rank, world))
-        drawn = list(sampler.drawn)
-        plan, share = [], np.zeros(len(sources))
+        drawn, plan, share = list(sampler.drawn), [], np.zeros(len(sources))
         for s in range(first_step, last_step):
             p = source_probabilities(flags.schedule, relevance, sigma_t, sizes, levels, s / steps)
             share += p / (last_step - first_step)
@@ -367,7 +368,6 @@ def main(flags):
         if resumed:
             rng_state(device, rng[rank].clone())  # last of all: whatever comes before may draw numbers, too
         prober = resumed = None
-
         gve.train()
         clock = since = time.perf_counter()  # probing and saving are not training time
         seen, waited, macs = 0, 0.0, 0
@@ -377,7 +377,7 @@ def main(flags):
             parts = {part: embed_parts(gve, batch[part], flags.grad_cache) for part in ("query", "positive", "negative")}
             q, p, n = (vectors[batch[f"{part}_at"].to(device)] for part, (vectors, _) in parts.items())  # (B, D), (B, D), (N, D)
             p_ids, n_ids = batch["positive_ids"].to(device), batch["negative_ids"].to(device)
-            # -- loss: this rank's share of the global mean, Eq. (1) in both directions --
+            # -- loss: this rank's share. # PAPER: Eq. (1) has a row's own hard negatives, no masks; as the released forward --
             loss = info_nce_dist(q, p, 1 / flags.temperature, n=n, p_ids=p_ids, n_ids=n_ids,
                                  margin=None if flags.margin < 0 else flags.margin, symmetric=flags.symmetric)
             # -- backward, and one sum over ranks --
@@ -389,6 +389,7 @@ def main(flags):
                 extra = torch.cat([loss.detach().double()[None], curve_sums(q, p, n, p_ids, n_ids).double(),
                                    torch.tensor([work, len(STOP)], device=device, dtype=torch.float64)])
             loss_sum, scores, n_scores, positives, gaps, rows, work, stops = reduce_sum(parameters, extra).tolist()
+            parts = q = p = n = loss = None  # the next step's come before these would go
             norm = float(torch.nn.utils.clip_grad_norm_(parameters, flags.clip or math.inf))
             if not math.isfinite(loss_sum) or not math.isfinite(norm):
                 raise FloatingPointError(f"step {step}: loss {loss_sum}, gradient norm {norm}; source {source.name}, rows "
@@ -427,6 +428,7 @@ def main(flags):
                         "step": step, "epoch": epoch, "drawn": drawn, "relevance": relevance, "error": error, "config": config,
                         "bad_rows": sorted(set().union(*bad)), "log": log_file.tell()}, flags.keep)
             if stops:
+                everyones(None, world)  # rank 0 has saved: 30 s after the first exit torchrun kills the rest
                 say(f"stopped after step {step} as asked; `--resume auto` goes on from here")
                 sys.exit(128 + (STOP or [15])[0])  # 15: the signal came to another rank
             clock = time.perf_counter()

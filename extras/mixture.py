@@ -14,15 +14,13 @@ at a time, as without GradCache, add 2 L D bytes for each of their tokens. No GP
 import argparse
 import json
 import math
-import re
 import sys
 from pathlib import Path
 
-from data import IMAGE_TOKENS, Source, load_image, load_mixture, load_video
+from data import Source, load_image, load_mixture, load_video
 from parts import prepared
 
 WIDTHS = {"3B": (3.75e9, 36, 2048, 11008, 256), "7B": (7.75e9, 28, 3584, 18944, 512)}  # W, L, D, I, width of keys and values
-TOKENS = {"T": 128, "I": IMAGE_TOKENS, "V": 800}  # per item: a guess for texts, the limits for images and 8 frames in 4 grids
 
 
 def lora_weights(layers, width, mlp, keys, r=16):
@@ -37,7 +35,7 @@ def memory(model, tokens):
     return (state + tokens * (2 * layers * width + 40 * mlp)) / 2**30
 
 
-def describe(path, roots=(), batch_scale=32, epochs=3, micro_batch=32):
+def describe(path, roots=(), batch_scale=32, epochs=3, micro_tokens=32768):
     """Print each source of a mixture with its rows and steps, then the run over those that are here (the gve presets' numbers).
 
     Returns an error text if no file is here. "passes": how often the rows of a source are seen under proportional sampling;
@@ -63,10 +61,8 @@ def describe(path, roots=(), batch_scale=32, epochs=3, micro_batch=32):
     pairs, total = sum(source.samples for source, _ in present), sum(steps for _, steps in present)
     print(f"\n{len(present)} of {len(present) + len(absent)} sources, {pairs:,} pairs, {total:,} steps, {epochs} curriculum "
           f"epochs of {total / epochs:,.0f} steps")
-    forms = {form for source, _ in present for form in re.findall(r"[TIV]+", source.task)}
-    item = 32 + max(sum(TOKENS[kind] for kind in form) for form in forms)  # 32: turns and instruction
-    sizes = ", ".join(f"{model} {memory(model, micro_batch * item):.0f} GiB" for model in WIDTHS)
-    print(f"GPU memory, 2 W + 16 A + t (2 L D + 40 I): about {sizes} for t = {micro_batch} items x {item} tokens")
+    sizes = ", ".join(f"{model} {memory(model, micro_tokens):.0f} GiB" for model in WIDTHS)
+    print(f"GPU memory, 2 W + 16 A + t (2 L D + 40 I): about {sizes} for t = {micro_tokens:,} tokens (--micro-tokens)")
     if absent:
         print(f"to train on what is here, delete the other {len(absent)} entries from a copy of {path}; name it with --mixture")
 

@@ -374,8 +374,8 @@ def info_nce_dist(q, p, scale, *, n=None, p_ids=None, n_ids=None, margin=None, s
     """This rank's share of the global mean loss: shares, and all gradients, SUM over the ranks to the one-process result.
 
     q, p (N, D) this rank's queries and their positives, n (K, D) or None its hard negatives, p_ids (N,), n_ids (K,) content
-    ids. N and K may differ between ranks, and be 0. Every rank's p and n are candidates of every query. The rest as info_nce.
-
+    ids. N and K may differ between ranks, and be 0. Every rank's p and n are candidates of every query. # PAPER:
+    Eq. (1) names a row's own hard negatives alone, and no masks; the released forward has all of these. The rest as info_nce.
     q, p, n and scale carry gradient: on each rank its part of the gradient of the *global* mean (its rows' losses over all
     ranks' rows), so all-reduce with SUM, never average. What other ranks' queries say about p and n comes home in one
     reduce-scatter; queries never travel. Every rank must call backward. One host sync, for the row counts; none on one rank.

@@ -14,9 +14,12 @@ def window_attention(module, query, key, value, attention_mask, scaling=None, cu
 
     query, key, value (1, H, P, d) in window order; cu_seq_lens_q (windows + 1,) boundaries along P -> (1, P, H, d), None
     """
-    lengths, out = cu_seq_lens_q.diff(), torch.empty_like(query[0].transpose(0, 1))  # (windows,), (P, H, d)
-    for n in lengths.unique().tolist():
-        at = cu_seq_lens_q[:-1][lengths == n][:, None] + torch.arange(n, device=query.device)  # (W, n) the windows of length n
+    out = torch.empty_like(query[0].transpose(0, 1))  # (P, H, d)
+    if not hasattr(cu_seq_lens_q, "windows"):  # kept on the tensor, which all blocks of a forward share: this waits for the GPU
+        lengths = cu_seq_lens_q.diff()  # (windows,)
+        cu_seq_lens_q.windows = [cu_seq_lens_q[:-1][lengths == n][:, None] + torch.arange(n, device=query.device)
+                                 for n in lengths.unique().tolist()]
+    for at in cu_seq_lens_q.windows:  # (W, n) the windows of one length n
         q, k, v = (x[0].transpose(0, 1)[at].transpose(1, 2) for x in (query, key, value))  # (W, H, n, d)
         out[at] = F.scaled_dot_product_attention(q, k, v, scale=scaling).transpose(1, 2)
     return out[None], None
