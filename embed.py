@@ -223,9 +223,17 @@ def parse_flags(cls, argv=None, doc=None, presets=None):
     bool fields become --x / --no-x, list fields take several words; presets {name: {field: value}} are defaults by --preset.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    given = {}
+    if presets:  # known before the others, so that --help shows the preset's defaults
+        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        first.add_argument("--preset", default=cls.preset)
+        given = presets.get(first.parse_known_args(argv)[0].preset, {})
     for field in dataclasses.fields(cls):
         default = field.default_factory() if field.default is dataclasses.MISSING else field.default
-        how = {"default": default, "help": f"{field.metadata.get('help', '')} (default {default})".replace("%", "%%")}
+        default = given.get(field.name, default)
+        shown = " ".join(map(str, default)) if isinstance(default, list) else default
+        shown = f" (default {shown})" if shown != "" else ""
+        how = {"default": default, "help": (field.metadata.get("help", "") + shown).replace("%", "%%")}
         if field.type is bool:
             how["action"] = argparse.BooleanOptionalAction
         elif isinstance(default, list):
@@ -233,8 +241,6 @@ def parse_flags(cls, argv=None, doc=None, presets=None):
         else:
             how.update(type=field.type, choices=field.metadata.get("choices"))
         parser.add_argument("--" + field.name.replace("_", "-"), **how)
-    if presets:
-        parser.set_defaults(**presets[parser.parse_known_args(argv)[0].preset])
     return cls(**vars(parser.parse_args(argv)))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,7 @@ from data import (  # noqa: E402
     micro_batches,
     resolve,
 )
+from extras.mixture import check  # noqa: E402
 from parts import batches  # noqa: E402
 
 
@@ -261,6 +263,22 @@ def test_check_lists_every_bad_row_with_file_and_line(media, mixture, tmp_path):
     bad, total = done.stdout.splitlines(), done.stderr.strip()
     assert [line.split("rows.jsonl:")[1].split(":")[0] for line in bad] == ["2", "3", "4", "5", "6", "7"], done.stdout
     assert total.endswith("6 unusable rows")
+
+
+def test_check_survives_what_kills_its_decoder(media, mixture, monkeypatch):
+    rows = [{"query": {"text": c}, "positive": {"video": f"{c}.mp4"}, "negatives": None} for c in "abcd"]
+    (media / "deadly.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert list(check(media / "deadly.jsonl", workers=2)) == []
+    monkeypatch.setattr("extras.mixture.load_video", lambda video: "b.mp4" in video and os.kill(os.getpid(), signal.SIGKILL))
+    assert [line.split("deadly.jsonl:")[1] for line in check(media / "deadly.jsonl", workers=2)] == ["2: its decoder crashed"]
+
+
+def test_a_misspelt_mixture_is_named(tmp_path):
+    for content in ([{"name": "x", "task": "T2T", "path": "x.jsonl", "batchsize": 3}], ["x"], {"name": "x"}):
+        (tmp_path / "x.jsonl").write_text('{"query": {"text": "a"}, "positive": {"text": "b"}}\n')
+        (tmp_path / "m.json").write_text(json.dumps(content))
+        done = command("mixture", tmp_path / "m.json")
+        assert done.returncode == 1 and "m.json: not a mixture of sources" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_unknown_flags_are_errors():

@@ -204,6 +204,45 @@ def test_raw_batches_give_the_bits_of_normalised_ones_at_a_quarter_of_the_bytes(
         assert torch.equal(gve(normal), gve(raw))
 
 
+@pytest.mark.parametrize("item", [{"vidoe": "a.mp4"}, {"text": ""}, {}, "a text"])
+def test_what_is_no_item_has_no_vector(gve, item):
+    with pytest.raises(ValueError, match="an item needs a non-empty text, image or video"):
+        gve.embed([item])
+
+
+def test_in_bfloat16_lora_computes_in_bfloat16_over_float32_weights(tiny, media):
+    torch.manual_seed(0)
+    half, full = (GVE.from_pretrained(tiny, dtype=dtype, lora={"lora_dropout": 0.0}) for dtype in ("bfloat16", "float32"))
+    for (name, p), q in zip(half.lora_parameters().items(), full.lora_parameters().values(), strict=True):
+        p.data = torch.randn_like(p) * 0.05  # B, too, so that the adapter matters
+        q.data = p.data.clone()
+        assert p.dtype == torch.float32, name
+    seen = set()
+    for module in half.core.language_model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(lambda _, given, made: seen.add((given[0].dtype, made.dtype)))
+    batch = Collator(half.processor)([item for group in items_of(media).values() for item in group])
+    target = torch.randn(10, half.dim, generator=torch.Generator().manual_seed(1))
+    grads = []
+    for gve in (half, full):
+        vectors = gve(batch)
+        assert vectors.dtype == torch.float32
+        (vectors * target).sum().backward()
+        grads.append(torch.cat([p.grad.flatten() for p in gve.lora_parameters().values()]))
+    assert seen == {(torch.bfloat16, torch.bfloat16)}
+    assert grads[0].dtype == torch.float32 and torch.cosine_similarity(*grads, dim=0) > 0.98
+    assert (vectors * half(batch)).sum(1).min() > 0.999
+
+
+def test_the_dropout_asked_for_holds_on_an_adapter_that_is_trained_on(tiny, tmp_path):
+    GVE.from_pretrained(tiny, lora={"lora_dropout": 0.1}).save_pretrained(tmp_path)
+
+    def rates(**how):
+        gve = GVE.from_pretrained(tmp_path, **how)
+        return {m.p for name, m in gve.named_modules() if "lora_dropout" in name and isinstance(m, torch.nn.Dropout)}
+    assert rates(lora=True) == {0.1} and rates(lora={"lora_dropout": 0.3}) == {0.3} and rates(lora={"lora_dropout": 0.0}) == set()
+
+
 def test_pool_takes_the_last_attended_token_on_both_sides():
     hidden = torch.arange(24.0).view(2, 4, 3)
     mask = torch.tensor([[0, 1, 1, 1], [1, 1, 0, 0]])

@@ -548,6 +548,14 @@ def test_sigma_and_the_other_schedules():
     assert staged[4] == staged[5] == [0, 0, 0, 1]
 
 
+def test_help_shows_the_defaults_of_the_preset():
+    shown = " ".join(run("train.py", "--preset", "gve-3b", "--help").stdout.split())
+    for wanted in ("(default Qwen/Qwen2.5-VL-3B-Instruct)", "cosine to zero (default 3e-05)",
+                   "(default mixtures/gve-3b.json)", "samples / global batch) (default 0)"):
+        assert wanted in shown, wanted
+    assert "samples / global batch) (default 640)" in " ".join(run("train.py", "--help").stdout.split())
+
+
 def test_presets_hold_table_9():
     for name in ("gve-3b", "gve-7b"):
         flags = train.parse_flags(train.Flags, ["--preset", name], presets=train.PRESETS)
