@@ -41,8 +41,8 @@ from state import STOP, everyones, memory, reduce_sum, rng_state, save_state
 LEVELS = (("T2T", "T2I"), ("TI2I", "TI2T", "TI2TI", "I2I", "I2T", "T2TI"), ("T2V", "I2V", "V2V"), ("TI2V", "TV2V"))
 LEVEL = {task: level for level, tasks in enumerate(LEVELS, 1) for task in tasks}
 
-PAPER = dict(data="data", lr=3e-5, weight_decay=0.1, epochs=3, temperature=0.03, dtype="bfloat16", batch_scale=32.0, workers=4,
-             checkpointing=True, micro_batch=256, micro_tokens=32768, grad_cache=True, probe_pairs=256)  # PAPER: no cache, no N_p
+PAPER = dict(lr=3e-5, weight_decay=0.1, epochs=3, temperature=0.03, dtype="bfloat16", batch_scale=32.0, checkpointing=True,
+             micro_batch=256, micro_tokens=32768, workers=4, save_every=200, grad_cache=True, probe_pairs=256)  # PAPER: no cache
 PRESETS = {
     "mini": dict(base="mini/base", prober="mini/prober", data="runs/mini", mixture=["runs/mini/train/mixture.json"],
                  out="runs/gve-mini", features="runs/features", steps=640, dropout=0.0, micro_tokens=16384),
@@ -55,7 +55,7 @@ PRESETS = {
 class Flags:
     preset: str = flag("mini", "defaults of the other flags", choices=list(PRESETS))
     base: str = flag("", "checkpoint to start from: Qwen2.5-VL, or a LoRA folder to go on with")
-    data: str = flag("", "folder of the training data; media may lie anywhere under it")
+    data: str = flag("data", "folder of the training data; media may lie anywhere under it")
     mixture: list[str] = flag([], "mixtures, joined; their files lie beside them or under DATA; none: DATA/mixture.json")
     root: list[str] = flag([], "more folders that media may lie in")
     out: str = flag("", "checkpoint folder to write")
