@@ -331,9 +331,11 @@ class Source:
         try:
             if not {"query", "positive"} <= row.keys() <= {"query", "positive", "negatives", "id"}:
                 raise ValueError(f"keys {sorted(row)}; accepted: query, positive (both required), negatives, id")
-            items = [row["query"], row["positive"], *[*self.mined.get(i, []), *(row.get("negatives") or [])][: self.negatives]]
+            if not isinstance(negatives := row.get("negatives") or [], list):
+                raise ValueError(f"negatives must be a list of items, got {negatives!r}")
+            items = [row["query"], row["positive"], *[*self.mined.get(i, []), *negatives][: self.negatives]]
             return use([resolve(item, os.path.dirname(os.path.abspath(self.path)), roots) for item in items])
-        except (ValueError, TypeError, FileNotFoundError) as error:
+        except (ValueError, FileNotFoundError) as error:
             raise ValueError(f"{where}: {error}") from error
 
 

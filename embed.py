@@ -79,7 +79,8 @@ def encode(gve, items, instruction=None, *, batch_tokens=4096, workers=0, second
     training, todo = gve.training, [i for i in order[rank::world] if i not in known]
     gve.eval()
     with tqdm(total=len(todo), desc=desc, disable=desc is None or rank > 0, leave=False) as bar:
-        for batch in _batches(prepared(todo, prepare, items.__getitem__, workers, seconds, lock), failed, batch_tokens):
+        stream = prepared(todo, prepare, items.__getitem__, workers, seconds, lock, cores=True)
+        for batch in _batches(stream, failed, batch_tokens):
             with lock:
                 vectors[list(batch)] = made = gve(to_device(collate.batch(batch.values(), raw=True), gve.device)).float().cpu()
             if cache:

@@ -145,7 +145,7 @@ class GVE(nn.Module):
             processor = Qwen2_5_VLProcessor.from_pretrained(path)
         except (OSError, ValueError, TypeError, ImportError) as error:  # transformers raises any of these for absent files
             name = path if os.path.exists(path) else f"{path} (a hub id, for there is no such folder)"
-            raise ValueError(f"{name}: no usable processor (its config, tokenizer.json): {error!s:.200}") from error
+            raise ValueError(f"{name}: no usable processor (its config, tokenizer.json): {str(error).splitlines()[0]}") from error
         backbone = load_backbone(base, dtype)
         backbone.requires_grad_(False)
         if is_adapter:

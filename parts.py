@@ -69,26 +69,27 @@ class Decoder(threading.local):
         return key, f"{self.name(key)}: {reason}"
 
 
-def prepared(order, prepare, name, workers, seconds, lock=None, depth=0):
+def prepared(order, prepare, name, workers, seconds, lock=None, depth=0, cores=False):
     """Yield (key, prepare(key)) in order, or (key, a reason that begins with name(key)) where its decoder died or took `seconds`.
 
     prepare runs in one of `workers` processes, which work ahead; with 0 of them it runs inline, without a limit.
     lock: held by the caller whenever it does something during which no process should fork. depth: how far ahead, at least.
+    cores: until all is prepared torch has a thread less here for each of them; for callers that wait for their decoders.
     """
     if not workers:
         yield from ((key, prepare(key)) for key in order)
         return
     decoder = Decoder(prepare, name, seconds, lock or threading.Lock())
-    threads, cores = ThreadPoolExecutor(workers), torch.get_num_threads()
+    threads, before = ThreadPoolExecutor(workers), torch.get_num_threads()
     futures = (threads.submit(decoder, key) for key in order)
     ahead = collections.deque(itertools.islice(futures, max(depth, 32 * workers)))  # to last while the model runs
-    torch.set_num_threads(max(1, cores - workers))  # of the model, meanwhile
+    torch.set_num_threads(max(1, before - cores * workers))
     try:
         while ahead:
             yield ahead.popleft().result()
             ahead.extend(itertools.islice(futures, 1))
     finally:
-        torch.set_num_threads(cores)
+        torch.set_num_threads(before)
         threads.shutdown(cancel_futures=True)
 
 

@@ -42,7 +42,7 @@ LEVELS = (("T2T", "T2I"), ("TI2I", "TI2T", "TI2TI", "I2I", "I2T", "T2TI"), ("T2V
 LEVEL = {task: level for level, tasks in enumerate(LEVELS, 1) for task in tasks}
 
 PAPER = dict(lr=3e-5, weight_decay=0.1, epochs=3, temperature=0.03, dtype="bfloat16", batch_scale=32.0, checkpointing=True,
-             micro_batch=256, micro_tokens=32768, workers=4, save_every=200, grad_cache=True, probe_pairs=256)  # PAPER: no cache
+             workers=4, micro_batch=256, micro_tokens=32768, save_every=200, probe_pairs=256, grad_cache=True)  # PAPER: cache off
 PRESETS = {
     "mini": dict(base="mini/base", prober="mini/prober", data="runs/mini", mixture=["runs/mini/train/mixture.json"],
                  out="runs/gve-mini", features="runs/features", steps=640, dropout=0.0, micro_tokens=16384),

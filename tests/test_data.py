@@ -245,6 +245,15 @@ def test_an_unusable_row_is_replaced_by_the_next_one_for_any_rank_and_listed(tin
     assert third["positive_ids"].tolist() == step["positive_ids"][2::3].tolist()
 
 
+def test_decoders_ahead_of_training_leave_it_its_threads(tiny, mixture, monkeypatch):
+    sources, collate, said = load_mixture(mixture), Collator(Qwen2_5_VLProcessor.from_pretrained(tiny)), []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)  # a pool of threads that exists would make other tests' forks hang
+    monkeypatch.setattr(torch, "set_num_threads", said.append)
+    apart, inline = (next(batches([(0, np.arange(7))], sources, collate, workers=n)) for n in (1, 0))
+    assert set(said) == {3}
+    assert torch.equal(apart["positive"][0]["pixel_values_videos"], inline["positive"][0]["pixel_values_videos"])
+
+
 def command(*words):
     return subprocess.run([sys.executable, "data.py", *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=120)
 
@@ -254,6 +263,7 @@ def test_check_lists_every_bad_row_with_file_and_line(media, mixture, tmp_path):
     (media / "broken.mp4").write_bytes(b"no")
     a = {"text": "a"}
     rows = [{"query": a, "positive": {"video": "a.mp4"}}, {"query": a, "positive": {"video": "broken.mp4"}},
+            {"query": a, "positive": {"text": "b"}, "negatives": 3},
             {"query": a, "positive": {"video": "../x.mp4"}}, {"query": a, "positives": {"video": "a.mp4"}},
             {"query": {}, "positive": {"video": "a.mp4"}},
             {"query": a, "positive": {"text": "b"}, "negatives": [{"image": "no.png"}]}]
@@ -261,14 +271,14 @@ def test_check_lists_every_bad_row_with_file_and_line(media, mixture, tmp_path):
     done = command("check", media / "rows.jsonl")
     assert done.returncode == 1
     bad, total = done.stdout.splitlines(), done.stderr.strip()
-    assert [line.split("rows.jsonl:")[1].split(":")[0] for line in bad] == ["2", "3", "4", "5", "6", "7"], done.stdout
-    assert total.endswith("6 unusable rows")
+    assert [line.split("rows.jsonl:")[1].split(":")[0] for line in bad] == ["2", "3", "4", "5", "6", "7", "8"], done.stdout
+    assert "negatives must be a list of items, got 3" in bad[1] and total.endswith("7 unusable rows")
 
 
 def test_check_survives_what_kills_its_decoder(media, mixture, monkeypatch):
     rows = [{"query": {"text": c}, "positive": {"video": f"{c}.mp4"}, "negatives": None} for c in "abcd"]
     (media / "deadly.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert list(check(media / "deadly.jsonl", workers=2)) == []
+    assert list(check(media / "deadly.jsonl", workers=2)) == []  # null: no negatives
     monkeypatch.setattr("extras.mixture.load_video", lambda video: "b.mp4" in video and os.kill(os.getpid(), signal.SIGKILL))
     assert [line.split("deadly.jsonl:")[1] for line in check(media / "deadly.jsonl", workers=2)] == ["2: its decoder crashed"]
 

@@ -229,7 +229,7 @@ def test_in_bfloat16_lora_computes_in_bfloat16_over_float32_weights(tiny, media)
         assert vectors.dtype == torch.float32
         (vectors * target).sum().backward()
         grads.append(torch.cat([p.grad.flatten() for p in gve.lora_parameters().values()]))
-    assert seen == {(torch.bfloat16, torch.bfloat16)}
+    assert seen == {(torch.bfloat16, torch.bfloat16)} and not torch.backends.cuda.cudnn_sdp_enabled()
     assert grads[0].dtype == torch.float32 and torch.cosine_similarity(*grads, dim=0) > 0.98
     assert (vectors * half(batch)).sum(1).min() > 0.999
 
