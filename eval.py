@@ -35,28 +35,39 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 
-import data
 import uvrb
-from embed import GVE, Cache, encode, flag, parse_flags
-from extras.tables import cell, print_published, show
-from state import join_ranks
+from embed import encode
+from model import GVE
+from support.cache import VectorCache
+from support.files import read_jsonl
+from support.flags import flag, parse_flags
+from support.ranks import join_ranks, leave_ranks
+from tables import cell, print_published, show
 
 
 @dataclasses.dataclass
 class Flags:
     ckpt: str = flag("runs/gve-mini", "checkpoint to score: a folder or a hub id")
     encoder: str = flag("", "score a function instead, FILE.py:NAME")
-    embeddings: str = flag("", "score a folder of vectors instead, <DS>/vectors.npy and <DS>/items.jsonl")
-    uvrb: str = flag("runs/mini/uvrb", "benchmark folder; media may lie anywhere below the folder that holds it")
+    embeddings: str = flag(
+        "", "score a folder of vectors instead, <DS>/vectors.npy and <DS>/items.jsonl"
+    )
+    uvrb: str = flag(
+        "runs/mini/uvrb", "benchmark folder; media may lie anywhere below the folder that holds it"
+    )
     root: list[str] = flag([], "further folders for media; paths are tried relative to them too")
     datasets: list[str] = flag([], "the datasets to score; none: all that are there")
     frames: list[int] = flag([8], "frames per video, even; several are scored one after the other")
-    max_tokens: list[int] = flag([200], "visual tokens per frame at most, 28x28 pixels each; several likewise")
-    prompt_style: str = flag("", "turn that holds a query's prompt, system or user; empty: the checkpoint's own, else system")
+    max_tokens: list[int] = flag(
+        [200], "visual tokens per frame at most, 28x28 pixels each; several likewise"
+    )
+    prompt_style: str = flag(
+        "",
+        "turn that holds a query's prompt, system or user; empty: the checkpoint's own, else system",
+    )
     batch_tokens: int = flag(4096, "tokens per forward pass, padding included")
     batch_size: int = flag(32, "items per call of --encoder's function")
     workers: int = flag(0, "decoding processes per rank; 0 decodes in this one")
@@ -66,21 +77,32 @@ class Flags:
     bootstrap: int = flag(0, "resamples of the queries for 95 % intervals, say 1000; 0: none")
     trec: bool = flag(False, "also write TREC files, <out>/trec/<DS>.run and .qrels")
     name: str = flag("", "the model's name in the tables; empty: the last part of what is scored")
-    out: str = flag("", "folder to write; empty: runs/<last part of what is scored>, or runs/tables where nothing is")
+    out: str = flag(
+        "",
+        "folder to write; empty: runs/<last part of what is scored>, or runs/tables where nothing is",
+    )
     table: list[str] = flag([], "score nothing, show these of Tables 1-11")
     figure: list[str] = flag([], "score nothing, show these of Figures 2 6 7 8 11 12 13")
-    results: list[str] = flag([], "score nothing, show these results.json files; alone: in Tables 1 and 2")
-    published: bool = flag(False, "score nothing, recompute the paper's cells from each other and list those that disagree")
+    results: list[str] = flag(
+        [], "score nothing, show these results.json files; alone: in Tables 1 and 2"
+    )
+    published: bool = flag(
+        False,
+        "score nothing, recompute the paper's cells from each other and list those that disagree",
+    )
 
 
 # ---- metrics ----
+
 
 def cosines(queries, corpus, pools=None, *, block=2**26):
     """Yield per query (corpus indices of its candidates in corpus order (C,) int64, their cosines (C,) float32); see ranks."""
     step, everything = max(1, block // max(1, len(corpus))), torch.arange(len(corpus))
     for start in range(0, len(queries), step):
         q = F.normalize(queries[start : start + step].float(), dim=-1)
-        rows = torch.cat([q @ F.normalize(c.float(), dim=-1).T for c in corpus.split(65536)], 1)  # no copy of the corpus
+        rows = torch.cat(
+            [q @ F.normalize(c.float(), dim=-1).T for c in corpus.split(65536)], 1
+        )  # no copy of the corpus
         assert rows.isfinite().all(), "a NaN would compare false and so rank first"
         for i, scores in enumerate(rows, start):  # scores (M,)
             pool = torch.tensor(sorted(pools[i])) if pools else everything
@@ -95,9 +117,15 @@ def ranks(queries, corpus, positives, pools=None, *, block=2**26):
     positives take up places too, as in trec_eval. About `block` scores exist at a time.
     """
     out = []
-    for own, (pool, scores) in zip(positives, cosines(queries, corpus, pools, block=block), strict=True):
+    for own, (pool, scores) in zip(
+        positives, cosines(queries, corpus, pools, block=block), strict=True
+    ):
         at = torch.searchsorted(pool, torch.tensor(own, dtype=torch.int64)).tolist()
-        out.append(sorted(1 + int((scores > scores[p]).sum() + (scores[:p] == scores[p]).sum()) for p in at))
+        out.append(
+            sorted(
+                1 + int((scores > scores[p]).sum() + (scores[:p] == scores[p]).sum()) for p in at
+            )
+        )
     return out
 
 
@@ -109,23 +137,38 @@ def query_metrics(ranks):
     """
     if not ranks:
         raise ValueError("a query without a positive has no metrics")
-    dcg, ideal = (sum(1 / math.log2(1 + r) for r in at if r <= 10) for at in (ranks, range(1, len(ranks) + 1)))
+    dcg, ideal = (
+        sum(1 / math.log2(1 + r) for r in at if r <= 10) for at in (ranks, range(1, len(ranks) + 1))
+    )
     recall = {f"R@{k}": sum(r <= k for r in ranks) / len(ranks) for k in (1, 5, 10)}
     hit = {f"hit@{k}": float(ranks[0] <= k) for k in (1, 5, 10)}
-    return {**recall, **hit, "P@1": hit["hit@1"], "MRR": 1 / ranks[0], "nDCG@10": dcg / ideal, "MdR": ranks[0], "MnR": ranks[0]}
+    return {
+        **recall,
+        **hit,
+        "P@1": hit["hit@1"],
+        "MRR": 1 / ranks[0],
+        "nDCG@10": dcg / ideal,
+        "MdR": ranks[0],
+        "MnR": ranks[0],
+    }
 
 
 def metrics(ranks):
     """Average query_metrics over N queries; MdR is the median, MnR the mean of the first positives' ranks."""
     rows = [query_metrics(r) for r in ranks]
-    return {name: float((np.median if name == "MdR" else np.mean)([row[name] for row in rows])) for name in rows[0]}
+    return {
+        name: float((np.median if name == "MdR" else np.mean)([row[name] for row in rows]))
+        for name in rows[0]
+    }
 
 
 def chance(metric, counts, sizes):
     """Expected R@k or P@k of a uniformly random ranking, exact. counts, sizes: per query, its positives and its candidates."""
     kind, k = metric.split("@")
     # A positive is among the first k of M with probability k/M: recall's mean. Each of the first k is a positive with P/M.
-    values = [min(1, int(k) / m) if kind == "R" else p / m for p, m in zip(counts, sizes, strict=True)]
+    values = [
+        min(1, int(k) / m) if kind == "R" else p / m for p, m in zip(counts, sizes, strict=True)
+    ]
     return math.fsum(values) / len(values)
 
 
@@ -143,26 +186,61 @@ def score(bench, queries, corpus, lost_queries=(), lost_corpus=(), *, bootstrap=
     bootstrap: adds so many "draws", scores of resampled queries; trec: path without suffix of TREC files.
     """
     metric, lost_corpus = uvrb.ALL[bench.name].metric, set(lost_corpus)
-    scored = [i for i, own in enumerate(bench.positives) if i not in lost_queries and not lost_corpus.intersection(own)]
+    scored = [
+        i
+        for i, own in enumerate(bench.positives)
+        if i not in lost_queries and not lost_corpus.intersection(own)
+    ]
     kept = [j for j in range(len(bench.corpus)) if j not in lost_corpus]
-    expected, expected_corpus = bench.expected[0] or len(bench.queries), bench.expected[1] or len(bench.corpus)
-    entry = {"metric": metric, "score": None, "chance": None, "ceiling": None, "n": len(scored), "expected": expected,
-             "corpus": len(kept), "expected_corpus": expected_corpus, "pooled": bench.pools is not None,
-             "complete": len(scored) == expected and len(kept) == expected_corpus}
+    expected, expected_corpus = (
+        bench.expected[0] or len(bench.queries),
+        bench.expected[1] or len(bench.corpus),
+    )
+    entry = {
+        "metric": metric,
+        "score": None,
+        "chance": None,
+        "ceiling": None,
+        "n": len(scored),
+        "expected": expected,
+        "corpus": len(kept),
+        "expected_corpus": expected_corpus,
+        "pooled": bench.pools is not None,
+        "complete": len(scored) == expected and len(kept) == expected_corpus,
+    }
     if scored:
         new = {old: j for j, old in enumerate(kept)}
         positives = [[new[p] for p in bench.positives[i]] for i in scored]
-        pools = None if bench.pools is None else [[new[p] for p in bench.pools[i] if p in new] for i in scored]
-        counts, sizes = [len(p) for p in positives], [len(p) for p in pools] if pools else [len(kept)] * len(scored)
+        pools = (
+            None
+            if bench.pools is None
+            else [[new[p] for p in bench.pools[i] if p in new] for i in scored]
+        )
+        counts, sizes = (
+            [len(p) for p in positives],
+            [len(p) for p in pools] if pools else [len(kept)] * len(scored),
+        )
         found = ranks(queries[scored], corpus[kept], positives, pools)
         values = metrics(found)
-        entry |= {"score": values[metric], "chance": chance(metric, counts, sizes), "ceiling": ceiling(metric, counts)} | values
+        entry |= {
+            "score": values[metric],
+            "chance": chance(metric, counts, sizes),
+            "ceiling": ceiling(metric, counts),
+        } | values
         if bootstrap:  # the name seeds it, so that datasets are resampled independently
-            rng, each = np.random.default_rng(zlib.crc32(bench.name.encode())), [query_metrics(r)[metric] for r in found]
+            rng, each = (
+                np.random.default_rng(zlib.crc32(bench.name.encode())),
+                [query_metrics(r)[metric] for r in found],
+            )
             entry["draws"] = [float(rng.choice(each, len(each)).mean()) for _ in range(bootstrap)]
         if trec:
-            write_trec(trec, [bench.queries[i]["id"] for i in scored], [bench.corpus[j]["id"] for j in kept], positives,
-                       cosines(queries[scored], corpus[kept], pools))
+            write_trec(
+                trec,
+                [bench.queries[i]["id"] for i in scored],
+                [bench.corpus[j]["id"] for j in kept],
+                positives,
+                cosines(queries[scored], corpus[kept], pools),
+            )
     return entry
 
 
@@ -173,43 +251,92 @@ def write_trec(path, queries, corpus, positives, rankings, depth=1000):
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     queries, corpus = ([re.sub(r"\s", "%20", key) for key in ids] for ids in (queries, corpus))
-    with open(f"{path}.run", "w", encoding="utf-8") as run, open(f"{path}.qrels", "w", encoding="utf-8") as qrels:
+    with (
+        open(f"{path}.run", "w", encoding="utf-8") as run,
+        open(f"{path}.qrels", "w", encoding="utf-8") as qrels,
+    ):
         for query, own, (pool, scores) in zip(queries, positives, rankings, strict=True):
             order = scores.argsort(descending=True, stable=True)[:depth].tolist()
-            run.writelines(f"{query} Q0 {corpus[pool[j]]} {n} {scores[j].item()!r} nanoGVE\n" for n, j in enumerate(order, 1))
+            run.writelines(
+                f"{query} Q0 {corpus[pool[j]]} {n} {scores[j].item()!r} nanoGVE\n"
+                for n, j in enumerate(order, 1)
+            )
             qrels.writelines(f"{query} 0 {corpus[p]} 1\n" for p in own)
 
 
 def summarise(benchmark, model, protocol, datasets):
     """Make results.json's content: only complete datasets enter abilities and averages, and what needs another is None."""
     draws = {name: entry.pop("draws") for name, entry in datasets.items() if "draws" in entry}
-    means = uvrb.abilities({name: entry["score"] for name, entry in datasets.items() if entry["complete"]})
+    means = uvrb.abilities(
+        {name: entry["score"] for name, entry in datasets.items() if entry["complete"]}
+    )
     averages = {name: means.pop(name) for name in ("AVG-D", "AVG-A")}
-    result = {"benchmark": benchmark, "model": model, "protocol": protocol, "datasets": datasets, "abilities": means, **averages}
+    result = {
+        "benchmark": benchmark,
+        "model": model,
+        "protocol": protocol,
+        "datasets": datasets,
+        "abilities": means,
+        **averages,
+    }
     if draws:
         whole = {name: values for name, values in draws.items() if datasets[name]["complete"]}
-        rows = [uvrb.abilities(dict(zip(whole, draw, strict=True))) for draw in zip(*whole.values(), strict=True)]
-        draws |= {a: [row[a] for row in rows] for a in {**means, **averages} if rows and rows[0][a] is not None}
-        result["ci95"] = {column: np.percentile(values, (2.5, 97.5)).tolist() for column, values in draws.items()}
+        rows = [
+            uvrb.abilities(dict(zip(whole, draw, strict=True)))
+            for draw in zip(*whole.values(), strict=True)
+        ]
+        draws |= {
+            a: [row[a] for row in rows]
+            for a in {**means, **averages}
+            if rows and rows[0][a] is not None
+        }
+        result["ci95"] = {
+            column: np.percentile(values, (2.5, 97.5)).tolist() for column, values in draws.items()
+        }
     return result
 
 
 def mteb(name, entry, revision, seconds):
     """Shape a dataset's entry as an MTEB 2.x result file. revision: of the benchmark's files; seconds: evaluation time."""
     words = {"R": "recall_at_", "hit": "hit_rate_at_", "P": "precision_at_", "nDCG": "ndcg_at_"}
-    scores = {words[metric.split("@")[0]] + metric.split("@")[1]: value for metric, value in entry.items() if "@" in metric}
-    scores |= {"mrr": entry["MRR"], "main_score": entry["score"], "hf_subset": "default", "languages": ["eng-Latn"]}
-    return {"dataset_revision": revision, "task_name": name, "mteb_version": None, "scores": {"test": [scores]},
-            "evaluation_time": seconds, "kg_co2_emissions": None}
+    scores = {
+        words[metric.split("@")[0]] + metric.split("@")[1]: value
+        for metric, value in entry.items()
+        if "@" in metric
+    }
+    scores |= {
+        "mrr": entry["MRR"],
+        "main_score": entry["score"],
+        "hf_subset": "default",
+        "languages": ["eng-Latn"],
+    }
+    return {
+        "dataset_revision": revision,
+        "task_name": name,
+        "mteb_version": None,
+        "scores": {"test": [scores]},
+        "evaluation_time": seconds,
+        "kg_co2_emissions": None,
+    }
 
 
 # ---- vectors: a source yields (bench, queries (N, D), corpus (M, D), {query index: why it has none}, {corpus index: why}) ----
 
+
 def embed(gve, cache, flags, rows, instruction, desc):
     """Encode the items of rows, equal ones once: (vectors (n, D), {index: "file:line: reason"} of those that have no vector)."""
-    vectors, failed = encode(gve, [row["item"] for row in rows], instruction, batch_tokens=flags.batch_tokens,
-                             workers=flags.workers, seconds=flags.seconds, frames=flags.frames[0],
-                             max_tokens=flags.max_tokens[0], cache=cache, desc=desc)
+    vectors, failed = encode(
+        gve,
+        [row["item"] for row in rows],
+        instruction,
+        batch_tokens=flags.batch_tokens,
+        workers=flags.workers,
+        seconds=flags.seconds,
+        frames=flags.frames[0],
+        max_tokens=flags.max_tokens[0],
+        cache=cache,
+        desc=desc,
+    )
     for i in (~vectors.isfinite().all(1)).nonzero().flatten().tolist():
         if i not in failed:
             raise ValueError(f"{rows[i]['where']}: {flags.ckpt} gives a vector that is not finite")
@@ -219,12 +346,22 @@ def embed(gve, cache, flags, rows, instruction, desc):
 def from_model(encode_rows, benches):
     """Encode with encode_rows(rows, instruction, desc) -> (vectors (n, D), {index: reason})."""
     # All corpora in one call: CRB-G, -S and -T, or VDC-O and -D, hold the same videos.
-    vectors, failed = encode_rows([row for bench in benches for row in bench.corpus], None, "corpora")
+    vectors, failed = encode_rows(
+        [row for bench in benches for row in bench.corpus], None, "corpora"
+    )
     offset = 0
     for bench in benches:
-        queries, lost = encode_rows(bench.queries, uvrb.ALL[bench.name].prompt, f"{bench.name} queries")
+        queries, lost = encode_rows(
+            bench.queries, uvrb.ALL[bench.name].prompt, f"{bench.name} queries"
+        )
         own = range(offset, offset + len(bench.corpus))
-        yield bench, queries, vectors[own.start : own.stop], lost, {i - offset: r for i, r in failed.items() if i in own}
+        yield (
+            bench,
+            queries,
+            vectors[own.start : own.stop],
+            lost,
+            {i - offset: r for i, r in failed.items() if i in own},
+        )
         offset = own.stop
 
 
@@ -247,13 +384,25 @@ def from_function(spec, size):
         keys = [json.dumps(row["item"], sort_keys=True) for row in rows]
         items = dict(zip(keys, (row["item"] for row in rows), strict=True))
         batches = [list(items.values())[i : i + size] for i in range(0, len(items), size)]
-        made = [torch.as_tensor(function(batch, instruction)).detach().float().cpu() for batch in batches]
-        if wrong := [(tuple(m.shape), len(b)) for m, b in zip(made, batches, strict=True) if m.ndim != 2 or len(m) != len(b)]:
-            raise ValueError(f"--encoder {spec}: shape {wrong[0][0]} for {wrong[0][1]} items; wanted ({wrong[0][1]}, D)")
+        made = [
+            torch.as_tensor(function(batch, instruction)).detach().float().cpu()
+            for batch in batches
+        ]
+        if wrong := [
+            (tuple(m.shape), len(b))
+            for m, b in zip(made, batches, strict=True)
+            if m.ndim != 2 or len(m) != len(b)
+        ]:
+            raise ValueError(
+                f"--encoder {spec}: shape {wrong[0][0]} for {wrong[0][1]} items; wanted ({wrong[0][1]}, D)"
+            )
         place = {key: i for i, key in enumerate(items)}
         vectors = torch.cat(made)[[place[key] for key in keys]]
         bad = (~vectors.isfinite().all(1)).nonzero().flatten().tolist()
-        return vectors, {i: f"{rows[i]['where']}: {spec} gives a vector that is not finite" for i in bad}
+        return vectors, {
+            i: f"{rows[i]['where']}: {spec} gives a vector that is not finite" for i in bad
+        }
+
     return encode_rows
 
 
@@ -266,33 +415,58 @@ def from_folder(folder, benches):
     """
     dim = None
     for bench in benches:
-        file, lines, rows = Path(folder) / bench.name / "vectors.npy", [], {"query": {}, "corpus": {}}
+        file, lines, rows = (
+            Path(folder) / bench.name / "vectors.npy",
+            [],
+            {"query": {}, "corpus": {}},
+        )
         array = np.load(file, mmap_mode="r")
-        for number, row in data.read_jsonl(file.with_name("items.jsonl")):
+        for number, row in read_jsonl(file.with_name("items.jsonl")):
             lines.append(number)
-            if row.get("kind") not in rows or not isinstance(row.get("id"), str) or row["id"] in rows[row["kind"]]:
-                raise ValueError(f'{file.parent}/items.jsonl:{number}: {row}; wanted a new "id" and "kind": "query" or "corpus"')
+            if (
+                row.get("kind") not in rows
+                or not isinstance(row.get("id"), str)
+                or row["id"] in rows[row["kind"]]
+            ):
+                raise ValueError(
+                    f'{file.parent}/items.jsonl:{number}: {row}; wanted a new "id" and "kind": "query" or "corpus"'
+                )
             rows[row["kind"]][row["id"]] = len(lines) - 1
-        if array.dtype.kind != "f" or array.ndim != 2 or array.shape != (len(lines), dim or array.shape[1]):
+        if (
+            array.dtype.kind != "f"
+            or array.ndim != 2
+            or array.shape != (len(lines), dim or array.shape[1])
+        ):
             wanted = f"({len(lines)}, {dim or 'D'}), a row per line of items.jsonl"
             raise ValueError(f"{file}: {array.dtype} {array.shape}; wanted floats {wanted}")
         dim = array.shape[1]
         out, lost = [], []
         for kind, wanted in (("query", bench.queries), ("corpus", bench.corpus)):
             if unknown := sorted(rows[kind].keys() - {row["id"] for row in wanted}):
-                print(f"{file.parent}: {len(unknown)} {kind} ids are not in {bench.name} and left out: {', '.join(unknown[:3])}")
+                print(
+                    f"{file.parent}: {len(unknown)} {kind} ids are not in {bench.name} and left out: {', '.join(unknown[:3])}"
+                )
             at = [rows[kind].get(row["id"]) for row in wanted]
             vectors = np.full((len(at), array.shape[1]), np.nan, np.float32)
             there = [j for j, i in enumerate(at) if i is not None]
             vectors[there] = array[[at[j] for j in there]]
             norms = np.linalg.norm(vectors, axis=1)
             if (norms == 0).any():
-                raise ValueError(f"{file.parent}/items.jsonl:{lines[at[int((norms == 0).argmax())]]}: its vector has length 0")
+                raise ValueError(
+                    f"{file.parent}/items.jsonl:{lines[at[int((norms == 0).argmax())]]}: its vector has length 0"
+                )
             if (np.abs(norms - 1) > 0.01).any():
-                print(f"{file}: {kind} vectors are {np.nanmin(norms):.3g} to {np.nanmax(norms):.3g} long and normalised here")
+                print(
+                    f"{file}: {kind} vectors are {np.nanmin(norms):.3g} to {np.nanmax(norms):.3g} long and normalised here"
+                )
             out.append(torch.from_numpy(vectors))
-            lost.append({j: f"{row['where']}: {file} has no finite vector of {kind} {row['id']!r}"
-                         for j, row in enumerate(wanted) if not np.isfinite(norms[j])})
+            lost.append(
+                {
+                    j: f"{row['where']}: {file} has no finite vector of {kind} {row['id']!r}"
+                    for j, row in enumerate(wanted)
+                    if not np.isfinite(norms[j])
+                }
+            )
         yield bench, *out, *lost
 
 
@@ -309,20 +483,31 @@ def protocol(gve, flags):
     """Everything that a score depends on besides the benchmark's files, and what the checkpoint says of its training."""
     drawn = gve.info.get("data", {}).values()
     return {
-        "checkpoint": flags.ckpt, "sha256": fingerprint(flags.ckpt), "base": str(gve.base), "base_sha256": fingerprint(gve.base),
-        "step": gve.info.get("step"), "commit": gve.info.get("commit"), "similarity": "cosine, float32",
+        "checkpoint": flags.ckpt,
+        "sha256": fingerprint(flags.ckpt),
+        "base": str(gve.base),
+        "base_sha256": fingerprint(gve.base),
+        "step": gve.info.get("step"),
+        "commit": gve.info.get("commit"),
+        "similarity": "cosine, float32",
         "ties": "corpus order: of equal scores the item that comes first in corpus.jsonl ranks first",
-        "frames": flags.frames[0], "max_tokens": flags.max_tokens[0],
+        "frames": flags.frames[0],
+        "max_tokens": flags.max_tokens[0],
         "max_length": inspect.signature(encode).parameters["max_length"].default,
         "prompt": f"queries: their dataset's prompt in the {gve.prompt_style} turn; corpus: the default system turn alone",
-        "dtype": str(next(gve.core.parameters()).dtype).removeprefix("torch."), "device": str(gve.device),
-        "batch_tokens": flags.batch_tokens, "torch": torch.__version__, "transformers": transformers.__version__,
-        "parameters": sum(p.numel() for p in gve.parameters()), "training": gve.info.get("config", {}),
+        "dtype": str(next(gve.core.parameters()).dtype).removeprefix("torch."),
+        "device": str(gve.device),
+        "batch_tokens": flags.batch_tokens,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "parameters": sum(p.numel() for p in gve.parameters()),
+        "training": gve.info.get("config", {}),
         "pairs": sum(min(source["rows"], source["drawn"]) for source in drawn) or None,
     }
 
 
 # ---- command ----
+
 
 def save(path, content):
     """Write JSON under a temporary name and rename, so that no half-written file ever has the final one."""
@@ -337,17 +522,35 @@ def run(source, benchmark, model, protocol, flags, out):
     entries, began = {}, time.time()
     for bench, queries, corpus, lost, lost_corpus in source:
         trec = out / "trec" / bench.name if flags.trec else None
-        entry = entries[bench.name] = score(bench, queries, corpus, lost, lost_corpus, bootstrap=flags.bootstrap, trec=trec)
+        entry = entries[bench.name] = score(
+            bench, queries, corpus, lost, lost_corpus, bootstrap=flags.bootstrap, trec=trec
+        )
         failed = [*lost.values(), *lost_corpus.values()]
         out.mkdir(parents=True, exist_ok=True)
         with open(out / "log.jsonl", "a", encoding="utf-8") as log:
             line = {key: value for key, value in entry.items() if key != "draws"}
-            log.write(json.dumps({"event": "eval", "model": model, "dataset": bench.name, **line, "failed": failed}) + "\n")
+            log.write(
+                json.dumps(
+                    {
+                        "event": "eval",
+                        "model": model,
+                        "dataset": bench.name,
+                        **line,
+                        "failed": failed,
+                    }
+                )
+                + "\n"
+            )
         if entry["n"]:
             revision = fingerprint(uvrb.folder_of(flags.uvrb, bench.name), "*.jsonl")
-            save(out / "mteb" / f"{bench.name}.json", mteb(bench.name, entry, revision, time.time() - began))
-        print(f"{bench.name:10}  {entry['metric']:4}  {cell(entry['score']):>5}  (chance {cell(entry['chance'])}, "
-              f"ceiling {cell(entry['ceiling'])}, {entry['n']}/{entry['expected']} queries, {entry['corpus']} videos)")
+            save(
+                out / "mteb" / f"{bench.name}.json",
+                mteb(bench.name, entry, revision, time.time() - began),
+            )
+        print(
+            f"{bench.name:10}  {entry['metric']:4}  {cell(entry['score']):>5}  (chance {cell(entry['chance'])}, "
+            f"ceiling {cell(entry['ceiling'])}, {entry['n']}/{entry['expected']} queries, {entry['corpus']} videos)"
+        )
         for reason in failed[:3]:
             print(f"  no vector: {reason}")
         if failed[3:]:
@@ -364,41 +567,69 @@ def main(flags):
     if flags.table or flags.figure or flags.results:
         results = [json.loads(Path(path).read_text(encoding="utf-8")) for path in flags.results]
         names = [f"Table {n}" for n in flags.table] + [f"Figure {n}" for n in flags.figure]
-        return show(names or ["Table 1", "Table 2"], results, flags.out or "runs/tables", flags.uvrb, flags.root)
+        return show(
+            names or ["Table 1", "Table 2"],
+            results,
+            flags.out or "runs/tables",
+            flags.uvrb,
+            flags.root,
+        )
     if len(flags.frames) > 1 and len(flags.max_tokens) > 1:
-        raise ValueError("--frames and --max-tokens: one of the two may have several values, the other stays")
+        raise ValueError(
+            "--frames and --max-tokens: one of the two may have several values, the other stays"
+        )
     benchmark, _ = uvrb.benchmark(flags.uvrb)
     names = flags.datasets or [name for name in uvrb.ALL if uvrb.folder_of(flags.uvrb, name)]
     if not names:
-        raise ValueError(f"{flags.uvrb}: none of the 16 datasets is here, nor one of Table 11's ({', '.join(uvrb.ALL)})")
+        raise ValueError(
+            f"{flags.uvrb}: none of the 16 datasets is here, nor one of Table 11's ({', '.join(uvrb.ALL)})"
+        )
     benches = [uvrb.read(flags.uvrb, name, flags.root) for name in dict.fromkeys(names)]
     what = flags.embeddings or flags.encoder or flags.ckpt
     model = flags.name or Path(what).name
-    out, known = Path(flags.out or Path("runs") / Path(what).name), {"checkpoint": what, "similarity": "cosine, float32"}
+    out, known = (
+        Path(flags.out or Path("runs") / Path(what).name),
+        {"checkpoint": what, "similarity": "cosine, float32"},
+    )
     if flags.embeddings:
         results = [run(from_folder(flags.embeddings, benches), benchmark, model, known, flags, out)]
     elif flags.encoder:
         encode_rows = from_function(flags.encoder, flags.batch_size)
         results = [run(from_model(encode_rows, benches), benchmark, model, known, flags, out)]
     else:
-        rank, results = join_ranks(), []
-        gve = GVE.from_pretrained(flags.ckpt, dtype=flags.dtype or None, device=flags.device, prompt_style=flags.prompt_style)
-        cache = Cache(out / "cache", gve)
+        (rank, _, device), results = join_ranks(flags.device), []
+        gve = GVE.from_pretrained(
+            flags.ckpt,
+            dtype=flags.dtype or None,
+            device=device,
+            prompt_style=flags.prompt_style,
+        )
+        cache = VectorCache(out / "cache", gve)
         for frames, tokens in itertools.product(flags.frames, flags.max_tokens):
-            one, label, folder = dataclasses.replace(flags, frames=[frames], max_tokens=[tokens]), model, out
+            one, label, folder = (
+                dataclasses.replace(flags, frames=[frames], max_tokens=[tokens]),
+                model,
+                out,
+            )
             if len(flags.frames) + len(flags.max_tokens) > 2:  # Figures 12 and 13
                 label, folder = f"{model} {frames}x{tokens}", out / f"{frames}x{tokens}"
             source = from_model(functools.partial(embed, gve, cache, one), benches)
             if rank == 0:
                 results.append(run(source, benchmark, label, protocol(gve, one), one, folder))
             else:
-                collections.deque(source, maxlen=0)  # this rank's share of the encoding is all that is wanted
-        if dist.is_initialized():
-            dist.destroy_process_group()
+                collections.deque(
+                    source, maxlen=0
+                )  # this rank's share of the encoding is all that is wanted
+        leave_ranks()
         if rank > 0:
             return
-    wanted = {"Table 1": uvrb.DATASETS.keys() & names, "Table 2": uvrb.DATASETS.keys() & names,
-              "Table 11": uvrb.ZERO_SHOT.keys() & names, "Figure 12": flags.frames[1:], "Figure 13": flags.max_tokens[1:]}
+    wanted = {
+        "Table 1": uvrb.DATASETS.keys() & names,
+        "Table 2": uvrb.DATASETS.keys() & names,
+        "Table 11": uvrb.ZERO_SHOT.keys() & names,
+        "Figure 12": flags.frames[1:],
+        "Figure 13": flags.max_tokens[1:],
+    }
     show([name for name, reason in wanted.items() if reason], results, out, flags.uvrb, flags.root)
     print(f"{out}: results.json, tables and log")
 

@@ -23,7 +23,17 @@ from tqdm import tqdm
 import data
 
 MODALITIES = ("text", "image", "video")
-ABILITIES = ("TXT", "CMP", "VIS", "CG", "FG", "LC", "S", "T", "PR")  # Table 2's columns; its average is over the first six
+ABILITIES = (
+    "TXT",
+    "CMP",
+    "VIS",
+    "CG",
+    "FG",
+    "LC",
+    "S",
+    "T",
+    "PR",
+)  # Table 2's columns; its average is over the first six
 
 
 class Dataset(NamedTuple):
@@ -36,29 +46,156 @@ class Dataset(NamedTuple):
     prompt: str  # Table 5, the query's instruction; corpus items get the default system prompt
 
 
-DATASETS = {row[0]: Dataset(*row) for row in (
-    ("MSRVTT", "TXT", "CG", "R@1", 1000, 1000, "Find the clip that corresponds to the described scene in the given video."),
-    ("DiDeMo", "TXT", "CG", "R@1", 1004, 1004, "Find a video that includes the following described scenes."),
-    ("CRB-G", "TXT", "CG", "R@1", 1000, 1000, "Find the video according to the general text description."),
-    ("CRB-S", "TXT", "S", "R@1", 1000, 1000, "Find the video according to the spatial description."),
-    ("VDC-O", "TXT", "S", "R@1", 1027, 1027, "Find the video according to the object description."),
-    ("CRB-T", "TXT", "T", "R@1", 1000, 1000, "Find the video according to the temporal description."),
-    ("CMRB", "TXT", "T", "R@10", 728, 1071, "Find the video according to the camera motion description."),
-    ("DREAM-E", "TXT", "PR", "R@1", 6251, 1000, "Find the video according to the text description."),
-    ("LoVR-TH", "TXT", "PR", "R@10", 8854, 8854, "Find the video according to text description about video theme information."),
-    ("PEV-K", "TXT", "PR", "R@1", 14427, 15000, "Find the video according to the text description of a series of keywords."),
-    ("LoVR-V", "TXT", "LC", "R@1", 100, 467, "Find the long video according to the long text description."),
-    ("VDC-D", "TXT", "LC", "R@1", 1000, 1027, "Find the video according to the detailed text description."),
-    ("MS-TI", "CMP", "", "P@1", 400, 10, "Find the video clip that corresponds to the given text and the given image."),
-    ("MS-TV", "CMP", "", "P@1", 400, 10, "Find the video clip that corresponds to the given text and the given video."),
-    ("MSRVTT-I2V", "VIS", "", "R@1", 1000, 1000, "Find the video according to the image."),
-    ("LoVR-C2V", "VIS", "", "R@1", 467, 467, "Find the original long video according to the short video clip."),
-)}
+DATASETS = {
+    row[0]: Dataset(*row)
+    for row in (
+        (
+            "MSRVTT",
+            "TXT",
+            "CG",
+            "R@1",
+            1000,
+            1000,
+            "Find the clip that corresponds to the described scene in the given video.",
+        ),
+        (
+            "DiDeMo",
+            "TXT",
+            "CG",
+            "R@1",
+            1004,
+            1004,
+            "Find a video that includes the following described scenes.",
+        ),
+        (
+            "CRB-G",
+            "TXT",
+            "CG",
+            "R@1",
+            1000,
+            1000,
+            "Find the video according to the general text description.",
+        ),
+        (
+            "CRB-S",
+            "TXT",
+            "S",
+            "R@1",
+            1000,
+            1000,
+            "Find the video according to the spatial description.",
+        ),
+        (
+            "VDC-O",
+            "TXT",
+            "S",
+            "R@1",
+            1027,
+            1027,
+            "Find the video according to the object description.",
+        ),
+        (
+            "CRB-T",
+            "TXT",
+            "T",
+            "R@1",
+            1000,
+            1000,
+            "Find the video according to the temporal description.",
+        ),
+        (
+            "CMRB",
+            "TXT",
+            "T",
+            "R@10",
+            728,
+            1071,
+            "Find the video according to the camera motion description.",
+        ),
+        (
+            "DREAM-E",
+            "TXT",
+            "PR",
+            "R@1",
+            6251,
+            1000,
+            "Find the video according to the text description.",
+        ),
+        (
+            "LoVR-TH",
+            "TXT",
+            "PR",
+            "R@10",
+            8854,
+            8854,
+            "Find the video according to text description about video theme information.",
+        ),
+        (
+            "PEV-K",
+            "TXT",
+            "PR",
+            "R@1",
+            14427,
+            15000,
+            "Find the video according to the text description of a series of keywords.",
+        ),
+        (
+            "LoVR-V",
+            "TXT",
+            "LC",
+            "R@1",
+            100,
+            467,
+            "Find the long video according to the long text description.",
+        ),
+        (
+            "VDC-D",
+            "TXT",
+            "LC",
+            "R@1",
+            1000,
+            1027,
+            "Find the video according to the detailed text description.",
+        ),
+        (
+            "MS-TI",
+            "CMP",
+            "",
+            "P@1",
+            400,
+            10,
+            "Find the video clip that corresponds to the given text and the given image.",
+        ),
+        (
+            "MS-TV",
+            "CMP",
+            "",
+            "P@1",
+            400,
+            10,
+            "Find the video clip that corresponds to the given text and the given video.",
+        ),
+        ("MSRVTT-I2V", "VIS", "", "R@1", 1000, 1000, "Find the video according to the image."),
+        (
+            "LoVR-C2V",
+            "VIS",
+            "",
+            "R@1",
+            467,
+            467,
+            "Find the original long video according to the short video clip.",
+        ),
+    )
+}
 
 # Table 11, zero-shot classification: clips are the queries, class names the corpus, accuracy is R@1. They enter no ability.
 # PAPER: sizes and prompt are not given; the prompt is ours and a folder is complete if all that it names could be encoded.
-ZERO_SHOT = {name: Dataset(name, "V2T", "", "R@1", 0, 0, "Find the label that names what happens in the video.")
-             for name in ("K700", "UCF101", "HMDB51", "SSV2", "Breakfast")}
+ZERO_SHOT = {
+    name: Dataset(
+        name, "V2T", "", "R@1", 0, 0, "Find the label that names what happens in the video."
+    )
+    for name in ("K700", "UCF101", "HMDB51", "SSV2", "Breakfast")
+}
 ALL = DATASETS | ZERO_SHOT
 
 
@@ -81,7 +218,10 @@ def abilities(scores: dict) -> dict:
     out["TXT"] = mean((out["CG"], out["FG"], out["LC"]))
     out = {tag: out[tag] for tag in ABILITIES}
     # AVG-D is Table 1's column, the plain mean of 16. AVG-A is Table 2's: six terms, S, T and PR count through FG only.
-    return out | {"AVG-D": mean(scores.get(name) for name in DATASETS), "AVG-A": mean(out[tag] for tag in ABILITIES[:6])}
+    return out | {
+        "AVG-D": mean(scores.get(name) for name in DATASETS),
+        "AVG-A": mean(out[tag] for tag in ABILITIES[:6]),
+    }
 
 
 @dataclass
@@ -92,14 +232,20 @@ class Bench:
     queries: list  # N rows
     corpus: list  # M rows
     positives: list  # N sorted lists of corpus indices
-    pools: list | None  # N sorted lists of corpus indices, positives and negatives; None: the whole corpus is ranked
+    pools: (
+        list | None
+    )  # N sorted lists of corpus indices, positives and negatives; None: the whole corpus is ranked
     expected: tuple  # (queries, corpus) of a complete dataset; corpus is None for CMP, where Table 4's 10 is the size of a pool
     missing: list  # "file:line: reason" of absent media; their items still name the path, and fail when they are encoded
 
 
 def folder_of(root, name: str) -> Path | None:
     """Find the folder with a dataset's jsonl files: <DS> or, as archives unpack, UVRB/<DS>, with jsonl/ or not. None: absent."""
-    for folder in (Path(root) / name, Path(root) / name / "UVRB" / name, Path(root) / "UVRB" / name):
+    for folder in (
+        Path(root) / name,
+        Path(root) / name / "UVRB" / name,
+        Path(root) / "UVRB" / name,
+    ):
         for rows in (folder / "jsonl", folder):
             if (rows / "queries.jsonl").is_file():
                 return rows
@@ -118,10 +264,15 @@ def benchmark(root) -> tuple[str, dict]:
         return "UVRB", {d.name: (d.queries, d.corpus) for d in DATASETS.values()}
     try:
         file = json.loads(path.read_text(encoding="utf-8"))
-        return str(file["name"]), {ALL[ds].name: (int(n["queries"]), int(n["corpus"])) for ds, n in file["datasets"].items()}
+        return str(file["name"]), {
+            ALL[ds].name: (int(n["queries"]), int(n["corpus"]))
+            for ds, n in file["datasets"].items()
+        }
     except (ValueError, TypeError, KeyError, AttributeError) as e:
         form = '{"name": str, "datasets": {DS: {"queries": int, "corpus": int}}}'
-        raise ValueError(f"{path}: {type(e).__name__} {e}; wanted {form} with DS of {', '.join(ALL)}") from e
+        raise ValueError(
+            f"{path}: {type(e).__name__} {e}; wanted {form} with DS of {', '.join(ALL)}"
+        ) from e
 
 
 def read(root, name: str, roots=()) -> Bench:
@@ -147,7 +298,9 @@ def scan(root, name: str, roots=(), decode=False) -> tuple[Bench, list]:
     root = Path(root).resolve()
     sizes, rows = benchmark(root)[1], folder_of(root, name)
     if rows is None:
-        raise FileNotFoundError(f"{root}: no {name} (wanted: {name}/jsonl/queries.jsonl, also below UVRB/ or without jsonl/)")
+        raise FileNotFoundError(
+            f"{root}: no {name} (wanted: {name}/jsonl/queries.jsonl, also below UVRB/ or without jsonl/)"
+        )
     bad, missing = [], []
     if name not in sizes and name in DATASETS:
         bad.append(f"{root / 'benchmark.json'}: no sizes for {name}, whose folder is here")
@@ -158,7 +311,9 @@ def scan(root, name: str, roots=(), decode=False) -> tuple[Bench, list]:
     def items(path):
         """The rows of queries or corpus in file order. One with a bad item keeps its place, so that its references stay good."""
         out, lines = [], {}
-        for where, line, row in tqdm(_rows(path, bad), f"{name} {path.name}", leave=False, disable=not decode):
+        for where, line, row in tqdm(
+            _rows(path, bad), f"{name} {path.name}", leave=False, disable=not decode
+        ):
             item, key = None, row.get("id")
             if not isinstance(key, str):
                 bad.append(f'{where}: "id" must be a string, not {key!r}')
@@ -177,13 +332,20 @@ def scan(root, name: str, roots=(), decode=False) -> tuple[Bench, list]:
 
     queries, corpus = items(rows / "queries.jsonl"), items(rows / "corpus.jsonl")
     positives, pools = _instances(rows / "instances.jsonl", queries, corpus, bad)
-    expected = (sizes[name][0], None if ALL[name].task == "CMP" else sizes[name][1]) if name in sizes else (None, None)
+    expected = (
+        (sizes[name][0], None if ALL[name].task == "CMP" else sizes[name][1])
+        if name in sizes
+        else (None, None)
+    )
     return Bench(name, queries, corpus, positives, pools, expected, missing), bad
 
 
 def _rows(path, bad):
     """Yield ("file:line", line, row) of a jsonl file; what is no JSON object goes to `bad`, so does a file without a row."""
-    rows, lines = 0, path.read_bytes().split(b"\n") if path.is_file() else ()  # bytes: bad UTF-8 spoils its own line only
+    rows, lines = (
+        0,
+        path.read_bytes().split(b"\n") if path.is_file() else (),
+    )  # bytes: bad UTF-8 spoils its own line only
     for line, text in enumerate(lines, 1):
         if text.strip():
             try:
@@ -201,11 +363,19 @@ def _rows(path, bad):
 
 def _item(row, bases, allowed, decode):
     """Turn a row into (item with absolute paths, reasons of absent media). ValueError if it is empty or leaves the roots."""
-    item, lost = {key: row[key] for key in MODALITIES if row.get(key)}, []  # released rows may carry an empty text
+    item, lost = (
+        {key: row[key] for key in MODALITIES if row.get(key)},
+        [],
+    )  # released rows may carry an empty text
     if not item:
-        raise ValueError(f"nothing to embed: the row has {', '.join(row)}; one of {', '.join(MODALITIES)} is wanted")
+        raise ValueError(
+            f"nothing to embed: the row has {', '.join(row)}; one of {', '.join(MODALITIES)} is wanted"
+        )
     data.check_item(item)
-    for key, inner, load in (("image", "video", data.load_image), ("video", "path", data.load_video)):
+    for key, inner, load in (
+        ("image", "video", data.load_image),
+        ("video", "path", data.load_video),
+    ):
         if key not in item:
             continue
         value = item[key]
@@ -225,7 +395,11 @@ def _item(row, bases, allowed, decode):
 def _locate(path, bases):
     """Where a path lies below a base: as given, under videos/ or images/, or as a folder of frames, videos_frames/<stem>."""
     frames = Path("videos_frames") / Path(path).stem
-    places = [base / place for base in bases for place in (path, Path("videos") / path, Path("images") / path, frames)]
+    places = [
+        base / place
+        for base in bases
+        for place in (path, Path("videos") / path, Path("images") / path, frames)
+    ]
     return str(next((place for place in places if place.exists()), places[0]))
 
 
@@ -253,9 +427,15 @@ def _instances(path, queries, corpus, bad):
             bad.append(f"{row['where']}: query {row['id']!r} has no positive in {path.name}")
         if pos & neg:
             both = corpus[min(pos & neg)]["id"]
-            bad.append(f"{row['where']}: query {row['id']!r} has {both!r} as pos and as neg in {path.name}")
-        if pools and not neg:  # its pool would hold positives only, and every ranking of it be right
-            bad.append(f"{row['where']}: query {row['id']!r} has no neg in {path.name}, where others have")
+            bad.append(
+                f"{row['where']}: query {row['id']!r} has {both!r} as pos and as neg in {path.name}"
+            )
+        if (
+            pools and not neg
+        ):  # its pool would hold positives only, and every ranking of it be right
+            bad.append(
+                f"{row['where']}: query {row['id']!r} has no neg in {path.name}, where others have"
+            )
     return [sorted(pos) for pos, _ in pairs], pools
 
 
@@ -268,26 +448,49 @@ def check(root, roots=(), decode=False) -> list:
             continue
         bench, problems = scan(root, ds, roots, decode)
         n, m = len(bench.queries), len(bench.corpus)
-        pools = f", pools of {min(map(len, bench.pools))}-{max(map(len, bench.pools))}" if bench.pools else ""
+        pools = (
+            f", pools of {min(map(len, bench.pools))}-{max(map(len, bench.pools))}"
+            if bench.pools
+            else ""
+        )
         print(f"{ds:10}  {n} queries, {m} videos{pools}, {len(bench.missing)} media missing")
         bad += problems + bench.missing
         if n != (bench.expected[0] or n) or m != (bench.expected[1] or m):
-            bad.append(f"{folder_of(root, ds)}: {n} queries, {m} videos; {name} has {' and '.join(map(str, bench.expected))}")
+            bad.append(
+                f"{folder_of(root, ds)}: {n} queries, {m} videos; {name} has {' and '.join(map(str, bench.expected))}"
+            )
     if not any(folder_of(root, ds) for ds in DATASETS):
         bad.append(f"{root}: none of the 16 datasets is here ({', '.join(DATASETS)})")
     return bad
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
-    sub = commands.add_parser("check", help="list every bad row of a benchmark folder as file:line: reason")
+    sub = commands.add_parser(
+        "check", help="list every bad row of a benchmark folder as file:line: reason"
+    )
     sub.add_argument("dir", help="benchmark folder, with <DS>/jsonl/queries.jsonl and so on")
-    sub.add_argument("--root", nargs="+", default=[], help="further folders for media; paths are tried relative to them too")
+    sub.add_argument(
+        "--root",
+        nargs="+",
+        default=[],
+        help="further folders for media; paths are tried relative to them too",
+    )
     sub.add_argument("--decode", action="store_true", help="also decode every video and image")
     from extras import derive  # only the command line needs it
-    derive.add_flags(commands.add_parser("derive", help="build a dataset from its upstream annotation file",
-                                         description=derive.__doc__, formatter_class=parser.formatter_class), DATASETS)
+
+    derive.add_flags(
+        commands.add_parser(
+            "derive",
+            help="build a dataset from its upstream annotation file",
+            description=derive.__doc__,
+            formatter_class=parser.formatter_class,
+        ),
+        DATASETS,
+    )
     args = parser.parse_args(argv)
     try:
         if args.command == "derive":

@@ -51,6 +51,7 @@ def read_rows(source):
 def _rows(path):
     if path.suffix == ".parquet":
         import pyarrow.parquet as parquet  # late: nothing else needs it
+
         with parquet.ParquetFile(path) as file:
             for batch in file.iter_batches():
                 yield from batch.to_pylist()
@@ -67,7 +68,9 @@ def _rows(path):
             if path.suffix == ".jsonl":
                 yield from (json.loads(line) for line in file if line.strip())
             else:
-                yield from csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
+                yield from csv.DictReader(
+                    file, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True
+                )
 
 
 def key_in(where, row, *names):
@@ -75,7 +78,9 @@ def key_in(where, row, *names):
     for name in names:
         if name in row:
             return name
-    raise ValueError(f"{where}: none of the keys {', '.join(names)}; keys found: {', '.join(map(str, row))}")
+    raise ValueError(
+        f"{where}: none of the keys {', '.join(names)}; keys found: {', '.join(map(str, row))}"
+    )
 
 
 def pick(where, row, *names):
@@ -84,15 +89,25 @@ def pick(where, row, *names):
 
 def pair(query, positive, negatives=()):
     """Make a training row; None, which drops it, if the query or the positive is empty. Empty parts of an item go."""
-    query, positive, *negatives = ({k: v for k, v in item.items() if v} for item in (query, positive, *negatives))
-    return {"query": query, "positive": positive, "negatives": [n for n in negatives if n]} if query and positive else None
+    query, positive, *negatives = (
+        {k: v for k, v in item.items() if v} for item in (query, positive, *negatives)
+    )
+    return (
+        {"query": query, "positive": positive, "negatives": [n for n in negatives if n]}
+        if query and positive
+        else None
+    )
 
 
 def mmeb(source, flags):
     """MMEB-train: qry, qry_image_path, pos_text, pos_image_path, neg_text, neg_image_path; <|image_1|> in a text is dropped."""
     for where, row in read_rows(source):
         items = []
-        for text, image in (("qry", "qry_image_path"), ("pos_text", "pos_image_path"), ("neg_text", "neg_image_path")):
+        for text, image in (
+            ("qry", "qry_image_path"),
+            ("pos_text", "pos_image_path"),
+            ("neg_text", "neg_image_path"),
+        ):
             words = (pick(where, row, text) or "").replace("<|image_1|>", "").strip()
             items.append({"text": words, "image": place(flags, pick(where, row, image))})
         yield pair(items[0], items[1], items[2:])
@@ -100,12 +115,21 @@ def mmeb(source, flags):
 
 def unite(source, flags):
     """UNITE: {"query": {"text", "image", "video"}, "candidate": {...}, "negative": {...} or a list of them}."""
+
     def item(given):
-        return {"text": given.get("text"), **{kind: place(flags, given.get(kind)) for kind in ("image", "video")}}
+        return {
+            "text": given.get("text"),
+            **{kind: place(flags, given.get(kind)) for kind in ("image", "video")},
+        }
+
     for where, row in read_rows(source):
         negatives = row.get("negative") or []
         negatives = negatives if isinstance(negatives, list) else [negatives]
-        yield pair(item(pick(where, row, "query")), item(pick(where, row, "candidate")), map(item, negatives))
+        yield pair(
+            item(pick(where, row, "query")),
+            item(pick(where, row, "candidate")),
+            map(item, negatives),
+        )
 
 
 def webvid(source, flags):
@@ -116,7 +140,11 @@ def webvid(source, flags):
         (twice if name in seen else seen).add(name)
     for where, row in read_rows(source):
         path = f"{pick(where, row, 'page_dir')}/{pick(where, row, 'videoid')}.mp4"
-        yield None if hash(row["name"]) in twice else pair({"text": row["name"]}, {"video": place(flags, path)})
+        yield (
+            None
+            if hash(row["name"]) in twice
+            else pair({"text": row["name"]}, {"video": place(flags, path)})
+        )
 
 
 def vast(source, flags):
@@ -124,15 +152,22 @@ def vast(source, flags):
     for where, row in read_rows(source):
         captions = pick(where, row, "vision_cap")
         text = flags.random.choice(captions) if captions else ""
-        yield pair({"text": text}, {"video": place(flags, f"{pick(where, row, 'id', 'clip_id')}.mp4")})
+        yield pair(
+            {"text": text}, {"video": place(flags, f"{pick(where, row, 'id', 'clip_id')}.mp4")}
+        )
 
 
 def llava_hound(source, flags):
     """LLaVA-Hound: video (a folder of frames), conversations [{"from": "human" or "gpt", "value"}]: first answer -> frames."""
     for where, row in read_rows(source):
-        answers = [turn["value"] for turn in pick(where, row, "conversations") if turn["from"] == "gpt"]
+        answers = [
+            turn["value"] for turn in pick(where, row, "conversations") if turn["from"] == "gpt"
+        ]
         video = place(flags, pick(where, row, "video"))
-        yield pair({"text": answers[0] if answers else ""}, {"video": {"path": video, "fps": flags.fps} if flags.fps else video})
+        yield pair(
+            {"text": answers[0] if answers else ""},
+            {"video": {"path": video, "fps": flags.fps} if flags.fps else video},
+        )
 
 
 def megapairs(source, flags):
@@ -140,7 +175,10 @@ def megapairs(source, flags):
     for where, row in read_rows(source):
         texts = pick(where, row, "q_text")
         texts = [texts] if isinstance(texts, str) else texts
-        query = {"image": place(flags, pick(where, row, "q_img")), "text": flags.random.choice(texts) if texts else ""}
+        query = {
+            "image": place(flags, pick(where, row, "q_img")),
+            "text": flags.random.choice(texts) if texts else "",
+        }
         negatives = [{"image": place(flags, image)} for image in row.get("hns") or []]
         yield pair(query, {"image": place(flags, pick(where, row, "t_img"))}, negatives)
 
@@ -148,15 +186,21 @@ def megapairs(source, flags):
 def pe_video(source, flags):
     """PE-Video: train/*.tar with <key>.json -> <key>.mp4; human_caption, as the paper (A.4)."""
     for where, row in read_rows(source):
-        yield pair({"text": pick(where, row, "human_caption")}, {"video": place(flags, pick(where, row, "__key__") + ".mp4")})
+        yield pair(
+            {"text": pick(where, row, "human_caption")},
+            {"video": place(flags, pick(where, row, "__key__") + ".mp4")},
+        )
 
 
 def tevatron(source, flags):
     """Tevatron's MS MARCO: query, positive_passages and negative_passages [{"title", "text"}]; the first positive counts."""
     for where, row in read_rows(source):
         positives = [passage(p) for p in pick(where, row, "positive_passages")]
-        yield pair({"text": pick(where, row, "query")}, positives[0] if positives else {},
-                   [passage(p) for p in row.get("negative_passages") or []])
+        yield pair(
+            {"text": pick(where, row, "query")},
+            positives[0] if positives else {},
+            [passage(p) for p in row.get("negative_passages") or []],
+        )
 
 
 def triples(source, flags):
@@ -166,7 +210,9 @@ def triples(source, flags):
         for number, line in enumerate(file, 1):
             cells = line.rstrip("\n").split("\t")
             if len(cells) != 3:
-                raise ValueError(f"{source}:{number}: {len(cells)} cells; query, positive and negative are wanted")
+                raise ValueError(
+                    f"{source}:{number}: {len(cells)} cells; query, positive and negative are wanted"
+                )
             query, positive, negative = ({"text": cell} for cell in cells)
             if last and (last["query"], last["positive"]) == (query, positive):
                 last["negatives"].append(negative)
@@ -183,21 +229,33 @@ def beir(source, flags):
     folder, judged, documents = Path(source), {}, {}
     for where, row in read_rows(folder / "qrels" / f"{flags.split}.tsv"):
         lists = judged.setdefault(pick(where, row, "query-id"), {"positive": [], "negative": []})
-        lists["positive" if int(pick(where, row, "score")) > 0 else "negative"].append(pick(where, row, "corpus-id"))
+        lists["positive" if int(pick(where, row, "score")) > 0 else "negative"].append(
+            pick(where, row, "corpus-id")
+        )
     wanted = {doc for lists in judged.values() for ids in lists.values() for doc in ids}
     for where, row in read_rows(folder / "corpus.jsonl"):
         if (name := str(pick(where, row, "_id"))) in wanted:
             documents[name] = passage(row)
     if lost := wanted - documents.keys():
-        raise ValueError(f"{folder / 'corpus.jsonl'}: {len(lost)} documents of the qrels are missing, such as {min(lost)!r}")
+        raise ValueError(
+            f"{folder / 'corpus.jsonl'}: {len(lost)} documents of the qrels are missing, such as {min(lost)!r}"
+        )
     for where, row in read_rows(folder / "queries.jsonl"):
         lists = judged.get(str(pick(where, row, "_id")), {"positive": []})
         for doc in lists["positive"]:
-            yield pair({"text": pick(where, row, "text")}, documents[doc], [documents[n] for n in lists["negative"]])
+            yield pair(
+                {"text": pick(where, row, "text")},
+                documents[doc],
+                [documents[n] for n in lists["negative"]],
+            )
 
 
 def passage(row):
-    return {"text": " ".join(filter(None, ((row.get("title") or "").strip(), (row.get("text") or "").strip())))}
+    return {
+        "text": " ".join(
+            filter(None, ((row.get("title") or "").strip(), (row.get("text") or "").strip()))
+        )
+    }
 
 
 def place(flags, path):
@@ -206,19 +264,37 @@ def place(flags, path):
     return os.path.join(flags.media, path) if path else None
 
 
-CONVERTERS = {"mmeb": mmeb, "unite": unite, "webvid": webvid, "vast": vast, "llava-hound": llava_hound, "megapairs": megapairs,
-              "pe-video": pe_video, "tevatron": tevatron, "triples": triples, "beir": beir}
+CONVERTERS = {
+    "mmeb": mmeb,
+    "unite": unite,
+    "webvid": webvid,
+    "vast": vast,
+    "llava-hound": llava_hound,
+    "megapairs": megapairs,
+    "pe-video": pe_video,
+    "tevatron": tevatron,
+    "triples": triples,
+    "beir": beir,
+}
 
 
 def main(argv=None):
     formats = "\n".join(f"  {name:12} {function.__doc__}" for name, function in CONVERTERS.items())
-    parser = argparse.ArgumentParser(description=f"{__doc__}\n{formats}", formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=f"{__doc__}\n{formats}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("name", choices=CONVERTERS)
     parser.add_argument("source", help="upstream's annotation file or folder")
     parser.add_argument("out", help="training file to write (*.jsonl)")
     parser.add_argument("--media", default="", help="folder of the media, relative to OUT's folder")
-    parser.add_argument("--negatives", type=int, help="keep at most so many hard negatives per row (default: all)")
-    parser.add_argument("--fps", type=float, help="llava-hound: frame rate of the extracted frames (default: data.py's 8)")
+    parser.add_argument(
+        "--negatives", type=int, help="keep at most so many hard negatives per row (default: all)"
+    )
+    parser.add_argument(
+        "--fps",
+        type=float,
+        help="llava-hound: frame rate of the extracted frames (default: data.py's 8)",
+    )
     parser.add_argument("--split", default="train", help="beir: name of the qrels file")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn at random")
     flags = parser.parse_args(argv)
@@ -229,7 +305,9 @@ def main(argv=None):
             counts[row is not None] += 1
             if row is not None:
                 row["negatives"] = row["negatives"][: flags.negatives]
-                file.write(json.dumps({k: v for k, v in row.items() if v}, ensure_ascii=False) + "\n")
+                file.write(
+                    json.dumps({k: v for k, v in row.items() if v}, ensure_ascii=False) + "\n"
+                )
     os.replace(part, out)
     print(f"{out}: {counts[True]} rows, {counts[False]} dropped")
 

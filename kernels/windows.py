@@ -9,18 +9,26 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionPatchEmbed
 
 
-def window_attention(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, **_):
+def window_attention(
+    module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, **_
+):
     """Attend inside the vision tower's windows, one call per window length, where transformers' sdpa makes one per window.
 
     query, key, value (1, H, P, d) in window order; cu_seq_lens_q (windows + 1,) boundaries along P -> (1, P, H, d), None
     """
     out = torch.empty_like(query[0].transpose(0, 1))  # (P, H, d)
-    if not hasattr(cu_seq_lens_q, "windows"):  # kept on the tensor, which all blocks of a forward share: this waits for the GPU
+    if not hasattr(
+        cu_seq_lens_q, "windows"
+    ):  # kept on the tensor, which all blocks of a forward share: this waits for the GPU
         lengths = cu_seq_lens_q.diff()  # (windows,)
-        cu_seq_lens_q.windows = [cu_seq_lens_q[:-1][lengths == n][:, None] + torch.arange(n, device=query.device)
-                                 for n in lengths.unique().tolist()]
+        cu_seq_lens_q.windows = [
+            cu_seq_lens_q[:-1][lengths == n][:, None] + torch.arange(n, device=query.device)
+            for n in lengths.unique().tolist()
+        ]
     for at in cu_seq_lens_q.windows:  # (W, n) the windows of one length n
-        q, k, v = (x[0].transpose(0, 1)[at].transpose(1, 2) for x in (query, key, value))  # (W, H, n, d)
+        q, k, v = (
+            x[0].transpose(0, 1)[at].transpose(1, 2) for x in (query, key, value)
+        )  # (W, H, n, d)
         out[at] = F.scaled_dot_product_attention(q, k, v, scale=scaling).transpose(1, 2)
     return out[None], None
 

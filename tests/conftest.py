@@ -21,7 +21,15 @@ from transformers import (  # noqa: E402
 
 torch.set_num_threads(1)
 
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+SPECIAL = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
 # Qwen2.5-VL's own turn layout, restated: content parts in the order given, generation prompt on request, no <|endoftext|>.
 QWEN_TEMPLATE = (
     "{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system\n"
@@ -29,7 +37,8 @@ QWEN_TEMPLATE = (
     "{% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content %}"
     "{% if c.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% elif c.type == 'video' %}"
     "<|vision_start|><|video_pad|><|vision_end|>{% else %}{{ c.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 def write_tiny(folder, seed=0, tokens_per_second=2):
@@ -38,27 +47,56 @@ def write_tiny(folder, seed=0, tokens_per_second=2):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator([], trainers.BpeTrainer(special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tokenizer.train_from_iterator(
+        [],
+        trainers.BpeTrainer(special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False),
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
     ids = dict(zip(SPECIAL, tokenizer.convert_tokens_to_ids(SPECIAL), strict=True))
     config = Qwen2_5_VLConfig(
-        vision_config=dict(depth=2, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=64,
-                           fullatt_block_indexes=[1], tokens_per_second=tokens_per_second),
-        text_config=dict(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-                         num_attention_heads=4, num_key_value_heads=2, bos_token_id=ids["<|endoftext|>"],
-                         eos_token_id=ids["<|im_end|>"],
-                         rope_parameters={"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}),
-        image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"], vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"], tie_word_embeddings=True)
+        vision_config=dict(
+            depth=2,
+            hidden_size=32,
+            intermediate_size=48,
+            num_heads=2,
+            out_hidden_size=64,
+            fullatt_block_indexes=[1],
+            tokens_per_second=tokens_per_second,
+        ),
+        text_config=dict(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            bos_token_id=ids["<|endoftext|>"],
+            eos_token_id=ids["<|im_end|>"],
+            rope_parameters={"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4},
+        ),
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=True,
+    )
     torch.manual_seed(seed)
     model = Qwen2_5_VLForConditionalGeneration(config)
-    with torch.no_grad():  # larger than transformers' 0.02, so that inputs show in the outputs; biases too
+    with (
+        torch.no_grad()
+    ):  # larger than transformers' 0.02, so that inputs show in the outputs; biases too
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.05)
     model.save_pretrained(folder)
     size = {"shortest_edge": 4 * 28 * 28, "longest_edge": 256 * 28 * 28}
-    processor = Qwen2_5_VLProcessor(Qwen2VLImageProcessor(size=dict(size)), tokenizer, Qwen2VLVideoProcessor(size=dict(size)),
-                                    chat_template=QWEN_TEMPLATE)
+    processor = Qwen2_5_VLProcessor(
+        Qwen2VLImageProcessor(size=dict(size)),
+        tokenizer,
+        Qwen2VLVideoProcessor(size=dict(size)),
+        chat_template=QWEN_TEMPLATE,
+    )
     processor.save_pretrained(folder)
     return folder
 
@@ -96,6 +134,7 @@ def tiny(tmp_path_factory):
 def media(tmp_path_factory):
     """A folder with a.mp4 ... d.mp4 (16 frames, 8 fps), wide.mp4, short.mp4 (3 frames), i.png, wide.png, frames/ (10 files)."""
     from PIL import Image
+
     folder = tmp_path_factory.mktemp("media")
     for seed, name in enumerate("abcd"):
         write_video(folder / f"{name}.mp4", moving_square(seed=seed))
@@ -112,20 +151,50 @@ def media(tmp_path_factory):
 def write_mixture(media):
     """Write a mixture of three sources over the media folder; 7 and 5 rows at batch 4 leave batches of 3 and of 1. -> its path"""
     import json
-    words = ["red ball", "blue square rolls", "a green one", "two of them", "night", "the camera pans left", "snow"]
+
+    words = [
+        "red ball",
+        "blue square rolls",
+        "a green one",
+        "two of them",
+        "night",
+        "the camera pans left",
+        "snow",
+    ]
     names = "abcd"
     rows = {
-        "t2v": [{"query": {"text": w}, "positive": {"video": f"{names[i % 4]}.mp4"},
-                 "negatives": [{"video": f"{names[(i + 1) % 4]}.mp4"}], "id": str(i)} for i, w in enumerate(words)],
-        "ti2v": [{"query": {"text": w, "image": {"video": f"{names[i % 4]}.mp4", "time": 0.3 * i}}, "positive":
-                  {"video": {"path": f"{names[(i + 2) % 4]}.mp4", "start": 0.1 * i}}} for i, w in enumerate(words[:5])],
+        "t2v": [
+            {
+                "query": {"text": w},
+                "positive": {"video": f"{names[i % 4]}.mp4"},
+                "negatives": [{"video": f"{names[(i + 1) % 4]}.mp4"}],
+                "id": str(i),
+            }
+            for i, w in enumerate(words)
+        ],
+        "ti2v": [
+            {
+                "query": {"text": w, "image": {"video": f"{names[i % 4]}.mp4", "time": 0.3 * i}},
+                "positive": {"video": {"path": f"{names[(i + 2) % 4]}.mp4", "start": 0.1 * i}},
+            }
+            for i, w in enumerate(words[:5])
+        ],
         "t2t": [{"query": {"text": w}, "positive": {"text": w[::-1]}} for w in words],
     }
     for name, lines in rows.items():
         (media / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
-    mixture = [{"name": "t2v", "task": "T2V", "path": "t2v.jsonl", "negatives": 1, "batch_size": 4, "instruction": "Find it."},
-               {"name": "ti2v", "task": "TI2V", "path": "ti2v.jsonl", "batch_size": 4},
-               {"name": "t2t", "task": "T2T", "path": "t2t.jsonl", "batch_size": 4, "samples": 9}]
+    mixture = [
+        {
+            "name": "t2v",
+            "task": "T2V",
+            "path": "t2v.jsonl",
+            "negatives": 1,
+            "batch_size": 4,
+            "instruction": "Find it.",
+        },
+        {"name": "ti2v", "task": "TI2V", "path": "ti2v.jsonl", "batch_size": 4},
+        {"name": "t2t", "task": "T2T", "path": "t2t.jsonl", "batch_size": 4, "samples": 9},
+    ]
     (media / "mixture.json").write_text(json.dumps(mixture))
     return media / "mixture.json"
 

@@ -24,20 +24,31 @@ from conftest import moving_square, write_tiny, write_video
 
 import caption
 import data
-import parts
 import synth
-from embed import parse_flags
-from extras.mixture import check
-from mini import bench, report, world
+from extras.check_data import check
+from mini import bench, world
 from model import GVE
+from studies import report
+from support.files import load_jsonl
+from support.flags import parse_flags
+from support.jobs import run_sharded
 
 ROOT = Path(__file__).resolve().parent.parent
-FIVE = {"concise": "A white square slides slowly over the plain ground to the right edge.",
-        "rich": " ".join(["A small bright square lies on the left of a plain coloured ground and glides to the right."] * 6),
-        "abstract": " ".join(["It is about one simple thing that crosses an empty place without any hurry."] * 3),
-        "keywords": "square, motion, right, plain ground, slow",
-        "partial": "A small bright square touches the right edge of the ground.",
-        "minimal": "A small bright square is on the left side of the ground."}
+FIVE = {
+    "concise": "A white square slides slowly over the plain ground to the right edge.",
+    "rich": " ".join(
+        [
+            "A small bright square lies on the left of a plain coloured ground and glides to the right."
+        ]
+        * 6
+    ),
+    "abstract": " ".join(
+        ["It is about one simple thing that crosses an empty place without any hurry."] * 3
+    ),
+    "keywords": "square, motion, right, plain ground, slow",
+    "partial": "A small bright square touches the right edge of the ground.",
+    "minimal": "A small bright square is on the left side of the ground.",
+}
 
 
 @pytest.fixture(scope="module")
@@ -69,15 +80,22 @@ def apart(*words, rank="0", world="1"):
     """The same in a process of its own, forked from a server that has imported torch already."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["synth", "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl"])
-    child = context.Process(target=as_rank, args=(rank, world, parse_flags(synth.Flags, [str(word) for word in words])))
+    child = context.Process(
+        target=as_rank, args=(rank, world, parse_flags(synth.Flags, [str(word) for word in words]))
+    )
     child.start()
     return child
 
 
 def rows_of(out):
     """Every row of every stage, without what a rerun may spend differently."""
-    return {path.relative_to(out).as_posix(): [{k: v for k, v in row.items() if k != "tokens"} for row in synth.read(path)]
-            for path in sorted(out.rglob("*.jsonl")) if path.name != "log.jsonl"}
+    return {
+        path.relative_to(out).as_posix(): [
+            {k: v for k, v in row.items() if k != "tokens"} for row in synth.read(path)
+        ]
+        for path in sorted(out.rglob("*.jsonl"))
+        if path.name != "log.jsonl"
+    }
 
 
 def accounted(out, stage):
@@ -85,18 +103,28 @@ def accounted(out, stage):
     assert len({row["id"] for row in rows}) == len(rows)
     assert {row["fate"] for row in rows} <= {"kept", "dropped", "failed"}
     assert all(row.get("why") for row in rows if row["fate"] != "kept")
-    return {fate: sum(row["fate"] == fate for row in rows) for fate in ("kept", "dropped", "failed")}
+    return {
+        fate: sum(row["fate"] == fate for row in rows) for fate in ("kept", "dropped", "failed")
+    }
 
 
 # A real server that answers as vLLM does, and misbehaves on demand
 
+
 class Server(http.server.ThreadingHTTPServer):
     """faults: what to do with the next requests, one each ("429", "500", "slow", ...); then `answer(prompt, n images)`."""
+
     daemon_threads = True
 
     def __init__(self, faults=(), answer=None, dies_after=None):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.faults, self.answer, self.dies_after, self.served, self.lock = list(faults), answer, dies_after, [], threading.Lock()
+        self.faults, self.answer, self.dies_after, self.served, self.lock = (
+            list(faults),
+            answer,
+            dies_after,
+            [],
+            threading.Lock(),
+        )
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     name = property(lambda self: f"openai:http://127.0.0.1:{self.server_port}/v1#vl")
@@ -113,7 +141,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def send(self, code, body, **headers):
         self.send_response(code)
-        for key, value in {"Content-Length": len(body), "Content-Type": "application/json", **headers}.items():
+        for key, value in {
+            "Content-Length": len(body),
+            "Content-Type": "application/json",
+            **headers,
+        }.items():
             self.send_header(key.replace("_", "-"), str(value))
         self.end_headers()
         self.wfile.write(body)
@@ -123,7 +155,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         assert self.path == "/v1/chat/completions" and body["model"] == "vl"
         content, server = body["messages"][0]["content"], self.server
         images = [part["image_url"]["url"] for part in content if part["type"] == "image_url"]
-        assert all(url.startswith("data:image/jpeg;base64,/9j/") for url in images)  # JPEG's first bytes
+        assert all(
+            url.startswith("data:image/jpeg;base64,/9j/") for url in images
+        )  # JPEG's first bytes
         with server.lock:
             server.served.append(content[-1]["text"])
             fault = server.faults.pop(0) if server.faults else ""
@@ -151,8 +185,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return None
         if fault == "slow":
             time.sleep(1.5)
-        text = server.answer(content[-1]["text"], len(images)) if server.answer else fit(content[-1]["text"])
-        text = {"fence": f"```json\n{text}\n```", "chatty": f"Sure! {text}", "cut": text[:40]}.get(fault, text)
+        text = (
+            server.answer(content[-1]["text"], len(images))
+            if server.answer
+            else fit(content[-1]["text"])
+        )
+        text = {"fence": f"```json\n{text}\n```", "chatty": f"Sure! {text}", "cut": text[:40]}.get(
+            fault, text
+        )
         choice = {"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
         usage = {"prompt_tokens": 100, "completion_tokens": 50}
         return self.send(200, json.dumps({"choices": [choice], "usage": usage}).encode())
@@ -161,12 +201,27 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def fit(prompt):
     """The JSON that a prompt of caption.py asks for, read off the form that it ends with."""
     form = json.loads(re.findall(r"nothing else: (\{.*\})", prompt)[0])
-    return json.dumps({key: FIVE.get(key, "the same square, but it goes the other way round") for key in form})
+    return json.dumps(
+        {key: FIVE.get(key, "the same square, but it goes the other way round") for key in form}
+    )
 
 
 def ask_with(name, **more):
-    options = dict(device="cpu", batch_size=4, workers=2, frames=8, max_tokens=200, max_new_tokens=64, concurrency=1, retries=2,
-                   backoff=0.01, timeout=1.0) | more
+    options = (
+        dict(
+            device="cpu",
+            batch_size=4,
+            workers=2,
+            frames=8,
+            max_tokens=200,
+            max_new_tokens=64,
+            concurrency=1,
+            retries=2,
+            backoff=0.01,
+            timeout=1.0,
+        )
+        | more
+    )
     return caption.captioner(name, **options)
 
 
@@ -175,11 +230,25 @@ def requests(media, n=1, kind="video"):
     return sum([caption.requests_for(kind, [item], "full", random.Random(i)) for i in range(n)], [])
 
 
-@pytest.mark.parametrize("faults, fate, calls", [
-    ([], "kept", 1), (["429"], "kept", 2), (["500", "500"], "kept", 3), (["500"] * 3, "failed", 3), (["slow"], "kept", 2),
-    (["closed"], "kept", 2), (["half"], "kept", 2), (["not json"], "kept", 2), (["no choices"], "kept", 2),
-    (["400"], "failed", 1), (["fence"], "kept", 1), (["chatty"], "kept", 2), (["cut"], "kept", 2),
-    (["chatty"] * 3, "dropped", 3)])
+@pytest.mark.parametrize(
+    "faults, fate, calls",
+    [
+        ([], "kept", 1),
+        (["429"], "kept", 2),
+        (["500", "500"], "kept", 3),
+        (["500"] * 3, "failed", 3),
+        (["slow"], "kept", 2),
+        (["closed"], "kept", 2),
+        (["half"], "kept", 2),
+        (["not json"], "kept", 2),
+        (["no choices"], "kept", 2),
+        (["400"], "failed", 1),
+        (["fence"], "kept", 1),
+        (["chatty"], "kept", 2),
+        (["cut"], "kept", 2),
+        (["chatty"] * 3, "dropped", 3),
+    ],
+)
 def test_every_way_a_server_misbehaves_is_tried_again_and_accounted_for(media, faults, fate, calls):
     server = Server(faults)
     (result,) = caption.obtain(ask_with(server.name), requests(media), tries=3)
@@ -193,18 +262,38 @@ def test_every_way_a_server_misbehaves_is_tried_again_and_accounted_for(media, f
 def test_frames_go_out_as_many_jpegs_as_the_captioner_sees_and_a_lost_file_fails_alone(media):
     seen = []
     server = Server(answer=lambda prompt, n: seen.append(n) or fit(prompt))
-    asked = [*requests(media), *requests(media, kind="image"), *caption.requests_for(
-        "TV2V", [{"video": str(media / "a.mp4")}, {"video": str(media / "b.mp4")}], "full", random.Random(0))]
+    asked = [
+        *requests(media),
+        *requests(media, kind="image"),
+        *caption.requests_for(
+            "TV2V",
+            [{"video": str(media / "a.mp4")}, {"video": str(media / "b.mp4")}],
+            "full",
+            random.Random(0),
+        ),
+    ]
     asked.insert(1, {**asked[0], "media": [{"video": str(media / "lost.mp4")}]})
     results = caption.obtain(ask_with(server.name), asked, tries=1)
-    assert [r["fate"] for r in results] == ["kept", "failed", "kept", "kept"] and "lost.mp4" in results[1]["why"]
+    assert [r["fate"] for r in results] == [
+        "kept",
+        "failed",
+        "kept",
+        "kept",
+    ] and "lost.mp4" in results[1]["why"]
     assert seen == [8, 1, 16]
 
 
-@pytest.mark.parametrize("answer, wrong", [
-    ({**FIVE, "concise": "Too short."}, "length: concise has 2 words and must have 10-25"), ({"query": "a b c"}, "schema"),
-    ({**FIVE, "rich": 7}, "schema"), ([1], "schema"), ("I cannot help with that.", "not JSON"),
-    ({**FIVE, "partial": FIVE["concise"]}, "repetition")])
+@pytest.mark.parametrize(
+    "answer, wrong",
+    [
+        ({**FIVE, "concise": "Too short."}, "length: concise has 2 words and must have 10-25"),
+        ({"query": "a b c"}, "schema"),
+        ({**FIVE, "rich": 7}, "schema"),
+        ([1], "schema"),
+        ("I cannot help with that.", "not JSON"),
+        ({**FIVE, "partial": FIVE["concise"]}, "repetition"),
+    ],
+)
 def test_bad_answers_are_refused_with_the_reason(answer, wrong):
     want = caption.WORDS["video"]
     if isinstance(answer, dict):
@@ -218,12 +307,23 @@ def test_bad_answers_are_refused_with_the_reason(answer, wrong):
 
 def test_full_prompts_state_the_paper_s_numbers_and_the_profile_is_30_60_10():
     text = caption.requests_for("video", [], "full", random.Random(0), raw="my dog")[0]["prompt"]
-    for asked in ("concise (10-25 words)", "rich (80-200 ", "abstract (30-100 ", "keywords (5-30 ", "partial (10-70 ", "30-60 %"):
+    for asked in (
+        "concise (10-25 words)",
+        "rich (80-200 ",
+        "abstract (30-100 ",
+        "keywords (5-30 ",
+        "partial (10-70 ",
+        "30-60 %",
+    ):
         assert asked in text
     assert "my dog" in text and "{" not in text.split("Answer with")[0]
-    focus = [caption.requests_for("video", [], "full", random.Random(i))[0]["prompt"] for i in range(600)]
+    focus = [
+        caption.requests_for("video", [], "full", random.Random(i))[0]["prompt"] for i in range(600)
+    ]
     share = [np.mean([part in prompt for prompt in focus]) for part in caption.FOCUS]
-    assert np.allclose(share, [0.3, 0.6, 0.1], atol=0.06), share  # 3 standard deviations of 600 draws
+    assert np.allclose(share, [0.3, 0.6, 0.1], atol=0.06), (
+        share
+    )  # 3 standard deviations of 600 draws
 
 
 def test_texts_that_describe_nothing_are_named_and_captions_pass():
@@ -240,26 +340,68 @@ def test_texts_that_describe_nothing_are_named_and_captions_pass():
 
 # Whole runs
 
-def test_a_server_that_dies_midway_leaves_everything_accounted_for_and_a_rerun_finishes(raw, tmp_path):
+
+def test_a_server_that_dies_midway_leaves_everything_accounted_for_and_a_rerun_finishes(
+    raw, tmp_path
+):
     server, again, whole = Server(dies_after=9), Server(), Server()
-    common = ["--videos", raw / "captions.jsonl", "--prompts", "full", "--part", 8, "--shares", "T2I=1", "TI2V=1", "TV2V=1",
-              "--retries", 1, "--backoff", 0.01, "--concurrency", 3, "--hallucination", 2]
+    common = [
+        "--videos",
+        raw / "captions.jsonl",
+        "--prompts",
+        "full",
+        "--part",
+        8,
+        "--shares",
+        "T2I=1",
+        "TI2V=1",
+        "TV2V=1",
+        "--retries",
+        1,
+        "--backoff",
+        0.01,
+        "--concurrency",
+        3,
+        "--hallucination",
+        2,
+    ]
     run(*common, "--captioner", server.name, "--out", tmp_path / "out", ok=False)
     assert accounted(tmp_path / "out", "2-captions")["failed"] > 0
-    shutil.copytree(tmp_path / "out" / "1-pool", tmp_path / "whole" / "1-pool")  # the same pool: no need to look at it again
+    shutil.copytree(
+        tmp_path / "out" / "1-pool", tmp_path / "whole" / "1-pool"
+    )  # the same pool: no need to look at it again
     for name in ("pool.jsonl", "pool.npy", "flags.jsonl", "log.jsonl"):
         shutil.copy(tmp_path / "out" / name, tmp_path / "whole" / name)
     run(*common, "--captioner", again.name, "--out", tmp_path / "out")
     run(*common, "--captioner", whole.name, "--out", tmp_path / "whole")
-    assert accounted(tmp_path / "out", "2-captions")["failed"] == accounted(tmp_path / "out", "3-pairs")["failed"] == 0
-    assert rows_of(tmp_path / "out") == rows_of(tmp_path / "whole") and len(again.served) < len(whole.served)
+    assert (
+        accounted(tmp_path / "out", "2-captions")["failed"]
+        == accounted(tmp_path / "out", "3-pairs")["failed"]
+        == 0
+    )
+    assert rows_of(tmp_path / "out") == rows_of(tmp_path / "whole") and len(again.served) < len(
+        whole.served
+    )
 
 
 def test_a_captioner_that_always_refuses_ends_with_everything_dropped(raw, tmp_path):
     server = Server(answer=lambda prompt, n: "I'm sorry, but I can't help with that.")
-    printed = run("--videos", raw / "captions.jsonl", "--captioner", server.name, "--out", tmp_path, "--tries", 2, ok=False)
+    printed = run(
+        "--videos",
+        raw / "captions.jsonl",
+        "--captioner",
+        server.name,
+        "--out",
+        tmp_path,
+        "--tries",
+        2,
+        ok=False,
+    )
     count = accounted(tmp_path, "2-captions")
-    assert count["kept"] == count["failed"] == 0 < count["dropped"] and f"dropped {count['dropped']} (not JSON)" in printed
+    assert (
+        count["kept"] == count["failed"] == 0 < count["dropped"]
+        and f"dropped {count['dropped']} (not JSON)" in printed
+    )
     assert "not one pair was made" in printed
     assert len(server.served) == 2 * count["dropped"]
 
@@ -267,7 +409,18 @@ def test_a_captioner_that_always_refuses_ends_with_everything_dropped(raw, tmp_p
 @pytest.fixture(scope="module")
 def whole(raw, tmp_path_factory):
     """An uninterrupted run with captioner mini -> (flags, its folder)."""
-    flags = ["--videos", raw / "captions.jsonl", "--part", 4, "--max-new-tokens", 64, "--tries", 1, "--hallucination", 0.2]
+    flags = [
+        "--videos",
+        raw / "captions.jsonl",
+        "--part",
+        4,
+        "--max-new-tokens",
+        64,
+        "--tries",
+        1,
+        "--hallucination",
+        0.2,
+    ]
     flags += ["--shares", *(f"{task}=1" for task in synth.TABLE7)]
     run(*flags, "--out", out := tmp_path_factory.mktemp("whole"))
     return flags, out
@@ -278,28 +431,46 @@ def test_mini_makes_a_mixture_that_loads_whole(whole, raw):
     assert list(check(mixture, [raw])) == []
     sources = {source.task: source for source in data.load_mixture(mixture)}
     assert sources.keys() >= {"T2T", "T2I", "T2V", "I2V", "TI2V"}
-    assert {source.samples for source in sources.values()} == {len(sources["T2V"])}  # equal shares, whatever was dropped
+    assert {source.samples for source in sources.values()} == {
+        len(sources["T2V"])
+    }  # equal shares, whatever was dropped
     assert sum(map(len, sources.values())) == accounted(whole[1], "3-pairs")["kept"]
 
 
 def test_a_caption_is_as_consistent_as_the_best_of_its_video_and_shots(whole):
     gve, by_shot = GVE.from_pretrained("mini/prober"), 0
-    for row in (row for row in parts.read(whole[1] / "pool.jsonl") if "consistency" in row):
+    for row in (row for row in load_jsonl(whole[1] / "pool.jsonl") if "consistency" in row):
         ends = [0, *row["cuts"], row["seconds"]]
-        clips = [{"video": {"path": row["video"], "start": ends[i], "end": ends[i + 1]}} for i in range(len(ends) - 1)]
-        scores = gve.embed([{"video": row["video"]}, *clips]) @ gve.embed([{"text": row["text"]}])[0]
+        clips = [
+            {"video": {"path": row["video"], "start": ends[i], "end": ends[i + 1]}}
+            for i in range(len(ends) - 1)
+        ]
+        scores = (
+            gve.embed([{"video": row["video"]}, *clips]) @ gve.embed([{"text": row["text"]}])[0]
+        )
         assert row["consistency"] == pytest.approx(scores.max().item(), abs=1e-3), row["id"]
-        assert row.get("why", "").startswith("consistency") == (row["consistency"] < 0.09), row["id"]
+        assert row.get("why", "").startswith("consistency") == (row["consistency"] < 0.09), row[
+            "id"
+        ]
         by_shot += scores.argmax().item() > 0 and len(clips) > 1
     assert by_shot
 
 
 def test_the_hallucination_check_removes_what_is_less_like_the_video_than_the_raw_caption(whole):
     gve, removed = GVE.from_pretrained("mini/prober"), 0
-    for row in (row for path in (whole[1] / "2-captions").glob("*.jsonl") for row in parts.read(path)):
+    for row in (
+        row for path in (whole[1] / "2-captions").glob("*.jsonl") for row in load_jsonl(path)
+    ):
         if row["fate"] == "kept" and row["text"]:
-            video, least, *scores = gve.embed([row["item"], *({"text": t} for t in (
-                row["text"], *row["captions"].values(), *row["removed"].values()))])
+            video, least, *scores = gve.embed(
+                [
+                    row["item"],
+                    *(
+                        {"text": t}
+                        for t in (row["text"], *row["captions"].values(), *row["removed"].values())
+                    ),
+                ]
+            )
             gone = [score @ video < least @ video - 0.2 for score in scores]
             assert gone == [False] * len(row["captions"]) + [True] * len(row["removed"]), row["id"]
             removed += sum(gone)
@@ -308,18 +479,30 @@ def test_the_hallucination_check_removes_what_is_less_like_the_video_than_the_ra
 
 def test_hard_negatives_are_what_a_plain_search_finds(whole):
     gve, out = GVE.from_pretrained("mini/prober"), whole[1]
-    every = {stage: [row for path in sorted((out / stage).glob("*.jsonl")) for row in parts.read(path)]
-             for stage in ("2-captions", "3-pairs")}
-    said = {row["of"]: gve.embed([{"text": text} for text in row["captions"].values()])
-            for row in every["2-captions"] if row["kind"] == "video" and row["fate"] == "kept"}
-    pool = {row["id"]: row["video"] for row in parts.read(out / "pool.jsonl") if row["fate"] == "kept"}
+    every = {
+        stage: [row for path in sorted((out / stage).glob("*.jsonl")) for row in load_jsonl(path)]
+        for stage in ("2-captions", "3-pairs")
+    }
+    said = {
+        row["of"]: gve.embed([{"text": text} for text in row["captions"].values()])
+        for row in every["2-captions"]
+        if row["kind"] == "video" and row["fate"] == "kept"
+    }
+    pool = {
+        row["id"]: row["video"] for row in load_jsonl(out / "pool.jsonl") if row["fate"] == "kept"
+    }
     videos, names = gve.embed([{"video": path} for path in pool.values()]), list(pool)
     pairs = [row for row in every["3-pairs"] if row["task"] == "T2V" and row["fate"] == "kept"]
     assert len(pairs) > 5
     for row in pairs:
         query, own = gve.embed([row["query"]])[0], names.index(row["of"])
-        like = {names[j]: float((said[names[j]] @ query).max()) for j in range(len(names)) if names[j] in said and
-                videos[j] @ videos[own] < 0.98 and videos[j] @ query <= videos[own] @ query}
+        like = {
+            names[j]: float((said[names[j]] @ query).max())
+            for j in range(len(names))
+            if names[j] in said
+            and videos[j] @ videos[own] < 0.98
+            and videos[j] @ query <= videos[own] @ query
+        }
         best = max(score for score in like.values() if score <= 0.97)
         [negative] = [name for name in names if pool[name] == row["negatives"][0]["video"]]
         assert negative != row["of"] and like[negative] == pytest.approx(best, abs=1e-3), row["id"]
@@ -330,7 +513,10 @@ def test_a_run_killed_at_random_moments_ends_with_the_rows_of_a_whole_one(whole,
     (flags, folder), rng, killed = whole, random.Random(kills), 0
     for _ in range(kills):
         began = len(list(tmp_path.glob("*/*.jsonl")))
-        child, more = apart(*flags, "--out", tmp_path), rng.choice((0, 1, 2) if kills < 20 else (0, 0, 1))
+        child, more = (
+            apart(*flags, "--out", tmp_path),
+            rng.choice((0, 1, 2) if kills < 20 else (0, 0, 1)),
+        )
         while child.is_alive() and len(list(tmp_path.glob("*/*.jsonl"))) < began + more:
             time.sleep(0.005)
         time.sleep(rng.random() * 0.5)
@@ -351,8 +537,14 @@ def test_two_processes_and_shards_share_the_work_and_make_the_same_rows(raw, tmp
     assert [child.exitcode for child in children] == [0, 0]
     assert rows_of(tmp_path / "one") == rows_of(tmp_path / "two")
     events = synth.read(tmp_path / "two" / "log.jsonl")
-    assert len({e["part"] for e in events}) == len(events) == len(list((tmp_path / "two" / "1-pool").glob("*.jsonl")))
-    assert "belong to other shards" in run(*common, "--shard", "0/2", "--out", tmp_path / "three", ok=False)
+    assert (
+        len({e["part"] for e in events})
+        == len(events)
+        == len(list((tmp_path / "two" / "1-pool").glob("*.jsonl")))
+    )
+    assert "belong to other shards" in run(
+        *common, "--shard", "0/2", "--out", tmp_path / "three", ok=False
+    )
     run(*common, "--shard", "1/2", "--out", tmp_path / "three")
     assert rows_of(tmp_path / "one") == rows_of(tmp_path / "three")
 
@@ -367,24 +559,40 @@ def test_a_shard_is_never_done_twice_at_once(tmp_path):
         return [{"id": job["id"], "fate": "kept"} for job in jobs]
 
     with ThreadPoolExecutor(2) as pool:
-        runs = [pool.submit(parts.share, tmp_path, "s", [[{"id": "a"}], [{"id": "b"}]], do) for _ in range(2)]
+        runs = [
+            pool.submit(run_sharded, tmp_path, "s", [[{"id": "a"}], [{"id": "b"}]], do)
+            for _ in range(2)
+        ]
     rows = [[{"id": "a", "fate": "kept"}], [{"id": "b", "fate": "kept"}]]
     assert [run.result() for run in runs] == [rows, rows] and sorted(done) == [0, 1]
 
 
 # Quality control
 
+
 def test_cuts_clips_motion_and_key_frames_of_known_films(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3))
     scenes = [np.kron(scene, np.ones((12, 12, 1))).astype(np.uint8) for scene in noise]  # 96 x 96
-    film = np.stack([np.roll(scenes[i // 40], i, axis=1) for i in range(120)])  # 3 shots of 4 s at 10 fps, panning
+    film = np.stack(
+        [np.roll(scenes[i // 40], i, axis=1) for i in range(120)]
+    )  # 3 shots of 4 s at 10 fps, panning
     write_video(tmp_path / "film.mp4", film, fps=10)
     write_video(tmp_path / "slides.mp4", np.stack([scenes[i // 40] for i in range(120)]), fps=10)
     flags = synth.Flags(videos=str(tmp_path), probe_fps=10.0)
-    film, slides = (synth.look({"id": name, "video": str(tmp_path / name), "text": ""}, flags)
-                    for name in ("film.mp4", "slides.mp4"))
-    assert (film["fate"], film["cuts"], film["seconds"], film["size"]) == ("kept", [4.0, 8.0], 12.0, [96, 96]), film
-    assert slides["why"].startswith("static") and slides["cuts"] == [4.0, 8.0]  # cuts are not motion
+    film, slides = (
+        synth.look({"id": name, "video": str(tmp_path / name), "text": ""}, flags)
+        for name in ("film.mp4", "slides.mp4")
+    )
+    assert (film["fate"], film["cuts"], film["seconds"], film["size"]) == (
+        "kept",
+        [4.0, 8.0],
+        12.0,
+        [96, 96],
+    ), film
+    assert slides["why"].startswith("static") and slides["cuts"] == [
+        4.0,
+        8.0,
+    ]  # cuts are not motion
     for start, end in film["clips"]:
         assert 2 <= end - start <= 10 and start // 4 == (end - 1e-6) // 4, film["clips"]
     assert len({time // 4 for time in film["key_frames"]}) == 3
@@ -398,27 +606,56 @@ def test_odd_folders_ids_and_files(tmp_path, media):
     (tmp_path / "in" / "notes.txt").write_text("not a video")
     shutil.copy(media / "i.png", tmp_path / "in" / "i.png")
     server = Server()
-    run("--videos", tmp_path / "in", "--captioner", server.name, "--out", tmp_path / "out", "--negatives", "T2V=0",
-        "--duplicate", 2)
+    run(
+        "--videos",
+        tmp_path / "in",
+        "--captioner",
+        server.name,
+        "--out",
+        tmp_path / "out",
+        "--negatives",
+        "T2V=0",
+        "--duplicate",
+        2,
+    )
     rows = {row["id"]: row for row in synth.read(tmp_path / "out" / "pool.jsonl")}
     assert {i: row["fate"] for i, row in rows.items()} == {
-        "i.png": "dropped", "notes.txt": "dropped", "one/ä b.mp4": "kept", "two/ä b.mp4": "kept"}
+        "i.png": "dropped",
+        "notes.txt": "dropped",
+        "one/ä b.mp4": "kept",
+        "two/ä b.mp4": "kept",
+    }
     assert list(check(tmp_path / "out" / "uvrd" / "mixture.json", [tmp_path])) == []
 
 
 def test_where_nothing_can_be_used_the_run_fails_and_has_said_why(tmp_path, media):
     (tmp_path / "in").mkdir()
-    rows = [{"id": c, "video": str(media / f"{c}.mp4")} for c in "ab"]  # outside the folder, and no --root
+    rows = [
+        {"id": c, "video": str(media / f"{c}.mp4")} for c in "ab"
+    ]  # outside the folder, and no --root
     (tmp_path / "in" / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    printed = run("--videos", tmp_path / "in" / "rows.jsonl", "--captioner", Server().name, "--out", tmp_path / "out", ok=False)
+    printed = run(
+        "--videos",
+        tmp_path / "in" / "rows.jsonl",
+        "--captioner",
+        Server().name,
+        "--out",
+        tmp_path / "out",
+        ok=False,
+    )
     assert "kept 0 of 2, dropped 2 (unreadable)" in printed and "not one pair was made" in printed
     (tmp_path / "empty").mkdir()
     assert "empty: nothing in it" in run("--videos", tmp_path / "empty", ok=False)
 
 
-@pytest.mark.parametrize("line, wrong", [
-    ('{"video": 3}', "captions.jsonl:2: video and text"), ("{", "captions.jsonl:2: not JSON"),
-    ('{"video": "a.mp4"}', "captions.jsonl:2: .*'a.mp4' new")])
+@pytest.mark.parametrize(
+    "line, wrong",
+    [
+        ('{"video": 3}', "captions.jsonl:2: video and text"),
+        ("{", "captions.jsonl:2: not JSON"),
+        ('{"video": "a.mp4"}', "captions.jsonl:2: .*'a.mp4' new"),
+    ],
+)
 def test_wrong_rows_name_file_and_line(tmp_path, line, wrong):
     (tmp_path / "captions.jsonl").write_text('{"video": "a.mp4"}\n' + line + "\n")
     with pytest.raises(ValueError, match=wrong):
@@ -436,11 +673,18 @@ def test_wrong_flags_and_places_are_one_line(raw, tmp_path):
 
 def test_a_full_disk_ends_in_one_line_and_leaves_no_half_file(raw, tmp_path):
     """The limit on file size stands in for the disk: writes beyond 6 kB fail as they do on a full one."""
-    limited = ("import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-               "resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000)); sys.argv = sys.argv[1:]; "
-               "runpy.run_path('synth.py', run_name='__main__')")
+    limited = (
+        "import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000)); sys.argv = sys.argv[1:]; "
+        "runpy.run_path('synth.py', run_name='__main__')"
+    )
     words = ["--videos", str(raw / "captions.jsonl"), "--out", str(tmp_path), "--stages", "1"]
-    done = subprocess.run([sys.executable, "-B", "-c", limited, "synth.py", *words], cwd=ROOT, text=True, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-B", "-c", limited, "synth.py", *words],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+    )
     assert done.returncode == 1 and "synth.py: " in done.stderr.splitlines()[-1], done.stderr
     assert not list(tmp_path.glob("1-pool/*.jsonl"))
     run(*words)
@@ -448,15 +692,30 @@ def test_a_full_disk_ends_in_one_line_and_leaves_no_half_file(raw, tmp_path):
 
 
 def test_dry_run_prints_prompts_and_counts_and_writes_nothing(raw, tmp_path):
-    printed = run("--videos", raw / "captions.jsonl", "--out", tmp_path / "out", "--dry-run", "--prompts", "full",
-                  "--shares", "T2I=0.5", "TI2V=0.1", "TV2V=0")
+    printed = run(
+        "--videos",
+        raw / "captions.jsonl",
+        "--out",
+        tmp_path / "out",
+        "--dry-run",
+        "--prompts",
+        "full",
+        "--shares",
+        "T2I=0.5",
+        "TI2V=0.1",
+        "TV2V=0",
+    )
     n = len(synth.read(raw / "captions.jsonl"))
     calls = n + round(n * 0.5) + round(n * 0.1)
-    assert f"{n} videos: calls, tokens read, tokens written: [{calls}," in printed and "Describe this frame" in printed
+    assert (
+        f"{n} videos: calls, tokens read, tokens written: [{calls}," in printed
+        and "Describe this frame" in printed
+    )
     assert not (tmp_path / "out").exists()
 
 
 # hf:
+
 
 def llava(folder):
     """A random LLaVA, which knows images only."""
@@ -469,20 +728,38 @@ def llava(folder):
         LlavaForConditionalGeneration,
         LlavaProcessor,
     )
+
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "mini" / "base")
     tokenizer.add_tokens(["<image>"], special_tokens=True)
     tiny = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
     vision = CLIPVisionConfig(**tiny, image_size=28, patch_size=14)
-    text = LlamaConfig(**tiny, vocab_size=len(tokenizer), num_key_value_heads=2, pad_token_id=tokenizer.pad_token_id,
-                       eos_token_id=tokenizer.eos_token_id)
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=tokenizer.convert_tokens_to_ids("<image>"))
+    text = LlamaConfig(
+        **tiny,
+        vocab_size=len(tokenizer),
+        num_key_value_heads=2,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+    )
     torch.manual_seed(0)
     LlavaForConditionalGeneration(config).save_pretrained(folder)
-    template = ("{% for m in messages %}{% for c in m.content %}{% if c.type == 'image' %}<image>{% else %}{{ c.text }}"
-                "{% endif %}{% endfor %}{% endfor %}")
+    template = (
+        "{% for m in messages %}{% for c in m.content %}{% if c.type == 'image' %}<image>{% else %}{{ c.text }}"
+        "{% endif %}{% endfor %}{% endfor %}"
+    )
     images = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
-    processor = LlavaProcessor(images, tokenizer, patch_size=14, vision_feature_select_strategy="default",
-                               num_additional_image_tokens=1, chat_template=template)
+    processor = LlavaProcessor(
+        images,
+        tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=template,
+    )
     processor.save_pretrained(folder)
     return folder
 
@@ -493,7 +770,9 @@ def test_nonsense_of_a_random_model_is_refused_and_counted(make, media, tmp_path
     lost = {**requests(media)[0], "media": [{"video": str(media / "lost.mp4")}]}
     asked = [*requests(media, 3), *requests(media, 2, "image"), lost]
     results = caption.obtain(ask, asked, tries=2)
-    assert [r["fate"] for r in results] == ["dropped"] * 5 + ["failed"] and all("not JSON" in r["why"] for r in results[:5])
+    assert [r["fate"] for r in results] == ["dropped"] * 5 + ["failed"] and all(
+        "not JSON" in r["why"] for r in results[:5]
+    )
     assert all(r["tokens"][0] > 100 and 0 < r["tokens"][1] <= 16 for r in results[:5])
 
 
@@ -502,20 +781,32 @@ def test_the_mini_captioner_says_what_the_base_says(raw):
     from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 
     from mini.__main__ import BASE, HEAD, TAIL, positions
+
     clips = [{"video": str(path)} for path in sorted((raw / "videos").glob("raw-t-*.mp4"))[:4]]
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(ROOT / BASE, dtype=torch.float32).eval()
-    collate, prompt = data.Collator(Qwen2_5_VLProcessor.from_pretrained(ROOT / BASE)), "Describe the video in the rich style."
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        ROOT / BASE, dtype=torch.float32
+    ).eval()
+    collate, prompt = (
+        data.Collator(Qwen2_5_VLProcessor.from_pretrained(ROOT / BASE)),
+        "Describe the video in the rich style.",
+    )
     words, wanted = collate.tokenizer, []
     stop = words.convert_tokens_to_ids("<|im_end|>")
     for clip in clips:
         shown = collate.prepare(clip)
-        block = "<|vision_start|>" + "<|video_pad|>" * shown["ids"].count(collate.video_pad) + "<|vision_end|>"
+        block = (
+            "<|vision_start|>"
+            + "<|video_pad|>" * shown["ids"].count(collate.video_pad)
+            + "<|vision_end|>"
+        )
         ids = words.encode(HEAD + block + prompt + TAIL)
         start = len(ids)
         while ids[-1] != stop and len(ids) < start + 64:
             batch = collate.batch([{**shown, "ids": ids}])
             with torch.no_grad():
-                hidden = model.model(**batch, position_ids=positions(model, batch), use_cache=False).last_hidden_state
+                hidden = model.model(
+                    **batch, position_ids=positions(model, batch), use_cache=False
+                ).last_hidden_state
             ids.append(int(model.lm_head(hidden[:, -1]).argmax()))
         wanted.append(words.decode(ids[start:], skip_special_tokens=True))
     ask = ask_with("mini", batch_size=3)

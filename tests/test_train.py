@@ -18,19 +18,47 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+
+
 import data  # noqa: E402
-import state  # noqa: E402
 import train  # noqa: E402
 
 
 def run(*command, cwd=ROOT, **env):
-    return subprocess.run([sys.executable, *map(str, command)], cwd=cwd, capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **env}, timeout=300)
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **env},
+        timeout=300,
+    )
 
 
 def flags_for(tiny, mixture, out, *more):
-    return ["--base", tiny, "--prober", "", "--data", mixture.parent, "--mixture", mixture, "--out", out, "--workers", "0",
-            "--features", Path(mixture).parent / "features", "--log-every", "1", "--epochs", "3", "--dropout", "0.1", *more]
+    return [
+        "--base",
+        tiny,
+        "--prober",
+        "",
+        "--data",
+        mixture.parent,
+        "--mixture",
+        mixture,
+        "--out",
+        out,
+        "--workers",
+        "0",
+        "--features",
+        Path(mixture).parent / "features",
+        "--log-every",
+        "1",
+        "--epochs",
+        "3",
+        "--dropout",
+        "0.1",
+        *more,
+    ]
 
 
 def record(out):
@@ -38,7 +66,9 @@ def record(out):
     seen, reduce_sum = {"loss": [], "grad": []}, train.reduce_sum
 
     def spy_reduce(parameters, extra):
-        fate = os.environ.get("FATE", "never never never").split()  # signal, rank, step at which this process gets it
+        fate = os.environ.get(
+            "FATE", "never never never"
+        ).split()  # signal, rank, step at which this process gets it
         if fate[1:] == [os.environ.get("RANK", "0"), str(len(seen["loss"]))]:
             os.kill(os.getpid(), int(fate[0]))
         summed = reduce_sum(parameters, extra)
@@ -69,25 +99,51 @@ def one_and_many(tiny, mixture, tmp_path_factory):
     folder, seen = tmp_path_factory.mktemp("ranks"), {}
     for world, cached in ((1, False), (3, False), (1, True), (2, True), (3, True)):
         out = folder / f"{world}-{cached}"
-        more = flags_for(tiny, mixture, out, "--dtype", "float64", "--dropout", "0", "--steps", "9", "--schedule", "uniform",
-                         "--lr", "0.01", *(("--grad-cache", "--micro-batch", "3", "--micro-tokens", "170") if cached else ()))
+        more = flags_for(
+            tiny,
+            mixture,
+            out,
+            "--dtype",
+            "float64",
+            "--dropout",
+            "0",
+            "--steps",
+            "9",
+            "--schedule",
+            "uniform",
+            "--lr",
+            "0.01",
+            *(("--grad-cache", "--micro-batch", "3", "--micro-tokens", "170") if cached else ()),
+        )
         done = run(*launch(world), __file__, folder / f"{out}.pt", *more)
         assert done.returncode == 0, done.stderr[-3000:]
-        seen[world, cached] = torch.load(folder / f"{out}.pt") | {"log": [json.loads(x) for x in open(out / "log.jsonl")]}
+        seen[world, cached] = torch.load(folder / f"{out}.pt") | {
+            "log": [json.loads(x) for x in open(out / "log.jsonl")]
+        }
     return seen
 
 
 def launch(world):
-    return [] if world == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", world]
+    return (
+        []
+        if world == 1
+        else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", world]
+    )
 
 
 @pytest.mark.parametrize(("world", "cached"), [(3, False), (1, True), (2, True), (3, True)])
-def test_ranks_and_grad_cache_give_the_loss_and_gradients_of_one_process(one_and_many, world, cached):
+def test_ranks_and_grad_cache_give_the_loss_and_gradients_of_one_process(
+    one_and_many, world, cached
+):
     one, many = one_and_many[1, False], one_and_many[world, cached]
     sizes = {len(x["grad"]) for x in (one, many)}
     assert sizes == {9} and one["loss"].abs().min() >= 0 and (one["loss"] > 0.1).sum() >= 5
     for name in ("loss", "grad"):
-        scale = one[name].abs().amax(-1, keepdim=True) if name == "grad" else one[name].abs().clamp(min=1e-3)
+        scale = (
+            one[name].abs().amax(-1, keepdim=True)
+            if name == "grad"
+            else one[name].abs().clamp(min=1e-3)
+        )
         error = ((one[name] - many[name]).abs() / scale.clamp(min=1e-12)).max()
         assert error < 1e-9, f"{name}: relative error {error:.2e} on {world} ranks"
 
@@ -95,10 +151,17 @@ def test_ranks_and_grad_cache_give_the_loss_and_gradients_of_one_process(one_and
 def test_the_run_held_the_uneven_cases(one_and_many):
     steps = [x for x in one_and_many[1, False]["log"] if x["event"] == "step"]
     assert {x["source"] for x in steps} == {"t2v", "ti2v", "t2t"}
-    sizes = [b for x in one_and_many[1, False]["log"] if x["event"] == "end" for b in x["passes"].values()]
+    sizes = [
+        b
+        for x in one_and_many[1, False]["log"]
+        if x["event"] == "end"
+        for b in x["passes"].values()
+    ]
     assert max(sizes) > 1  # some source was exhausted: its short last batch was drawn
     rows = {(x["source"], x["rows"]) for x in steps}
-    assert ("ti2v", 1) in rows and ("t2v", 3) in rows, rows  # fewer rows than ranks, and hard negatives in a short batch
+    assert ("ti2v", 1) in rows and ("t2v", 3) in rows, (
+        rows
+    )  # fewer rows than ranks, and hard negatives in a short batch
 
 
 def go(*words):
@@ -121,12 +184,29 @@ def test_the_same_run_twice_is_bit_identical_with_dropout(tiny, mixture, tmp_pat
 
 
 def test_grad_cache_replays_dropout(tiny, mixture, tmp_path):
-    same = ("--dtype", "float64", "--steps", "4", "--schedule", "uniform", "--micro-batch", "2", "--dropout", "0.3")
-    for name, more in (("kept", ()), ("cached", ("--grad-cache",)), ("whole", ("--micro-batch", "64"))):
+    same = (
+        "--dtype",
+        "float64",
+        "--steps",
+        "4",
+        "--schedule",
+        "uniform",
+        "--micro-batch",
+        "2",
+        "--dropout",
+        "0.3",
+    )
+    for name, more in (
+        ("kept", ()),
+        ("cached", ("--grad-cache",)),
+        ("whole", ("--micro-batch", "64")),
+    ):
         go(*flags_for(tiny, mixture, tmp_path / name, *same, *more))
     kept, cached, whole = (weights(tmp_path / name) for name in ("kept", "cached", "whole"))
     assert all((kept[k] - cached[k]).abs().max() <= 1e-9 * kept[k].abs().max() for k in kept)
-    assert any((kept[k] - whole[k]).abs().max() > 1e-3 * kept[k].abs().max() for k in kept)  # other micro-batches, other masks
+    assert any(
+        (kept[k] - whole[k]).abs().max() > 1e-3 * kept[k].abs().max() for k in kept
+    )  # other micro-batches, other masks
 
 
 def steps_of(out):
@@ -137,11 +217,32 @@ def steps_of(out):
 def test_only_lora_moves_and_in_bfloat16_at_3e_5_every_lora_tensor_does(tiny, mixture, tmp_path):
     start = train.GVE.from_pretrained(tiny, dtype="bfloat16").state_dict()
     torch.manual_seed(42)
-    fresh = {n: p.detach().clone() for n, p in
-             train.GVE.from_pretrained(tiny, dtype="bfloat16", lora={"lora_dropout": 0.1}).lora_parameters().items()}
-    gve = go(*flags_for(tiny, mixture, tmp_path, "--dtype", "bfloat16", "--lr", "3e-5", "--steps", "3", "--warmup", "0"))
-    frozen = {n.removeprefix("backbone.base_model.model.").replace(".base_layer", ""): p for n, p in gve.named_parameters()
-              if ".lora_" not in n}
+    fresh = {
+        n: p.detach().clone()
+        for n, p in train.GVE.from_pretrained(tiny, dtype="bfloat16", lora={"lora_dropout": 0.1})
+        .lora_parameters()
+        .items()
+    }
+    gve = go(
+        *flags_for(
+            tiny,
+            mixture,
+            tmp_path,
+            "--dtype",
+            "bfloat16",
+            "--lr",
+            "3e-5",
+            "--steps",
+            "3",
+            "--warmup",
+            "0",
+        )
+    )
+    frozen = {
+        n.removeprefix("backbone.base_model.model.").replace(".base_layer", ""): p
+        for n, p in gve.named_parameters()
+        if ".lora_" not in n
+    }
     assert len(frozen) == len(start)
     for name, tensor in frozen.items():
         assert torch.equal(tensor, start["backbone." + name.removeprefix("backbone.")]), name
@@ -151,10 +252,17 @@ def test_only_lora_moves_and_in_bfloat16_at_3e_5_every_lora_tensor_does(tiny, mi
     assert not still, still
 
 
-@pytest.mark.parametrize("words, message", [
-    (["--frames", "7"], "even"), (["--preset", "gve-3b", "--data", "nowhere"], "MSMARCO.*nowhere/msmarco.jsonl"),
-    (["--data", "nowhere", "--mixture", ""], "python -m mini render"), (["--base", "nowhere/at/all"], "nowhere/at/all"),
-    (["--prober", "nowhere/at/all"], "nowhere/at/all"), (["--mixture", "twice"], "share a name: .'t2v', 'ti2v', 't2t'.$")])
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--frames", "7"], "even"),
+        (["--preset", "gve-3b", "--data", "nowhere"], "MSMARCO.*nowhere/msmarco.jsonl"),
+        (["--data", "nowhere", "--mixture", ""], "python -m mini render"),
+        (["--base", "nowhere/at/all"], "nowhere/at/all"),
+        (["--prober", "nowhere/at/all"], "nowhere/at/all"),
+        (["--mixture", "twice"], "share a name: .'t2v', 'ti2v', 't2t'.$"),
+    ],
+)
 def test_wrong_values_are_named(tiny, mixture, tmp_path, words, message):
     words = ["--mixture", mixture, mixture] if words[-1] == "twice" else words
     with pytest.raises(ValueError, match=message):
@@ -163,50 +271,114 @@ def test_wrong_values_are_named(tiny, mixture, tmp_path, words, message):
 
 def test_the_command_ends_with_one_line_for_a_wrong_flag_or_value():
     done = run("train.py", "--lr-rate", "1")
-    assert done.returncode == 2 and "unrecognized arguments: --lr-rate" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 2
+        and "unrecognized arguments: --lr-rate" in done.stderr
+        and "Traceback" not in done.stderr
+    )
     done = run("train.py", "--data", "nowhere", "--mixture", "nowhere/m.json")
-    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: nowhere/m.json: no such mixture")
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(
+        "error: nowhere/m.json: no such mixture"
+    )
 
 
-def test_damaged_clips_spread_over_the_sources_cost_what_replacing_their_rows_by_hand_would(tiny, media, tmp_path):
-    words, damaged = ("ball", "cube", "ring", "star"), {"text": [3, 31], "image": [18, 19], "clip": [7, 39]}  # 5 % of 120 rows
+def test_damaged_clips_spread_over_the_sources_cost_what_replacing_their_rows_by_hand_would(
+    tiny, media, tmp_path
+):
+    words, damaged = (
+        ("ball", "cube", "ring", "star"),
+        {"text": [3, 31], "image": [18, 19], "clip": [7, 39]},
+    )  # 5 % of 120 rows
     for name in ("bad", "good"):
         (tmp_path / name).mkdir()
         mixture = []
         for source, gone in damaged.items():
             rows = []
             for i in range(40):
-                clip, text = {"path": str(media / f"{'abcd'[i % 4]}.mp4"), "start": 0.04 * i}, f"{words[i % 4]} {i}"
-                query = {"text": text, "image": str(media / "i.png")} if source == "image" else {"text": text}
-                rows.append({"query": {"video": clip} if source == "clip" else query, "positive": {"video": clip}})
+                clip, text = (
+                    {"path": str(media / f"{'abcd'[i % 4]}.mp4"), "start": 0.04 * i},
+                    f"{words[i % 4]} {i}",
+                )
+                query = (
+                    {"text": text, "image": str(media / "i.png")}
+                    if source == "image"
+                    else {"text": text}
+                )
+                rows.append(
+                    {
+                        "query": {"video": clip} if source == "clip" else query,
+                        "positive": {"video": clip},
+                    }
+                )
             if name == "bad":
                 for i in gone:
-                    (tmp_path / "bad" / f"{source}{i}.mp4").write_bytes((media / "a.mp4").read_bytes()[:700])
+                    (tmp_path / "bad" / f"{source}{i}.mp4").write_bytes(
+                        (media / "a.mp4").read_bytes()[:700]
+                    )
                     rows[i]["positive"] = {"video": f"{source}{i}.mp4"}
             else:  # the next usable row of the file, the first one after the last
-                rows = [next(rows[j % 40] for j in range(i, 80) if j % 40 not in gone) for i in range(40)]
-            (tmp_path / name / f"{source}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+                rows = [
+                    next(rows[j % 40] for j in range(i, 80) if j % 40 not in gone)
+                    for i in range(40)
+                ]
+            (tmp_path / name / f"{source}.jsonl").write_text(
+                "".join(json.dumps(row) + "\n" for row in rows)
+            )
             task = {"text": "T2V", "image": "TI2V", "clip": "V2V"}[source]
-            mixture.append({"name": source, "task": task, "path": f"{source}.jsonl", "batch_size": 8})
+            mixture.append(
+                {"name": source, "task": task, "path": f"{source}.jsonl", "batch_size": 8}
+            )
         (tmp_path / name / "mixture.json").write_text(json.dumps(mixture))
 
     def flags(name):
-        return flags_for(tiny, tmp_path / name / "mixture.json", tmp_path / name / "out", "--root", media, "--steps", "18",
-                         "--seed", "43", "--schedule", "uniform", "--dtype", "float64", "--dropout", "0", "--lr", "0.01")
+        return flags_for(
+            tiny,
+            tmp_path / name / "mixture.json",
+            tmp_path / name / "out",
+            "--root",
+            media,
+            "--steps",
+            "18",
+            "--seed",
+            "43",
+            "--schedule",
+            "uniform",
+            "--dtype",
+            "float64",
+            "--dropout",
+            "0",
+            "--lr",
+            "0.01",
+        )
+
     go(*flags("good"))
     two = run(*launch(2), "train.py", *flags("bad"))  # every rank knows the rule
     assert two.returncode == 0 and "6 unusable rows replaced" in two.stdout, two.stderr[-2000:]
-    losses = [np.array([x[1] for x in steps_of(tmp_path / name / "out")]) for name in ("bad", "good")]
-    assert len(losses[0]) == 18 and np.abs(losses[0] - losses[1]).max() <= 1e-6 * losses[1].max()  # the log has six digits
+    losses = [
+        np.array([x[1] for x in steps_of(tmp_path / name / "out")]) for name in ("bad", "good")
+    ]
+    assert (
+        len(losses[0]) == 18 and np.abs(losses[0] - losses[1]).max() <= 1e-6 * losses[1].max()
+    )  # the log has six digits
     end = [json.loads(x) for x in open(tmp_path / "bad" / "out" / "log.jsonl")][-1]
     assert min(end["passes"].values()) >= 1  # every row was met
-    listed = sorted((re.search(r"(\w+\.jsonl:\d+): ", x)[1], re.search(r"(\w+\.mp4): ", x)[1]) for x in end["bad_rows"])
-    assert listed == sorted((f"{s}.jsonl:{i + 1}", f"{s}{i}.mp4") for s, gone in damaged.items() for i in gone)
+    listed = sorted(
+        (re.search(r"(\w+\.jsonl:\d+): ", x)[1], re.search(r"(\w+\.mp4): ", x)[1])
+        for x in end["bad_rows"]
+    )
+    assert listed == sorted(
+        (f"{s}.jsonl:{i + 1}", f"{s}{i}.mp4") for s, gone in damaged.items() for i in gone
+    )
 
 
-def test_clips_that_crash_or_hang_their_decoder_are_replaced_as_well(tiny, media, tmp_path, monkeypatch):
+def test_clips_that_crash_or_hang_their_decoder_are_replaced_as_well(
+    tiny, media, tmp_path, monkeypatch
+):
     clips = [{"path": str(media / f"{'abcd'[i % 4]}.mp4"), "start": i / 10} for i in range(12)]
-    rows = [{"query": {"text": f"number {i}"}, "positive": {"video": clip}} for i, clip in enumerate(clips)]
+    rows = [
+        {"query": {"text": f"number {i}"}, "positive": {"video": clip}}
+        for i, clip in enumerate(clips)
+    ]
     for name in ("crash", "hang"):
         shutil.copy(media / "a.mp4", tmp_path / f"{name}.mp4")
     bad = {3: "crash.mp4", 7: "hang.mp4", 8: "hang.mp4"}
@@ -223,20 +395,47 @@ def test_clips_that_crash_or_hang_their_decoder_are_replaced_as_well(tiny, media
     monkeypatch.setitem(train.batches.__kwdefaults__, "seconds", 3)
     for name in ("bad", "good"):
         (tmp_path / name).mkdir()
-        lines = [{**row, "positive": {"video": str(tmp_path / bad[i])}} if i in bad else row for i, row in enumerate(rows)]
+        lines = [
+            {**row, "positive": {"video": str(tmp_path / bad[i])}} if i in bad else row
+            for i, row in enumerate(rows)
+        ]
         if name == "good":
             lines = [next(rows[j] for j in range(i, 12) if j not in bad) for i in range(12)]
-        (tmp_path / name / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (tmp_path / name / "rows.jsonl").write_text(
+            "".join(json.dumps(line) + "\n" for line in lines)
+        )
         source = {"name": "t2v", "task": "T2V", "path": "rows.jsonl", "batch_size": 6}
         (tmp_path / name / "mixture.json").write_text(json.dumps([source]))
         out = tmp_path / name / "out"
-        go(*flags_for(tiny, tmp_path / name / "mixture.json", out, "--root", media, tmp_path, "--steps", "3", "--epochs", "1",
-                      "--schedule", "uniform", "--workers", "2", "--features", ""))
+        go(
+            *flags_for(
+                tiny,
+                tmp_path / name / "mixture.json",
+                out,
+                "--root",
+                media,
+                tmp_path,
+                "--steps",
+                "3",
+                "--epochs",
+                "1",
+                "--schedule",
+                "uniform",
+                "--workers",
+                "2",
+                "--features",
+                "",
+            )
+        )
         losses[name] = [step[1] for step in steps_of(out)]
     assert losses["bad"] == losses["good"] and len(losses["good"]) == 3
     end = [json.loads(x) for x in open(tmp_path / "bad" / "out" / "log.jsonl")][-1]
     reasons = sorted(re.search(r"rows.jsonl:(\d+): (.*)", x).groups() for x in end["bad_rows"])
-    assert reasons == [("4", "its decoder crashed"), ("8", "not decoded within 3 s"), ("9", "not decoded within 3 s")]
+    assert reasons == [
+        ("4", "its decoder crashed"),
+        ("8", "not decoded within 3 s"),
+        ("9", "not decoded within 3 s"),
+    ]
 
 
 def mined(out):
@@ -244,47 +443,108 @@ def mined(out):
 
 
 def test_hard_negatives_are_mined_again_under_the_prober(tiny, media, mixture, tmp_path):
-    flags = flags_for(tiny, mixture, tmp_path / "one", "--steps", "9", "--epochs", "1", "--schedule", "uniform", "--remine")
+    flags = flags_for(
+        tiny,
+        mixture,
+        tmp_path / "one",
+        "--steps",
+        "9",
+        "--epochs",
+        "1",
+        "--schedule",
+        "uniform",
+        "--remine",
+    )
     go(*flags, "--margin", "-1")
     t2v, *others = mined(tmp_path / "one")
     assert others == [{}, {}] and len(t2v) == 7  # only this source has hard negatives
-    gve, rows = train.GVE.from_pretrained(tiny), [json.loads(line) for line in open(media / "t2v.jsonl")]
+    gve, rows = (
+        train.GVE.from_pretrained(tiny),
+        [json.loads(line) for line in open(media / "t2v.jsonl")],
+    )
     q = gve.embed([row["query"] for row in rows], "Find it.")
-    clips = {name: gve.embed([{"video": str(media / name)}])[0] for name in ("a.mp4", "b.mp4", "c.mp4", "d.mp4")}
+    clips = {
+        name: gve.embed([{"video": str(media / name)}])[0]
+        for name in ("a.mp4", "b.mp4", "c.mp4", "d.mp4")
+    }
     for i, row in enumerate(rows):
         own = row["positive"]["video"]
-        best = max((name for name in clips if name != own), key=lambda name: float(q[i] @ clips[name]))
+        best = max(
+            (name for name in clips if name != own), key=lambda name: float(q[i] @ clips[name])
+        )
         assert [Path(item["video"]).name for item in t2v[str(i)]] == [best]
-    assert any(Path(t2v[str(i)][0]["video"]).name != row["negatives"][0]["video"] for i, row in enumerate(rows))
+    assert any(
+        Path(t2v[str(i)][0]["video"]).name != row["negatives"][0]["video"]
+        for i, row in enumerate(rows)
+    )
     source = train.load_mixture(mixture)[0]
     source.mined = {0: [{"video": str(media / "d.mp4")}]}
     names = [[Path(item["video"]).name for item in source.load(i, [media])[1:]] for i in (0, 1)]
-    assert names == [["a.mp4", "d.mp4"], ["b.mp4", "c.mp4"]]  # mined ones come first, the file's where there are none
-    above = [{name: float(q[i] @ (clip - clips[row["positive"]["video"]])) for name, clip in clips.items()}
-             for i, row in enumerate(rows)]
-    i = max(range(7), key=lambda i: sorted(above[i].values())[-2])  # two clips score above its positive
+    assert names == [
+        ["a.mp4", "d.mp4"],
+        ["b.mp4", "c.mp4"],
+    ]  # mined ones come first, the file's where there are none
+    above = [
+        {
+            name: float(q[i] @ (clip - clips[row["positive"]["video"]]))
+            for name, clip in clips.items()
+        }
+        for i, row in enumerate(rows)
+    ]
+    i = max(
+        range(7), key=lambda i: sorted(above[i].values())[-2]
+    )  # two clips score above its positive
     best, second = sorted(above[i], key=above[i].get)[:-3:-1]
     assert above[i][second] > 0
-    middle = train.parse_flags(train.Flags, [*map(str, flags), f"--margin={(above[i][best] + above[i][second]) / 2}"])
-    assert Path(train.mine(gve, source, range(7), middle)[i][0]["video"]).name == second  # the best one is false now
+    middle = train.parse_flags(
+        train.Flags, [*map(str, flags), f"--margin={(above[i][best] + above[i][second]) / 2}"]
+    )
+    assert (
+        Path(train.mine(gve, source, range(7), middle)[i][0]["video"]).name == second
+    )  # the best one is false now
     source.negatives = 3  # of seven rows, whose positives are four clips
-    whole = train.mine(gve, source, range(7), train.parse_flags(train.Flags, [*map(str, flags), "--margin=-1"]))
+    whole = train.mine(
+        gve, source, range(7), train.parse_flags(train.Flags, [*map(str, flags), "--margin=-1"])
+    )
     for i, row in enumerate(rows):
         order = sorted(clips, key=lambda name: -float(q[i] @ clips[name]))
         order.remove(row["positive"]["video"])
         assert [Path(item["video"]).name for item in whole[i]] == order
-    gve.embed = gve.forward = lambda *a, **k: torch.full((len(a[0]["input_ids"]), gve.dim), torch.nan)
+    gve.embed = gve.forward = lambda *a, **k: torch.full(
+        (len(a[0]["input_ids"]), gve.dim), torch.nan
+    )
     with pytest.raises(FloatingPointError, match="not finite"):
         train.mine(gve, source, range(7), middle)
 
 
 def test_mining_is_the_same_on_two_ranks_and_after_a_stop(tiny, mixture, tmp_path):
-    same = ("--steps", "6", "--epochs", "2", "--schedule", "uniform", "--remine", "--dtype", "float64", "--dropout", "0")
+    same = (
+        "--steps",
+        "6",
+        "--epochs",
+        "2",
+        "--schedule",
+        "uniform",
+        "--remine",
+        "--dtype",
+        "float64",
+        "--dropout",
+        "0",
+    )
     go(*flags_for(tiny, mixture, tmp_path / "one", *same))
-    two = run(*launch(2), __file__, tmp_path / "two.pt", *flags_for(tiny, mixture, tmp_path / "two", *same))
-    assert two.returncode == 0 and mined(tmp_path / "one") == mined(tmp_path / "two"), two.stderr[-2000:]
+    two = run(
+        *launch(2),
+        __file__,
+        tmp_path / "two.pt",
+        *flags_for(tiny, mixture, tmp_path / "two", *same),
+    )
+    assert two.returncode == 0 and mined(tmp_path / "one") == mined(tmp_path / "two"), two.stderr[
+        -2000:
+    ]
     stopped = flags_for(tiny, mixture, tmp_path / "stopped", *same)
-    assert run(__file__, tmp_path / "stopped.pt", *stopped, FATE="15 0 3").returncode == 128 + 15  # in the second epoch
+    assert (
+        run(__file__, tmp_path / "stopped.pt", *stopped, FATE="15 0 3").returncode == 128 + 15
+    )  # in the second epoch
     go(*stopped, "--resume", "auto")
     ours, expected = weights(tmp_path / "stopped"), weights(tmp_path / "one")
     assert all(torch.equal(ours[k], expected[k]) for k in expected)
@@ -292,37 +552,91 @@ def test_mining_is_the_same_on_two_ranks_and_after_a_stop(tiny, mixture, tmp_pat
 
 def test_a_dry_run_prints_its_memory_and_writes_nothing(tiny, mixture, tmp_path, capsys):
     for more in ((), ("--grad-cache",)):
-        go(*flags_for(tiny, mixture, tmp_path / "out", "--dry-run", "--max-length", "300", "--max-tokens", "20", "--micro-tokens",
-                      "1000", *more))
-        printed = re.findall(r"(\d+ \w+ of \d+) tokens in a forward: \d+\.\d\d GiB", capsys.readouterr().out)
-        assert printed == ["7 videos of 140", "3 texts of 300"]  # 4 grids of 4 x 5 tokens and 60 of prompt; 1,000 at most
+        go(
+            *flags_for(
+                tiny,
+                mixture,
+                tmp_path / "out",
+                "--dry-run",
+                "--max-length",
+                "300",
+                "--max-tokens",
+                "20",
+                "--micro-tokens",
+                "1000",
+                *more,
+            )
+        )
+        printed = re.findall(
+            r"(\d+ \w+ of \d+) tokens in a forward: \d+\.\d\d GiB", capsys.readouterr().out
+        )
+        assert printed == [
+            "7 videos of 140",
+            "3 texts of 300",
+        ]  # 4 grids of 4 x 5 tokens and 60 of prompt; 1,000 at most
     assert not list(tmp_path.iterdir())
 
 
 def test_log_and_checkpoint_hold_what_the_record_needs(one_and_many):
     log = one_and_many[1, False]["log"]
     assert [x["event"] for x in log] == ["start"] + (["epoch"] + ["step"] * 3) * 3 + ["end"]
-    curves = {"loss", "score", "positive", "gap", "lr", "grad_norm", "items_per_s", "waiting", "memory_gib", "tflops", "rows"}
+    curves = {
+        "loss",
+        "score",
+        "positive",
+        "gap",
+        "lr",
+        "grad_norm",
+        "items_per_s",
+        "waiting",
+        "memory_gib",
+        "tflops",
+        "rows",
+    }
     assert all(curves <= x.keys() and x["tflops"] > 0 for x in log if x["event"] == "step")
     epochs = [x for x in log if x["event"] == "epoch"]
     assert [x["sigma"] for x in epochs] == [0.1, 0.55, 1.0]
-    assert all(abs(sum(x["P"].values()) - 1) < 1e-3 and abs(sum(x["level_P"].values()) - 1) < 1e-3 for x in epochs)
+    assert all(
+        abs(sum(x["P"].values()) - 1) < 1e-3 and abs(sum(x["level_P"].values()) - 1) < 1e-3
+        for x in epochs
+    )
 
 
-def test_padding_and_what_was_seen_before_cost_nothing_and_the_log_has_the_sum(tiny, media, one_and_many):
+def test_padding_and_what_was_seen_before_cost_nothing_and_the_log_has_the_sum(
+    tiny, media, one_and_many
+):
     gve = train.GVE.from_pretrained(tiny, lora=True)
-    count, collate = state.multiply_adds(gve), train.Collator(gve.processor)
-    items = [{"text": "x"}, {"text": "a much longer text", "image": str(media / "i.png")}, {"image": str(media / "wide.png")}]
+    count, collate = flops.multiply_adds(gve), train.Collator(gve.processor)
+    items = [
+        {"text": "x"},
+        {"text": "a much longer text", "image": str(media / "i.png")},
+        {"image": str(media / "wide.png")},
+    ]
     whole, apart = collate(items), [count(collate([item])) for item in items]
     assert count(whole) == sum(apart)
-    first, seen = collate(items[1:2]), gve.see(whole)
-    assert count(seen) < count(seen | {"image_features": [None, seen["image_features"][1]]}) < count(whole)
-    assert count(seen | {"image_features": [None, seen["image_features"][1]]}) - count(seen) == apart[1] - count(gve.see(first))
-    runs = [(n, [x for x in one_and_many[n, cached]["log"] if x["event"] == "step"]) for n, cached in sorted(one_and_many)]
-    first, *others = ([n * x["tflops"] * x["rows"] / x["items_per_s"] for x in steps] for n, steps in runs)
-    assert all(other == pytest.approx(others[0], rel=1e-4) for other in others)  # neither GradCache nor ranks need more
+    first, seen = collate(items[1:2]), gve.encode_vision(whole)
+    assert (
+        count(seen)
+        < count(seen | {"image_features": [None, seen["image_features"][1]]})
+        < count(whole)
+    )
+    assert count(seen | {"image_features": [None, seen["image_features"][1]]}) - count(
+        seen
+    ) == apart[1] - count(gve.encode_vision(first))
+    runs = [
+        (n, [x for x in one_and_many[n, cached]["log"] if x["event"] == "step"])
+        for n, cached in sorted(one_and_many)
+    ]
+    first, *others = (
+        [n * x["tflops"] * x["rows"] / x["items_per_s"] for x in steps] for n, steps in runs
+    )
+    assert all(
+        other == pytest.approx(others[0], rel=1e-4) for other in others
+    )  # neither GradCache nor ranks need more
     assert others[0] != sorted(others[0])  # a line's own steps, not all so far
-    assert sum(first) > 1.05 * sum(others[0])  # the first run alone has seen the clips: they were kept
+    assert sum(first) > 1.05 * sum(
+        others[0]
+    )  # the first run alone has seen the clips: they were kept
 
 
 def test_sampler_draws_each_row_once_per_pass_and_is_restored_by_replay(mixture):
@@ -345,20 +659,31 @@ def test_sampler_draws_each_row_once_per_pass_and_is_restored_by_replay(mixture)
 
 
 # PAPER.md section 6 [CALC]: P for R = .3 / .5 / .7.
-@pytest.mark.parametrize("sigma_t, expected", [(0.1, [0.02, 0.12, 0.87]), (0.55, [0.22, 0.32, 0.46]), (1.0, [0.27, 0.33, 0.40])])
+@pytest.mark.parametrize(
+    "sigma_t, expected",
+    [(0.1, [0.02, 0.12, 0.87]), (0.55, [0.22, 0.32, 0.46]), (1.0, [0.27, 0.33, 0.40])],
+)
 def test_source_probabilities_of_the_paper(sigma_t, expected):
     p = train.source_probabilities("pyramid", [0.3, 0.5, 0.7], sigma_t, [1, 1, 1], [1, 2, 3])
     assert np.abs(p - expected).max() < 0.006 and abs(p.sum() - 1) < 1e-12
 
 
 def test_sigma_and_the_other_schedules():
-    assert [train.sigma(t, 3) for t in range(3)] == pytest.approx([0.1, 0.55, 1.0]) and train.sigma(0, 1) == 0.1
+    assert [train.sigma(t, 3) for t in range(3)] == pytest.approx([0.1, 0.55, 1.0]) and train.sigma(
+        0, 1
+    ) == 0.1
     sizes, levels = [100, 300, 400, 200], [1, 1, 3, 4]
-    assert train.source_probabilities("proportional", None, 1, sizes, levels).tolist() == pytest.approx([0.1, 0.3, 0.4, 0.2])
+    assert train.source_probabilities(
+        "proportional", None, 1, sizes, levels
+    ).tolist() == pytest.approx([0.1, 0.3, 0.4, 0.2])
     assert train.source_probabilities("uniform", None, 1, sizes, levels).tolist() == [0.25] * 4
     times = (0.0, 0.39, 0.4, 0.79, 0.8, 0.999)
-    staged = [train.source_probabilities("staged", None, 1, sizes, levels, t).tolist() for t in times]
-    assert staged[0] == staged[1] == pytest.approx([0.25, 0.75, 0, 0]) and staged[2] == staged[3] == [0, 0, 1, 0]
+    staged = [
+        train.source_probabilities("staged", None, 1, sizes, levels, t).tolist() for t in times
+    ]
+    assert staged[0] == staged[1] == pytest.approx([0.25, 0.75, 0, 0]) and staged[2] == staged[
+        3
+    ] == [0, 0, 1, 0]
     assert staged[4] == staged[5] == [0, 0, 0, 1]
 
 
@@ -367,9 +692,14 @@ def test_help_shows_the_defaults_of_the_preset(capsys):
         with pytest.raises(SystemExit):
             train.parse_flags(train.Flags, [*words, "--help"], presets=train.PRESETS)
         return " ".join(capsys.readouterr().out.split())
+
     large = shown("--preset", "gve-3b")
-    for wanted in ("(default Qwen/Qwen2.5-VL-3B-Instruct)", "cosine to zero (default 3e-05)", "(default mixtures/gve-3b.json)",
-                   "samples / global batch) (default 0)"):
+    for wanted in (
+        "(default Qwen/Qwen2.5-VL-3B-Instruct)",
+        "cosine to zero (default 3e-05)",
+        "(default mixtures/gve-3b.json)",
+        "samples / global batch) (default 0)",
+    ):
         assert wanted in large, wanted
     assert "samples / global batch) (default 640)" in shown()
 
@@ -377,12 +707,28 @@ def test_help_shows_the_defaults_of_the_preset(capsys):
 def test_presets_hold_table_9():
     for name in ("gve-3b", "gve-7b"):
         flags = train.parse_flags(train.Flags, ["--preset", name], presets=train.PRESETS)
-        assert (flags.lr, flags.weight_decay, flags.epochs, flags.temperature, flags.seed) == (3e-5, 0.1, 3, 0.03, 42)
-        assert (flags.dtype, flags.checkpointing, flags.frames, flags.dropout) == ("bfloat16", True, 8, 0.1)
+        assert (flags.lr, flags.weight_decay, flags.epochs, flags.temperature, flags.seed) == (
+            3e-5,
+            0.1,
+            3,
+            0.03,
+            42,
+        )
+        assert (flags.dtype, flags.checkpointing, flags.frames, flags.dropout) == (
+            "bfloat16",
+            True,
+            8,
+            0.1,
+        )
         assert flags.batch_scale == 32
 
 
 def test_learning_rate_rises_then_falls_as_a_cosine():
     rates = [train.learning_rate(s, 100, 1.0, 0.1) for s in range(100)]
-    assert rates[9] == 1.0 and rates[0] == pytest.approx(0.1) and rates[55] == pytest.approx(0.5) and rates[-1] < 1e-3
+    assert (
+        rates[9] == 1.0
+        and rates[0] == pytest.approx(0.1)
+        and rates[55] == pytest.approx(0.5)
+        and rates[-1] < 1e-3
+    )
     assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))

@@ -12,10 +12,22 @@ import uvrb
 REPO = Path(__file__).resolve().parent.parent
 PAPER = json.loads((REPO / "published.json").read_text())
 # Printed cells that do not follow from the paper's own Table 1: GME-2B's average, and what hangs on one CG cell of VLM2Vec-V2.
-MISPRINTS = {("GME-2B", "AVG-A"), *(("VLM2Vec-V2", column) for column in ("AVG-D", "AVG-A", "TXT", "CG"))}
+MISPRINTS = {
+    ("GME-2B", "AVG-A"),
+    *(("VLM2Vec-V2", column) for column in ("AVG-D", "AVG-A", "TXT", "CG")),
+}
 
 
-def write(root, name="MSRVTT", *, queries=None, corpus=None, instances=None, layout="{}/jsonl", videos=("a.mp4", "b.mp4")):
+def write(
+    root,
+    name="MSRVTT",
+    *,
+    queries=None,
+    corpus=None,
+    instances=None,
+    layout="{}/jsonl",
+    videos=("a.mp4", "b.mp4"),
+):
     """Write a dataset of two queries and two videos; rows are given as dicts or as raw lines. -> folder of its jsonl files"""
     rows = root / layout.format(name)
     rows.mkdir(parents=True, exist_ok=True)
@@ -24,7 +36,10 @@ def write(root, name="MSRVTT", *, queries=None, corpus=None, instances=None, lay
     for video in videos:
         (folder / "videos" / video).write_bytes(b"not decoded here")
     queries = queries or [{"id": "q0", "text": "a red ball"}, {"id": "q1", "text": "a blue ball"}]
-    corpus = corpus or [{"id": "c0", "video": "videos/a.mp4"}, {"id": "c1", "video": "videos/b.mp4"}]
+    corpus = corpus or [
+        {"id": "c0", "video": "videos/a.mp4"},
+        {"id": "c1", "video": "videos/b.mp4"},
+    ]
     instances = instances or [{"qid": "q0", "pos": ["c0"]}, {"qid": "q1", "pos": ["c1"]}]
     for file, content in (("queries", queries), ("corpus", corpus), ("instances", instances)):
         lines = [row if isinstance(row, str) else json.dumps(row) for row in content]
@@ -33,7 +48,9 @@ def write(root, name="MSRVTT", *, queries=None, corpus=None, instances=None, lay
 
 
 def run(*args):
-    return subprocess.run([sys.executable, str(REPO / "uvrb.py"), *map(str, args)], capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, str(REPO / "uvrb.py"), *map(str, args)], capture_output=True, text=True
+    )
 
 
 def test_datasets_are_the_papers_table_4_and_5_letter_for_letter():
@@ -41,7 +58,8 @@ def test_datasets_are_the_papers_table_4_and_5_letter_for_letter():
     for name, row in PAPER["datasets"].items():
         ours = uvrb.DATASETS[name]
         assert (ours.task, ours.metric, ours.queries, ours.corpus, ours.prompt) == tuple(
-            row[key] for key in ("task", "metric", "queries", "corpus", "prompt"))
+            row[key] for key in ("task", "metric", "queries", "corpus", "prompt")
+        )
         assert ours.domain == (row["domain"] or "").removeprefix("FG-")
 
 
@@ -49,14 +67,27 @@ def test_datasets_are_the_papers_table_4_and_5_letter_for_letter():
 def test_table_2_follows_from_table_1(model):
     cells, table2 = PAPER["table1"][model], PAPER["table2"][model]
     ours = uvrb.abilities(cells)
-    printed = {"AVG-D": cells["AVG"], "AVG-A": table2["AVG"], **{a: table2[a] for a in uvrb.ABILITIES}}
+    printed = {
+        "AVG-D": cells["AVG"],
+        "AVG-A": table2["AVG"],
+        **{a: table2[a] for a in uvrb.ABILITIES},
+    }
     off = {(model, column) for column in printed if abs(ours[column] - printed[column]) > 0.0011}
     assert set(printed) == set(ours) and off == {cell for cell in MISPRINTS if cell[0] == model}
 
 
-@pytest.mark.parametrize("left_out, lost", [
-    ("MSRVTT", {"CG", "TXT"}), ("CRB-S", {"S", "FG", "TXT"}), ("CMRB", {"T", "FG", "TXT"}), ("PEV-K", {"PR", "FG", "TXT"}),
-    ("LoVR-V", {"LC", "TXT"}), ("MS-TV", {"CMP"}), ("LoVR-C2V", {"VIS"})])
+@pytest.mark.parametrize(
+    "left_out, lost",
+    [
+        ("MSRVTT", {"CG", "TXT"}),
+        ("CRB-S", {"S", "FG", "TXT"}),
+        ("CMRB", {"T", "FG", "TXT"}),
+        ("PEV-K", {"PR", "FG", "TXT"}),
+        ("LoVR-V", {"LC", "TXT"}),
+        ("MS-TV", {"CMP"}),
+        ("LoVR-C2V", {"VIS"}),
+    ],
+)
 def test_a_missing_dataset_takes_its_abilities_along_instead_of_shrinking_a_mean(left_out, lost):
     full = uvrb.abilities(PAPER["table1"]["GVE-7B"])
     for hole in ({}, {left_out: None}):
@@ -66,20 +97,40 @@ def test_a_missing_dataset_takes_its_abilities_along_instead_of_shrinking_a_mean
         assert all(ours[k] == full[k] for k in full if ours[k] is not None)
 
 
-@pytest.mark.parametrize("layout", ["{}/jsonl", "{0}/UVRB/{0}/jsonl", "UVRB/{}/jsonl", "{}", "{0}/UVRB/{0}"])
+@pytest.mark.parametrize(
+    "layout", ["{}/jsonl", "{0}/UVRB/{0}/jsonl", "UVRB/{}/jsonl", "{}", "{0}/UVRB/{0}"]
+)
 def test_every_accepted_layout_is_found(tmp_path, layout):
     write(tmp_path, layout=layout)
     bench = uvrb.read(tmp_path, "MSRVTT")
-    assert [row["id"] for row in bench.queries] == ["q0", "q1"] and bench.positives == [[0], [1]] and bench.pools is None
-    assert [Path(row["item"]["video"]).name for row in bench.corpus] == ["a.mp4", "b.mp4"] and not bench.missing
+    assert (
+        [row["id"] for row in bench.queries] == ["q0", "q1"]
+        and bench.positives == [[0], [1]]
+        and bench.pools is None
+    )
+    assert [Path(row["item"]["video"]).name for row in bench.corpus] == [
+        "a.mp4",
+        "b.mp4",
+    ] and not bench.missing
     assert all(Path(row["item"]["video"]).is_file() for row in bench.corpus)
 
 
 def test_lines_of_a_query_merge_and_neg_makes_pools(tmp_path):
-    corpus = [{"id": f"c{i}", "video": "videos/a.mp4", "note": "unknown keys are ignored"} for i in range(6)]
-    write(tmp_path, "MS-TI", corpus=corpus, instances=[
-        {"qid": "q0", "pos": ["c4"], "neg": ["c5"]}, {"qid": "q1", "pos": ["c3", "c0"], "neg": ["c2"]},
-        {"qid": "q0", "pos": ["c1"]}, {"qid": "q0", "pos": ["c4"], "neg": ["c0"], "score": 1}])
+    corpus = [
+        {"id": f"c{i}", "video": "videos/a.mp4", "note": "unknown keys are ignored"}
+        for i in range(6)
+    ]
+    write(
+        tmp_path,
+        "MS-TI",
+        corpus=corpus,
+        instances=[
+            {"qid": "q0", "pos": ["c4"], "neg": ["c5"]},
+            {"qid": "q1", "pos": ["c3", "c0"], "neg": ["c2"]},
+            {"qid": "q0", "pos": ["c1"]},
+            {"qid": "q0", "pos": ["c4"], "neg": ["c0"], "score": 1},
+        ],
+    )
     bench = uvrb.read(tmp_path, "MS-TI")
     assert bench.positives == [[1, 4], [0, 3]] and bench.pools == [[0, 1, 4, 5], [0, 2, 3]]
     assert bench.expected == (400, None)  # the published corpus of 10 is the pool
@@ -87,16 +138,25 @@ def test_lines_of_a_query_merge_and_neg_makes_pools(tmp_path):
 
 def test_media_are_found_as_given_then_in_videos_images_and_frame_folders(tmp_path):
     clip = {"path": "b.mp4", "start": 1, "end": 2}
-    rows = write(tmp_path, queries=[{"id": "q0", "image": "i.png"}, {"id": "q1", "video": clip}],
-                 corpus=[{"id": "c0", "video": "a.mp4"}, {"id": "c1", "video": "far/gone.mp4"}, {"id": "c2", "video": "x.mp4"}],
-                 instances=[{"qid": "q0", "pos": ["c0"]}, {"qid": "q1", "pos": ["c1"]}])
+    rows = write(
+        tmp_path,
+        queries=[{"id": "q0", "image": "i.png"}, {"id": "q1", "video": clip}],
+        corpus=[
+            {"id": "c0", "video": "a.mp4"},
+            {"id": "c1", "video": "far/gone.mp4"},
+            {"id": "c2", "video": "x.mp4"},
+        ],
+        instances=[{"qid": "q0", "pos": ["c0"]}, {"qid": "q1", "pos": ["c1"]}],
+    )
     folder, extra = rows.parent, tmp_path / "extra"
     for made in (folder / "images", folder / "videos_frames" / "gone", extra):
         made.mkdir(parents=True)
     for file in (folder / "images" / "i.png", folder / "a.mp4", extra / "x.mp4"):
         file.write_bytes(b"")
     bench = uvrb.read(tmp_path, "MSRVTT", [extra])
-    assert bench.corpus[0]["item"]["video"] == str(folder / "a.mp4")  # as given comes before videos/a.mp4, which exists as well
+    assert bench.corpus[0]["item"]["video"] == str(
+        folder / "a.mp4"
+    )  # as given comes before videos/a.mp4, which exists as well
     assert bench.corpus[1]["item"]["video"] == str(folder / "videos_frames" / "gone")
     assert bench.corpus[2]["item"]["video"] == str(extra / "x.mp4")
     assert bench.queries[0]["item"] == {"image": str(folder / "images" / "i.png")}
@@ -116,21 +176,77 @@ BAD = {  # case: (files, the line that must be named, words of its reason)
     "not an object": ({"queries": [Q0, "[1]"]}, "queries.jsonl:2", "list"),
     "no id": ({"corpus": [{"video": "videos/a.mp4"}]}, "corpus.jsonl:1", '"id"'),
     "number as id": ({"corpus": [{"id": 3, "video": "videos/a.mp4"}]}, "corpus.jsonl:1", '"id"'),
-    "duplicate video": ({"corpus": [C0, C1, {**C1, "id": "c0"}]}, "corpus.jsonl:3", "duplicate id 'c0', first on line 1"),
-    "duplicate query": ({"queries": [Q0, Q1, Q1]}, "queries.jsonl:3", "duplicate id 'q1', first on line 2"),
-    "unknown modality": ({"queries": [Q0, {"id": "q1", "audio": "a.wav"}]}, "queries.jsonl:2", "audio; one of text, image"),
-    "empty item": ({"queries": [{"id": "q0", "text": ""}, Q1]}, "queries.jsonl:1", "nothing to embed"),
-    "text of wrong type": ({"queries": [{"id": "q0", "text": ["a"]}, Q1]}, "queries.jsonl:1", "text must be"),
-    "video of wrong form": ({"corpus": [{"id": "c0", "video": {"file": "a"}}, C1]}, "corpus.jsonl:1", "path"),
-    "unknown positive": (positives(("q0", ["c0"]), ("q1", ["c9", "c1"])), "instances.jsonl:2", "pos 'c9'"),
-    "unknown negative": (positives(("q0", ["c0"], ["c7"]), ("q1", ["c1"], ["c0"])), "instances.jsonl:1", "neg 'c7'"),
-    "unknown query": (positives(("q0", ["c0"]), ("q1", ["c1"]), ("q2", ["c1"])), "instances.jsonl:3", "'q2'"),
+    "duplicate video": (
+        {"corpus": [C0, C1, {**C1, "id": "c0"}]},
+        "corpus.jsonl:3",
+        "duplicate id 'c0', first on line 1",
+    ),
+    "duplicate query": (
+        {"queries": [Q0, Q1, Q1]},
+        "queries.jsonl:3",
+        "duplicate id 'q1', first on line 2",
+    ),
+    "unknown modality": (
+        {"queries": [Q0, {"id": "q1", "audio": "a.wav"}]},
+        "queries.jsonl:2",
+        "audio; one of text, image",
+    ),
+    "empty item": (
+        {"queries": [{"id": "q0", "text": ""}, Q1]},
+        "queries.jsonl:1",
+        "nothing to embed",
+    ),
+    "text of wrong type": (
+        {"queries": [{"id": "q0", "text": ["a"]}, Q1]},
+        "queries.jsonl:1",
+        "text must be",
+    ),
+    "video of wrong form": (
+        {"corpus": [{"id": "c0", "video": {"file": "a"}}, C1]},
+        "corpus.jsonl:1",
+        "path",
+    ),
+    "unknown positive": (
+        positives(("q0", ["c0"]), ("q1", ["c9", "c1"])),
+        "instances.jsonl:2",
+        "pos 'c9'",
+    ),
+    "unknown negative": (
+        positives(("q0", ["c0"], ["c7"]), ("q1", ["c1"], ["c0"])),
+        "instances.jsonl:1",
+        "neg 'c7'",
+    ),
+    "unknown query": (
+        positives(("q0", ["c0"]), ("q1", ["c1"]), ("q2", ["c1"])),
+        "instances.jsonl:3",
+        "'q2'",
+    ),
     "no positive": (positives(("q0", ["c0"])), "queries.jsonl:2", "'q1' has no positive"),
-    "empty positives": (positives(("q0", []), ("q1", ["c1"])), "queries.jsonl:1", "'q0' has no positive"),
-    "pos and neg": (positives(("q0", ["c0"], ["c1"]), ("q1", ["c1"], ["c1", "c0"])), "queries.jsonl:2", "'c1' as pos and as neg"),
-    "pool of positives": (positives(("q0", ["c0"], ["c1"]), ("q1", ["c1"])), "queries.jsonl:2", "has no neg"),
-    "up and out": ({"corpus": [{"id": "c0", "video": "../../../secret.mp4"}, C1]}, "corpus.jsonl:1", "leaves"),
-    "symlink out": ({"corpus": [{"id": "c0", "video": "link.mp4"}, C1]}, "corpus.jsonl:1", "leaves"),
+    "empty positives": (
+        positives(("q0", []), ("q1", ["c1"])),
+        "queries.jsonl:1",
+        "'q0' has no positive",
+    ),
+    "pos and neg": (
+        positives(("q0", ["c0"], ["c1"]), ("q1", ["c1"], ["c1", "c0"])),
+        "queries.jsonl:2",
+        "'c1' as pos and as neg",
+    ),
+    "pool of positives": (
+        positives(("q0", ["c0"], ["c1"]), ("q1", ["c1"])),
+        "queries.jsonl:2",
+        "has no neg",
+    ),
+    "up and out": (
+        {"corpus": [{"id": "c0", "video": "../../../secret.mp4"}, C1]},
+        "corpus.jsonl:1",
+        "leaves",
+    ),
+    "symlink out": (
+        {"corpus": [{"id": "c0", "video": "link.mp4"}, C1]},
+        "corpus.jsonl:1",
+        "leaves",
+    ),
     "absolute out": ({"corpus": [C0, C1]}, "corpus.jsonl:1", "leaves"),
 }
 
@@ -143,7 +259,9 @@ def test_each_bad_row_is_named_by_file_and_line_by_read_and_by_check(tmp_path, c
     if case == "absolute out":
         files = {"corpus": [{"id": "c0", "video": str(secret)}, C1]}
     root.mkdir(parents=True)
-    (root / "benchmark.json").write_text(json.dumps({"name": "two", "datasets": {"MSRVTT": {"queries": 2, "corpus": 2}}}))
+    (root / "benchmark.json").write_text(
+        json.dumps({"name": "two", "datasets": {"MSRVTT": {"queries": 2, "corpus": 2}}})
+    )
     good = write(root)
     assert uvrb.check(root) == [], "the folder must be good before it is spoilt"
     if case == "symlink out":
@@ -166,15 +284,27 @@ def test_each_bad_row_is_named_by_file_and_line_by_read_and_by_check(tmp_path, c
 def test_media_beside_the_benchmark_folder_are_allowed(tmp_path):
     (tmp_path / "videos").mkdir()
     (tmp_path / "videos" / "v.mp4").write_bytes(b"")
-    write(tmp_path / "uvrb", corpus=[{"id": "c0", "video": "../../videos/v.mp4"}, {"id": "c1", "video": "b.mp4"}])
-    assert uvrb.read(tmp_path / "uvrb", "MSRVTT").corpus[0]["item"]["video"] == str(tmp_path / "videos" / "v.mp4")
+    write(
+        tmp_path / "uvrb",
+        corpus=[{"id": "c0", "video": "../../videos/v.mp4"}, {"id": "c1", "video": "b.mp4"}],
+    )
+    assert uvrb.read(tmp_path / "uvrb", "MSRVTT").corpus[0]["item"]["video"] == str(
+        tmp_path / "videos" / "v.mp4"
+    )
 
 
 def test_missing_media_do_not_stop_reading_but_check_lists_them(tmp_path):
-    (tmp_path / "benchmark.json").write_text(json.dumps({"name": "two", "datasets": {"MSRVTT": {"queries": 2, "corpus": 2}}}))
-    rows = write(tmp_path, corpus=[{"id": "c0", "video": "videos/a.mp4"}, {"id": "c1", "video": "videos/gone.mp4"}])
+    (tmp_path / "benchmark.json").write_text(
+        json.dumps({"name": "two", "datasets": {"MSRVTT": {"queries": 2, "corpus": 2}}})
+    )
+    rows = write(
+        tmp_path,
+        corpus=[{"id": "c0", "video": "videos/a.mp4"}, {"id": "c1", "video": "videos/gone.mp4"}],
+    )
     bench = uvrb.read(tmp_path, "MSRVTT")
-    assert len(bench.missing) == 1 and bench.missing[0].startswith(f"{rows / 'corpus.jsonl'}:2: missing media")
+    assert len(bench.missing) == 1 and bench.missing[0].startswith(
+        f"{rows / 'corpus.jsonl'}:2: missing media"
+    )
     assert Path(bench.corpus[1]["item"]["video"]).name == "gone.mp4" and len(bench.corpus) == 2
     assert uvrb.check(tmp_path) == bench.missing
 
@@ -184,20 +314,35 @@ def test_check_command_lists_everything_and_exits_1(tmp_path, media):
     sizes = {"MSRVTT": {"queries": 2, "corpus": 2}, "MS-TI": {"queries": 2, "corpus": 10}}
     (tmp_path / "benchmark.json").write_text(json.dumps({"name": "mine", "datasets": sizes}))
     good = (media / "a.mp4").read_bytes()
-    one, two = write(tmp_path), write(tmp_path, "MS-TI", instances=[
-        {"qid": "q0", "pos": ["c0"], "neg": ["c1"]}, {"qid": "q1", "pos": ["c1"], "neg": ["c0"]}])
+    one, two = (
+        write(tmp_path),
+        write(
+            tmp_path,
+            "MS-TI",
+            instances=[
+                {"qid": "q0", "pos": ["c0"], "neg": ["c1"]},
+                {"qid": "q1", "pos": ["c1"], "neg": ["c0"]},
+            ],
+        ),
+    )
     for rows in (one, two):
         for video in ("a.mp4", "b.mp4"):
             (rows.parent / "videos" / video).write_bytes(good)
     clean = run("check", tmp_path, "--decode")
-    assert clean.returncode == 0 and "0 problems" in clean.stdout and "pools of 2-2" in clean.stdout, clean.stdout + clean.stderr
+    assert (
+        clean.returncode == 0 and "0 problems" in clean.stdout and "pools of 2-2" in clean.stdout
+    ), clean.stdout + clean.stderr
 
     (one.parent / "videos" / "b.mp4").write_bytes(good[: len(good) // 3])
     (two.parent / "videos" / "a.mp4").unlink()
     with open(one / "instances.jsonl", "a") as file:
         file.write('{"qid": "nobody", "pos": ["c0"]}\nnonsense\n')
     shallow, deep = run("check", tmp_path), run("check", tmp_path, "--decode")
-    expected = [f"{one}/instances.jsonl:3: ", f"{one}/instances.jsonl:4: ", f"{two}/corpus.jsonl:1: missing media"]
+    expected = [
+        f"{one}/instances.jsonl:3: ",
+        f"{one}/instances.jsonl:4: ",
+        f"{two}/corpus.jsonl:1: missing media",
+    ]
     assert shallow.returncode == 1 and "3 problems" in shallow.stdout, shallow.stdout
     assert all(text in shallow.stdout for text in expected), shallow.stdout
     assert deep.returncode == 1 and "4 problems" in deep.stdout, deep.stdout
@@ -206,8 +351,14 @@ def test_check_command_lists_everything_and_exits_1(tmp_path, media):
 
 def test_check_of_a_folder_without_datasets_or_no_folder_fails(tmp_path):
     empty, absent = run("check", tmp_path), run("check", tmp_path / "absent")
-    assert empty.returncode == 1 and "none of the 16 datasets is here (MSRVTT, DiDeMo" in empty.stdout
-    assert absent.returncode == 1 and "no such benchmark folder" in absent.stderr and "Traceback" not in absent.stderr
+    assert (
+        empty.returncode == 1 and "none of the 16 datasets is here (MSRVTT, DiDeMo" in empty.stdout
+    )
+    assert (
+        absent.returncode == 1
+        and "no such benchmark folder" in absent.stderr
+        and "Traceback" not in absent.stderr
+    )
     for args in (["check"], ["check", str(tmp_path), "--decod3"], ["chekc"]):
         with pytest.raises(SystemExit, match="2"):
             uvrb.main(args)
@@ -215,19 +366,32 @@ def test_check_of_a_folder_without_datasets_or_no_folder_fails(tmp_path):
 
 def test_sizes_are_table_4s_unless_benchmark_json_says_otherwise(tmp_path):
     write(tmp_path)
-    assert uvrb.benchmark(tmp_path)[0] == "UVRB" and uvrb.read(tmp_path, "MSRVTT").expected == (1000, 1000)
-    assert any("2 queries, 2 videos; UVRB has 1000 and 1000" in line for line in uvrb.check(tmp_path))
+    assert uvrb.benchmark(tmp_path)[0] == "UVRB" and uvrb.read(tmp_path, "MSRVTT").expected == (
+        1000,
+        1000,
+    )
+    assert any(
+        "2 queries, 2 videos; UVRB has 1000 and 1000" in line for line in uvrb.check(tmp_path)
+    )
     for queries, corpus, problems in ((2, 2, 0), (3, 2, 1), (2, 3, 1)):
         sizes = {"MSRVTT": {"queries": queries, "corpus": corpus}}
-        (tmp_path / "benchmark.json").write_text(json.dumps({"name": "mini-UVRB", "datasets": sizes}))
+        (tmp_path / "benchmark.json").write_text(
+            json.dumps({"name": "mini-UVRB", "datasets": sizes})
+        )
         assert uvrb.benchmark(tmp_path)[0] == "mini-UVRB" and len(uvrb.check(tmp_path)) == problems
 
 
-@pytest.mark.parametrize("text, reason", [
-    ("{", "JSONDecodeError"), ('{"name": "x"}', "datasets"),
-    ('{"name": "x", "datasets": {"MSR-VTT": {"queries": 1, "corpus": 1}}}', "MSR-VTT"),
-    ('{"name": "x", "datasets": {"MSRVTT": {"queries": 1}}}', "corpus"), ("[]", "TypeError"),
-    ('{"name": "x", "datasets": {}}', "no sizes for MSRVTT")])
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("{", "JSONDecodeError"),
+        ('{"name": "x"}', "datasets"),
+        ('{"name": "x", "datasets": {"MSR-VTT": {"queries": 1, "corpus": 1}}}', "MSR-VTT"),
+        ('{"name": "x", "datasets": {"MSRVTT": {"queries": 1}}}', "corpus"),
+        ("[]", "TypeError"),
+        ('{"name": "x", "datasets": {}}', "no sizes for MSRVTT"),
+    ],
+)
 def test_a_bad_benchmark_json_is_named(tmp_path, text, reason):
     write(tmp_path)
     (tmp_path / "benchmark.json").write_text(text)

@@ -18,10 +18,14 @@ import math
 import sys
 from pathlib import Path
 
-from data import Source, load_image, load_mixture, load_video
-from parts import prepared
+from data import Source, load_mixture
+from support.decoders import DecoderPool, Failed
+from support.media import load_image, load_video
 
-WIDTHS = {"3B": (3.75e9, 36, 2048, 11008, 256), "7B": (7.75e9, 28, 3584, 18944, 512)}  # W, L, D, I, width of keys and values
+WIDTHS = {
+    "3B": (3.75e9, 36, 2048, 11008, 256),
+    "7B": (7.75e9, 28, 3584, 18944, 512),
+}  # W, L, D, I, width of keys and values
 
 
 def lora_weights(layers, width, mlp, keys, r=16):
@@ -43,36 +47,59 @@ def describe(path, roots=(), batch_scale=32, epochs=3, micro_tokens=32768):
     the pyramid draws by relevance, and logs its own.
     """
     present, absent = [], []
-    print(f"{'source':<26} {'task':<6} {'samples':>9} {'rows':>9} {'passes':>6} {'batch':>6} {'steps':>6}  file")
+    print(
+        f"{'source':<26} {'task':<6} {'samples':>9} {'rows':>9} {'passes':>6} {'batch':>6} {'steps':>6}  file"
+    )
     for entry in json.loads(Path(path).read_text(encoding="utf-8")):
-        found = next((file for base in (Path(path).parent, *roots) if (file := Path(base) / entry["path"]).is_file()), None)
+        found = next(
+            (
+                file
+                for base in (Path(path).parent, *roots)
+                if (file := Path(base) / entry["path"]).is_file()
+            ),
+            None,
+        )
         if found is None:
             absent.append(entry)
-            print(f"{entry['name']:<26} {entry['task']:<6} {entry.get('samples', 0):>9,} {'-':>9} {'-':>6} {'-':>6} {'-':>6}  "
-                  f"{entry['path']} is not here")
+            print(
+                f"{entry['name']:<26} {entry['task']:<6} {entry.get('samples', 0):>9,} {'-':>9} {'-':>6} {'-':>6} {'-':>6}  "
+                f"{entry['path']} is not here"
+            )
             continue
         source = Source(**{**entry, "path": str(found)})
         batch = source.batch_size * batch_scale
         steps = math.ceil(source.samples / batch)
         present.append((source, steps))
-        print(f"{source.name:<26} {source.task:<6} {source.samples:>9,} {len(source):>9,} {source.samples / len(source):>6.2f} "
-              f"{batch:>6} {steps:>6,}  {entry['path']}")
+        print(
+            f"{source.name:<26} {source.task:<6} {source.samples:>9,} {len(source):>9,} {source.samples / len(source):>6.2f} "
+            f"{batch:>6} {steps:>6,}  {entry['path']}"
+        )
     if not present:
         return f"{path}: none of its {len(absent)} files is here; --root names the folder that holds them"
     pairs, total = sum(source.samples for source, _ in present), sum(steps for _, steps in present)
-    print(f"\n{len(present)} of {len(present) + len(absent)} sources, {pairs:,} pairs, {total:,} steps, {epochs} curriculum "
-          f"epochs of {total / epochs:,.0f} steps")
+    print(
+        f"\n{len(present)} of {len(present) + len(absent)} sources, {pairs:,} pairs, {total:,} steps, {epochs} curriculum "
+        f"epochs of {total / epochs:,.0f} steps"
+    )
     sizes = ", ".join(f"{model} {memory(model, micro_tokens):.0f} GiB" for model in WIDTHS)
-    print(f"GPU memory, 2 W + 16 A + t (2 L D + 40 I): about {sizes} for t = {micro_tokens:,} tokens (--micro-tokens)")
+    print(
+        f"GPU memory, 2 W + 16 A + t (2 L D + 40 I): about {sizes} for t = {micro_tokens:,} tokens (--micro-tokens)"
+    )
     if absent:
-        print(f"to train on what is here, delete the other {len(absent)} entries from a copy of {path}; name it with --mixture")
+        print(
+            f"to train on what is here, delete the other {len(absent)} entries from a copy of {path}; name it with --mixture"
+        )
 
 
 def check(path, roots=(), workers=0, seconds=60):
     """Yield "file:line: reason" for each unusable row of a training file, or of a mixture's (*.json) files; media are decoded, by
     `workers` processes, which also survive those that crash their decoder or take it so many seconds."""
     mixture = str(path).endswith(".json")
-    sources = load_mixture(path, roots) if mixture else [Source("file", "T2V", str(path), negatives=sys.maxsize)]
+    sources = (
+        load_mixture(path, roots)
+        if mixture
+        else [Source("file", "T2V", str(path), negatives=sys.maxsize)]
+    )
     order = ((k, i) for k, source in enumerate(sources) for i in range(len(source)))
 
     def decode(items, promised):
@@ -92,16 +119,31 @@ def check(path, roots=(), workers=0, seconds=60):
 
     def name(key):
         return sources[key[0]].where(key[1])
-    yield from (reason for _, reason in prepared(order, wrong, name, workers, seconds) if reason)
+
+    pool = DecoderPool(wrong, name, workers=workers, seconds=seconds)
+    for _, result in pool.map(order):
+        if isinstance(result, Failed):
+            yield result.reason
+        elif result:
+            yield result
 
 
 def main(argv=None):
     """The command line of data.py; returns an error text or None."""
-    parser = argparse.ArgumentParser("data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("command", choices=["check", "mixture"])
     parser.add_argument("file", help="training file (*.jsonl) or mixture (*.json)")
-    parser.add_argument("--root", nargs="+", default=[], help="folders that media may lie in, beside the file's own")
-    parser.add_argument("--workers", type=int, default=2, help="check: decoding processes (default 2); 0 decodes inline")
+    parser.add_argument(
+        "--root", nargs="+", default=[], help="folders that media may lie in, beside the file's own"
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=2,
+        help="check: decoding processes (default 2); 0 decodes inline",
+    )
     given = parser.parse_args(argv)
     try:
         if given.command == "mixture":

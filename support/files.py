@@ -1,0 +1,127 @@
+"""Files: JSON lines, writes that are whole or absent, locks, and fingerprints that stand for a file's content.
+
+    for number, row in read_jsonl("items.jsonl"): ...
+    with whole_file("vectors.npy", "wb") as file: np.save(file, vectors)
+    with file_lock("runs/synth/lock"): ...
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import subprocess
+import uuid
+from pathlib import Path
+
+import filelock
+
+
+def parse_json(text, where, kind=dict):
+    """Parse `text` (str or bytes) as one JSON value of type `kind` (dict or list).
+
+    Raises ValueError that begins with `where`, usually "file:line".
+    """
+    try:
+        value = json.loads(text)
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise ValueError(f"{where}: not JSON: {error}") from error
+    if not isinstance(value, kind):
+        wanted = "object" if kind is dict else "list"
+        raise ValueError(f"{where}: expected a JSON {wanted}, got {type(value).__name__}")
+    return value
+
+
+def read_jsonl(path):
+    """Yield (line number from 1, dict) for each line of a JSON-lines file that is not blank.
+
+    Raises ValueError naming file:line.
+    """
+    with open(path, "rb") as file:  # bytes: bad UTF-8 spoils its own line only
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield number, parse_json(line, f"{path}:{number}")
+
+
+def load_jsonl(path):
+    """Return all rows of a JSON-lines file as a list of dicts."""
+    return [row for _, row in read_jsonl(path)]
+
+
+@contextlib.contextmanager
+def whole_file(path, mode="w"):
+    """Open a file for writing that gets its name only once it is complete and on the disk.
+
+    A reader sees the old file or the new one, never half of it. If the block raises, the old file stays.
+    """
+    path = Path(path)
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")  # several processes may write at once
+    try:
+        with open(part, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_json(path, value, indent=1):
+    """Write one JSON value, whole or not at all."""
+    with whole_file(path) as file:
+        file.write(json.dumps(value, indent=indent) + "\n")
+
+
+def write_jsonl(path, rows, indent=None):
+    """Write JSON lines, whole or not at all (indent: for files that people read)."""
+    with whole_file(path) as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False, indent=indent) + "\n")
+
+
+@contextlib.contextmanager
+def file_lock(path, wait=True):
+    """Hold an exclusive lock on `path`; yields False if another process holds it and wait is False.
+
+    The operating system releases the lock when its process dies, however it dies.
+    """
+    lock = filelock.FileLock(path)
+    try:
+        lock.acquire(blocking=wait)
+    except filelock.Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
+def file_fingerprint(path):
+    """Return [[name, size, mtime in ns]] of a file, or of each file in a folder of frames.
+
+    Used in cache keys as a cheap proxy for file contents.
+    """
+    files = sorted(Path(path).iterdir()) if os.path.isdir(path) else [Path(path)]
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
+def hash_files(folder, pattern="*.safetensors"):
+    """Return the SHA-256 over the matching files of a folder, None if there are none (a hub id). About a second per GB."""
+    files = sorted(Path(folder).glob(pattern))
+    digest = hashlib.sha256()
+    for path in files:
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest() if files else None
+
+
+def git_commit():
+    """Return the checked-out commit of this repository for the record, None outside a git checkout."""
+    repository = Path(__file__).resolve().parent.parent
+    try:
+        found = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=repository
+        )
+    except FileNotFoundError:  # no git on this machine
+        return None
+    return found.stdout.strip() or None
