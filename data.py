@@ -6,7 +6,6 @@ the same on every rank. decord decodes (PyAV what it cannot), transformers' own 
 Legend: F frames, H height, W width, B batch, T tokens, P patches, G global batch of a source, K sources.
 """
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -17,30 +16,28 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from support.decoders import DecoderPool, Failed
 from support.files import file_fingerprint, parse_json
 from support.media import MediaError, load_image, load_video, sample_indices
 
 DEFAULT_INSTRUCTION = "You are a helpful assistant."
+
+# The prompt, written once: Collator builds it from these pieces, and so do the saved chat template (model.py) and the
+# mini world's base (mini/pretrain.py).
+SYSTEM_START = "<|im_start|>system\n"
+USER_START = "<|im_start|>user\n"
+ANSWER_START = "<|im_start|>assistant\n"
+TURN_END = "<|im_end|>\n"
+VISION_BLOCK = {
+    "image": "<|vision_start|><|image_pad|><|vision_end|>",
+    "video": "<|vision_start|><|video_pad|><|vision_end|>",
+}
 END = "<|endoftext|>"  # the pooled token
-IMAGE_TOKENS, MIN_TOKENS = (
-    256,
-    4,
-)  # vision tokens per image, and at least per frame (the released processor's limits)
+
+IMAGE_TOKENS = 256  # most vision tokens per image (the released processor's limit)
+MIN_TOKENS = 4  # least vision tokens per image or video frame (likewise)
 TASKS = "T2T T2I TI2I TI2T TI2TI I2I I2T T2TI T2V I2V V2V TI2V TV2V".split()
-
-
-
-
-
-
-
-
-
-
 
 
 FORMS = {
@@ -105,12 +102,6 @@ def content_id(item):
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 1
 
 
-
-
-
-
-
-
 class Collator:
     """Turn resolved items into model inputs with transformers' processors and our prompt: collator(items, instruction) -> batch.
 
@@ -165,7 +156,7 @@ class Collator:
         for kind in ("video", "image"):
             if item.get(kind):
                 sample |= self._vision(kind, item[kind])
-                vision += f"<|vision_start|><|{kind}_pad|><|vision_end|>"
+                vision += VISION_BLOCK[kind]
         sample["ids"] = self._tokens(vision, item.get("text") or "", instruction or "", sample)
         return sample
 
@@ -173,12 +164,9 @@ class Collator:
         if self.store:
             path = media if isinstance(media, str) else media[FORMS[kind][0]]
             about = [kind, media, file_fingerprint(path), self.frames, self.most, self.settings]
-            name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
-            file = f"{self.store}/{name[:2]}/{name}.safetensors"
-            with contextlib.suppress(
-                FileNotFoundError, SafetensorError
-            ):  # a damaged file is made anew
-                return load_file(file)  # as GVE.encode_vision has left it
+            file, known = self.store.find(about)
+            if known:
+                return known
         processor = (
             self.processor.image_processor if kind == "image" else self.processor.video_processor
         )
@@ -233,8 +221,8 @@ class Collator:
             if self.prompt_style == "system"
             else ("", instruction and instruction + "\n")
         )
-        head = f"<|im_start|>system\n{system or DEFAULT_INSTRUCTION}<|im_end|>\n<|im_start|>user\n{lead}{vision}"
-        tail = f"<|im_end|>\n<|im_start|>assistant\n{END}"
+        head = f"{SYSTEM_START}{system or DEFAULT_INSTRUCTION}{TURN_END}{USER_START}{lead}{vision}"
+        tail = f"{TURN_END}{ANSWER_START}{END}"
         encode = functools.partial(self.tokenizer.encode, add_special_tokens=False)
         ids, n_vision = encode(head + text + tail), 0
         for pad, grid in ((self.video_pad, "video_grid_thw"), (self.image_pad, "image_grid_thw")):
@@ -423,7 +411,6 @@ def micro_batches(lengths, most, tokens=0):
     return groups
 
 
-
 @dataclasses.dataclass
 class Group:
     """The items of one role (queries, positives or hard negatives) of a training batch, in micro-batches."""
@@ -527,7 +514,9 @@ class TrainLoader:
             own = rows[self.rank :: self.world]
             keys += [(k, int(row)) for row in own]
             most = max(most, len(own))
-        decoded = self.pool.map(keys, ahead=2 * most)  # the next step's rows while this one's are used
+        decoded = self.pool.map(
+            keys, ahead=2 * most
+        )  # the next step's rows while this one's are used
 
         for k, rows in plan:
             queries, positives, negatives, bad = [], [], [], []

@@ -126,14 +126,6 @@ def encode(
     return vectors, {i: failed[first[key]] for i, key in enumerate(keys) if first[key] in failed}
 
 
-
-
-
-
-
-
-
-
 def top_k(queries, corpus, k, *, block=16384, query_block=1024):
     """Find each query's k best corpus rows by inner product, exactly, ties by corpus order; rows with a NaN are never found.
 
@@ -172,10 +164,6 @@ def _tensor(x):
     return (
         torch.from_numpy(np.array(x)) if isinstance(x, np.ndarray) else torch.as_tensor(x)
     )  # a copy: memory maps are read-only
-
-
-
-
 
 
 @dataclasses.dataclass

@@ -31,7 +31,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -299,30 +299,10 @@ class GVE(nn.Module):
             if pixels.dtype == torch.uint8:
                 pixels = normalise(pixels, getattr(self.processor, f"{kind}_processor"))
             grids = batch[f"{kind}_grid_thw"]
-            features, files = (
-                list(batch.get(f"{kind}_{what}") or [None] * len(grids))
-                for what in ("features", "file")
-            )
+            features = list(batch.get(f"{kind}_features") or [None] * len(grids))
             missing = [i for i, known in enumerate(features) if known is None]
             for i, made in zip(missing, encode(pixels, grids[missing]).pooler_output, strict=True):
                 features[i] = made
-                if file := files[i]:
-                    about = (
-                        {"second_per_grid_ts": batch["second_per_grid_ts"][i : i + 1]}
-                        if kind == "video"
-                        else {}
-                    )
-                    os.makedirs(os.path.dirname(file), exist_ok=True)
-                    part = f"{file}.{os.getpid()}"  # several ranks may meet the same medium at once
-                    save_file(
-                        {
-                            f"{kind}_features": made.contiguous(),
-                            f"{kind}_grid_thw": grids[i : i + 1],
-                            **about,
-                        },
-                        part,
-                    )
-                    os.replace(part, file)
             batch[f"{kind}_features"] = features
         return batch
 

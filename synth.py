@@ -591,7 +591,10 @@ def main(flags):
     with file_lock(out / "lock"):
         if not (out / "pool.jsonl").exists():
             select(sum(rows, []), flags)
-    rows, matrix = load_jsonl(out / "pool.jsonl"), torch.from_numpy(np.load(out / "pool.npy"))  # (N, D)
+    rows, matrix = (
+        load_jsonl(out / "pool.jsonl"),
+        torch.from_numpy(np.load(out / "pool.npy")),
+    )  # (N, D)
     seconds = print_summary(out, "1-pool", rows)
     useless = dict(
         collections.Counter(row["text_dropped"] for row in rows if "text_dropped" in row)

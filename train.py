@@ -33,7 +33,7 @@ from embed import encode
 from extras.pyramid import table
 from kernels.infonce import info_nce_dist
 from model import GVE, to_device
-from support.cache import VectorCache, hash_weights
+from support.cache import FeatureStore, VectorCache, hash_weights
 from support.checkpoint import (
     get_rng_state,
     install_signal_handlers,
@@ -333,7 +333,7 @@ def rehearse(gve, optimizer, collate, flags):
         )
 
 
-def embed_parts(gve, micro, cached=False):
+def embed_parts(gve, micro, cached=False, store=None):
     """Embed a list of collated micro-batches -> (vectors (rows, D), what `replay` needs); the vision tower runs here, once.
 
     cached (GradCache, arXiv 2101.06983): no graph is kept; the vectors are a leaf, and their gradient goes through a second
@@ -342,7 +342,10 @@ def embed_parts(gve, micro, cached=False):
     made, again = [], []
     with torch.set_grad_enabled(not cached):
         for batch in micro:
-            again.append((gve.encode_vision(to_device(batch, gve.device)), get_rng_state(gve.device)))
+            batch = gve.encode_vision(to_device(batch, gve.device))
+            if store:
+                store.keep(batch)
+            again.append((batch, get_rng_state(gve.device)))
             made.append(gve(again[-1][0]))
     empty = torch.zeros(
         0,
@@ -421,7 +424,11 @@ def main(flags):
     optimizer = torch.optim.AdamW(
         parameters, lr=flags.lr, weight_decay=flags.weight_decay, fused=kind == "cuda"
     )
-    store = f"{flags.features}/{hash_weights(gve.core.visual)[:16]}" if flags.features else None
+    store = (
+        FeatureStore(f"{flags.features}/{hash_weights(gve.core.visual)[:16]}")
+        if flags.features
+        else None
+    )
     collate = Collator(
         gve.processor,
         frames=flags.frames,
@@ -581,7 +588,7 @@ def main(flags):
             # -- forward: queries, positives, hard negatives --
             groups = {"query": batch.query, "positive": batch.positive, "negative": batch.negative}
             parts = {
-                name: embed_parts(gve, group.micro_batches, flags.grad_cache)
+                name: embed_parts(gve, group.micro_batches, flags.grad_cache, store)
                 for name, group in groups.items()
             }
             q, p, n = (parts[name][0][group.order.to(device)] for name, group in groups.items())
@@ -655,7 +662,9 @@ def main(flags):
             # -- save: the adapter and the state are whole at every moment --
             saving = time.perf_counter()
             if step == last_step or stops or flags.save_every and step % flags.save_every == 0:
-                states, bad = zip(*all_gather_object((get_rng_state(device), bad_rows)), strict=True)
+                states, bad = zip(
+                    *all_gather_object((get_rng_state(device), bad_rows)), strict=True
+                )
                 if rank == 0:
                     gve.save_pretrained(
                         out,
@@ -688,7 +697,9 @@ def main(flags):
                         flags.keep,
                     )
             if stops:
-                all_gather_object(None)  # rank 0 has saved: 30 s after the first exit torchrun kills the rest
+                all_gather_object(
+                    None
+                )  # rank 0 has saved: 30 s after the first exit torchrun kills the rest
                 say(f"stopped after step {step} as asked; `--resume auto` goes on from here")
                 sys.exit(128 + (received_signals or [15])[0])  # 15: the signal came to another rank
             clock = time.perf_counter()

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 
 from support.files import file_fingerprint, read_jsonl, whole_file
 
@@ -116,3 +118,36 @@ class VectorCache:
                 file.write(text)
         self.lines, self.vectors, self.since = [], [], time.monotonic()
 
+
+class FeatureStore:
+    """What the frozen vision tower made of each medium, one safetensors file each; a damaged file is computed anew."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+
+    def find(self, key):
+        """Look a medium up -> (its file, its tensors or None). key: everything that the features depend on, as JSON."""
+        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+        file = self.folder / name[:2] / f"{name}.safetensors"
+        try:
+            return str(file), load_file(file)
+        except (FileNotFoundError, SafetensorError):
+            return str(file), None
+
+    def keep(self, batch):
+        """Save the features of a batch (GVE.encode_vision) that were computed just now: those with a file name."""
+        for kind in ("image", "video"):
+            for i, file in enumerate(batch.get(f"{kind}_file") or ()):
+                if file is None:
+                    continue
+                tensors = {
+                    f"{kind}_features": batch[f"{kind}_features"][i].contiguous(),
+                    f"{kind}_grid_thw": batch[f"{kind}_grid_thw"][i : i + 1],
+                }
+                if kind == "video":
+                    tensors["second_per_grid_ts"] = batch["second_per_grid_ts"][i : i + 1]
+                os.makedirs(os.path.dirname(file), exist_ok=True)
+                with whole_file(
+                    file, "wb"
+                ) as out:  # several ranks may meet the same medium at once
+                    out.write(save(tensors))

@@ -1,8 +1,8 @@
 """Files: JSON lines, writes that are whole or absent, locks, and fingerprints that stand for a file's content.
 
-    for number, row in read_jsonl("items.jsonl"): ...
-    with whole_file("vectors.npy", "wb") as file: np.save(file, vectors)
-    with file_lock("runs/synth/lock"): ...
+for number, row in read_jsonl("items.jsonl"): ...
+with whole_file("vectors.npy", "wb") as file: np.save(file, vectors)
+with file_lock("runs/synth/lock"): ...
 """
 
 import contextlib
@@ -54,7 +54,9 @@ def whole_file(path, mode="w"):
     A reader sees the old file or the new one, never half of it. If the block raises, the old file stays.
     """
     path = Path(path)
-    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")  # several processes may write at once
+    part = path.with_name(
+        f"{path.name}.{uuid.uuid4().hex}.part"
+    )  # several processes may write at once
     try:
         with open(part, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file

@@ -1,11 +1,11 @@
 """A flat dataclass is the command line: a flag per field, its help beside it.
 
-    @dataclasses.dataclass
-    class Flags:
-        path: str = flag(..., "file of items", positional=True)
-        lr: float = flag(2e-3, "peak learning rate")
+@dataclasses.dataclass
+class Flags:
+    path: str = flag(..., "file of items", positional=True)
+    lr: float = flag(2e-3, "peak learning rate")
 
-    flags = parse_flags(Flags)          # --lr 1e-3; unknown flags are errors; --help shows the defaults
+flags = parse_flags(Flags)          # --lr 1e-3; unknown flags are errors; --help shows the defaults
 """
 
 import argparse

@@ -97,4 +97,3 @@ def multiply_adds(gve):
         return macs
 
     return count
-

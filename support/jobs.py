@@ -37,7 +37,10 @@ def run_sharded(out, stage, parts, do, shard="0/1"):
                 not held or there and (wait or paths[p].stat().st_mtime > began)
             ):  # this run's failures wait for the next run
                 continue
-            old, start = {row["id"]: row for row in load_jsonl(paths[p])} if there else {}, time.time()
+            old, start = (
+                {row["id"]: row for row in load_jsonl(paths[p])} if there else {},
+                time.time(),
+            )
             jobs = [
                 job
                 for job in parts[p]
@@ -80,4 +83,3 @@ def print_summary(out, stage, rows):
         flush=True,
     )
     return seconds
-

@@ -126,4 +126,3 @@ def load_image(image):
             return np.asarray(file.convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise MediaError(f"{image}: not a readable image ({error})") from error
-

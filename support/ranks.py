@@ -1,6 +1,6 @@
 """The processes that torchrun starts: join them, gather objects, add up gradients.
 
-    rank, world, device = join_ranks("cuda")
+rank, world, device = join_ranks("cuda")
 """
 
 import datetime

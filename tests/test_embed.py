@@ -262,7 +262,9 @@ def test_another_model_prompt_protocol_or_file_never_meets_an_old_vector(
 
     def encoded(gve=None, *args, **options):
         gve = gve or GVE.from_pretrained(tiny)
-        vectors, failed = encode(gve, items, *args, **options, cache=VectorCache(tmp_path / "cache", gve))
+        vectors, failed = encode(
+            gve, items, *args, **options, cache=VectorCache(tmp_path / "cache", gve)
+        )
         assert not failed
         return count()
 
@@ -342,7 +344,9 @@ def test_killed_at_20_moments_it_goes_on_each_time_and_loses_and_repeats_nothing
         work = multiprocessing.get_context("fork").Process(
             target=encode_alone,
             args=(gve, items),
-            kwargs=dict(batch_tokens=300, workers=attempt % 2, cache=VectorCache(tmp_path, gve, every=0)),
+            kwargs=dict(
+                batch_tokens=300, workers=attempt % 2, cache=VectorCache(tmp_path, gve, every=0)
+            ),
         )
         work.start()
         some = len(list(tmp_path.rglob("*.npy"))) + rng.randrange(
@@ -600,7 +604,9 @@ def test_mini_uvrb_killed_at_20_moments_gives_the_numbers_of_an_uninterrupted_ru
         os.chdir(ROOT)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(GVE, "from_pretrained", lambda *args, **options: gve)
-            patch.setattr(ev, "VectorCache", lambda folder, model: VectorCache(folder, model, every=0.2))
+            patch.setattr(
+                ev, "VectorCache", lambda folder, model: VectorCache(folder, model, every=0.2)
+            )
             ev.main(ev.Flags(ckpt="mini/prober", out=str(out), device="cpu", workers=workers))
 
     for attempt in range(20):

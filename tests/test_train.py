@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
 import train  # noqa: E402
+from support import flops  # noqa: E402
 
 
 def run(*command, cwd=ROOT, **env):
