@@ -233,6 +233,7 @@ class Collator:
             processor = self.processor.video_processor
             options = {"do_sample_frames": False, "cap_pixels_per_frame": False}
             pixels, seconds = load_video(media, self.frames)  # (F, H, W, 3)
+
         # A copy: Pillow's buffer is read-only.
         pixels = torch.from_numpy(np.array(pixels)).movedim(-1, -3)  # (..., 3, H, W)
 
@@ -242,7 +243,7 @@ class Collator:
             "longest_edge": self.max_tokens[kind] * pixels_per_token,
         }
         try:
-            made = processor(
+            inputs = processor(
                 [pixels],
                 size=size,
                 do_rescale=False,
@@ -255,8 +256,8 @@ class Collator:
             raise MediaError(f"{media}: {error}") from error
 
         sample = {
-            PIXELS_KEY[kind]: made[PIXELS_KEY[kind]],
-            f"{kind}_grid_thw": made[f"{kind}_grid_thw"],
+            PIXELS_KEY[kind]: inputs[PIXELS_KEY[kind]],
+            f"{kind}_grid_thw": inputs[f"{kind}_grid_thw"],
         }
         if kind == "video":
             seconds_per_grid = processor.temporal_patch_size * seconds / self.frames
@@ -282,15 +283,15 @@ class Collator:
             system = instruction
         elif instruction:
             lead = f"{instruction}\n"
-        media = [kind for kind in ("video", "image") if f"{kind}_grid_thw" in sample]
-        vision = "".join(VISION_BLOCK[kind] for kind in media)
+        kinds = [kind for kind in ("video", "image") if f"{kind}_grid_thw" in sample]
+        vision = "".join(VISION_BLOCK[kind] for kind in kinds)
         head = f"{SYSTEM_START}{system}{TURN_END}{USER_START}{lead}{vision}"
         tail = f"{TURN_END}{ANSWER_START}{END}"
         ids = self.tokenizer.encode(head + text + tail, add_special_tokens=False)
 
         # The prompt holds one placeholder per medium; the model wants one per vision token.
         vision_tokens = 0
-        for kind in media:
+        for kind in kinds:
             patches = int(sample[f"{kind}_grid_thw"].prod())
             count = patches // self.processor.image_processor.merge_size**2
             place = ids.index(self.pad[kind])
@@ -301,7 +302,7 @@ class Collator:
         if excess > 0:
             head_length = len(self.tokenizer.encode(head, add_special_tokens=False))
             tail_length = len(self.tokenizer.encode(tail, add_special_tokens=False))
-            fixed = head_length - len(media) + vision_tokens + tail_length
+            fixed = head_length - len(kinds) + vision_tokens + tail_length
             if fixed > self.max_length:
                 raise ValueError(
                     f"{fixed} tokens before any text exceed max_length {self.max_length}: the "
