@@ -106,6 +106,8 @@ class VectorCache:
             "version": VECTORS_VERSION,
             "weights": hash_weights(gve),
             "processor": hash_key(processor_key),
+            "prompt_style": gve.prompt_style,
+            "pooling": gve.pooling,
             "device": gve.device.type,
             "torch": torch.__version__,
             "transformers": transformers.__version__,

@@ -315,7 +315,8 @@ def test_another_model_prompt_protocol_or_file_never_meets_an_old_vector(
     paler = GVE.from_pretrained(tiny)
     paler.processor.video_processor.image_mean = [0.5, 0.5, 0.5]
     user = GVE.from_pretrained(tiny, prompt_style="user")
-    for gve in (nudged, lora, paler, user):
+    mean = GVE.from_pretrained(tiny, pooling="mean")
+    for gve in (nudged, lora, paler, user, mean):
         assert encoded(gve) == 2
     with torch.no_grad():
         next(p for name, p in lora.lora_parameters().items() if "lora_B" in name)[0, 0] = 1e-3
