@@ -188,7 +188,7 @@ def top_k(queries, corpus, k, *, block=16384, query_block=1024):
         for row in range(0, len(queries), query_block):
             own = slice(row, row + query_block)
             new = queries[own] @ part.T  # (Q, C)
-            new = new.masked_fill(new.isnan(), -torch.inf)
+            new.masked_fill_(new.isnan(), -torch.inf)
             both = torch.cat([scores[own], new], dim=1)  # (Q, k + C), equals in corpus order
 
             # torch.topk picks any of several equal scores. Where its choice is open, at the k-th
