@@ -667,14 +667,14 @@ class Stopwatch:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads RssAnon in /proc")
 @pytest.mark.parametrize("n, m", [(1000, 100_000), (10_000, 1_000_000)])
-@pytest.mark.parametrize("largest, most_work", [(60, 1.3), (3, 3.5)])
-def test_top_k_over_a_million_vectors_costs_little_more_than_the_products(
+@pytest.mark.parametrize("largest, most_work", [(60, 2), (3, 5)])
+def test_top_k_over_a_million_vectors_costs_little_beside_the_products(
     tmp_path, n, m, largest, most_work
 ):
     """1,024 wide in half precision on disk, k = 100.
 
-    The values are integers of at most `largest`, so that scores are exact. With 3 nearly every row
-    ties at its k-th place, which top_k settles by sorting.
+    The values are integers of at most `largest`, so that scores are exact. With 60 ties are rare;
+    with 3 nearly every query has one at its k-th place, which top_k settles by sorting.
     """
     corpus = np.lib.format.open_memmap(tmp_path / "c.npy", "w+", np.float16, (m, 1024))
     for start in range(0, m, 50_000):
