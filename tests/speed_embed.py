@@ -1,9 +1,12 @@
-"""Encoding speed beside the two usual ways, in one run:  python tests/speed_embed.py [checkpoint] [clips] [decoding processes]
+"""Encoding speed beside the two usual ways, in one run.
 
-Encodes clips of runs/mini/videos (`python -m mini render`) by embed.encode, by a plain loop over transformers' processor and
-model in batches of 8, and by sentence-transformers, in turns, three times; all load one merged folder. The latter two decode
-inline, with decord as we do: transformers' own reader needs torchcodec. Prints the median seconds by the clock, seconds of
-processor time (decoding processes included), and how far the vectors lie apart.
+    python tests/speed_embed.py [checkpoint] [clips] [decoding processes]       # mini/prober 500 2
+
+Encodes clips of runs/mini/videos (`python -m mini render`) by embed.encode, by a plain loop over
+transformers' processor and model in batches of 8, and by sentence-transformers, in turns, three
+times; all load one merged folder. The latter two decode inline, with decord as we do: transformers'
+own reader needs torchcodec. Prints the median seconds by the clock, seconds of processor time
+(decoding processes included), and how far the vectors lie apart.
 """
 
 import multiprocessing
@@ -20,88 +23,115 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from embed import encode  # noqa: E402
 from model import CHAT_TEMPLATE, GVE, last_token_pool  # noqa: E402
 
+ROUNDS = 3
+
 
 def read(path):
-    """Eight uniform frames and what transformers wants to know about them."""
+    """Return eight uniform frames and what transformers wants to know about them."""
     import decord
 
     reader = decord.VideoReader(path)
-    frames = reader.get_batch(np.linspace(0, len(reader) - 1, 8).round().astype(int)).asnumpy()
-    return frames, {
+    indices = np.linspace(0, len(reader) - 1, 8).round().astype(int)
+    frames = reader.get_batch(indices).asnumpy()
+    metadata = {
         "fps": 8 * reader.get_avg_fps() / len(reader),
         "total_num_frames": 8,
         "frames_indices": list(range(8)),
     }
+    return frames, metadata
 
 
 @torch.no_grad()
 def plain_loop(model, processor, paths, batch_size=8):
-    """What one would write first, with the right prompt, frames and sizes."""
+    """Embed clips as one would write it first, with the right prompt, frames and sizes."""
+    message = {"role": "user", "content": [{"type": "video"}]}
+    text = processor.apply_chat_template([message], tokenize=False)
     out = []
-    text = processor.apply_chat_template(
-        [{"role": "user", "content": [{"type": "video"}]}], tokenize=False
-    )
     for start in range(0, len(paths), batch_size):
-        videos, metadata = zip(*map(read, paths[start : start + batch_size]), strict=True)
+        videos = []
+        metadata = []
+        for path in paths[start : start + batch_size]:
+            frames, about = read(path)
+            videos.append(frames)
+            metadata.append(about)
         inputs = processor(
             text=[text] * len(videos),
-            videos=list(videos),
+            videos=videos,
             padding=True,
             return_tensors="pt",
-            videos_kwargs={"do_sample_frames": False, "video_metadata": list(metadata)},
+            videos_kwargs={"do_sample_frames": False, "video_metadata": metadata},
         )
-        pooled = last_token_pool(model(**inputs).last_hidden_state, inputs["attention_mask"])
+        hidden = model(**inputs).last_hidden_state
+        pooled = last_token_pool(hidden, inputs["attention_mask"])
         out.append(torch.nn.functional.normalize(pooled, dim=-1))
     return torch.cat(out)
 
 
 def sentence_transformers(model, paths):
-    items = ({"video": dict(zip(("array", "video_metadata"), read(p), strict=True))} for p in paths)
-    return model.encode(list(items), convert_to_tensor=True)
+    items = []
+    for path in paths:
+        frames, metadata = read(path)
+        items.append({"video": {"array": frames, "video_metadata": metadata}})
+    return model.encode(items, convert_to_tensor=True)
 
 
-def main(checkpoint="mini/prober", n="500", workers="2", rounds=3):
+def processor_seconds():
+    """Processor time of this process and of its children that have ended."""
+    while multiprocessing.active_children():  # a child's time counts once it has ended
+        time.sleep(0.01)
+    return sum(os.times()[:4])
+
+
+def main(checkpoint="mini/prober", clips="500", workers="2"):
     from sentence_transformers import SentenceTransformer
     from transformers import Qwen2_5_VLModel, Qwen2_5_VLProcessor
 
-    paths = sorted(map(str, Path("runs/mini/videos").glob("*.mp4")))[: int(n)]
+    paths = sorted(map(str, Path("runs/mini/videos").glob("*.mp4")))[: int(clips)]
     with tempfile.TemporaryDirectory() as folder:
         GVE.from_pretrained(checkpoint).save_pretrained(folder, merge=True)
-        gve, st = GVE.from_pretrained(folder), SentenceTransformer(folder, device="cpu")
-        model, processor = (
-            Qwen2_5_VLModel.from_pretrained(folder).eval(),
-            Qwen2_5_VLProcessor.from_pretrained(folder),
-        )
+        gve = GVE.from_pretrained(folder)
+        st = SentenceTransformer(folder, device="cpu")
+        model = Qwen2_5_VLModel.from_pretrained(folder).eval()
+        processor = Qwen2_5_VLProcessor.from_pretrained(folder)
     assert processor.chat_template == CHAT_TEMPLATE
-    items = [{"video": path} for path in paths]
+
+    def ours(paths):
+        items = [{"video": path} for path in paths]
+        vectors, _ = encode(gve, items, workers=int(workers), batch_tokens=1024)
+        return vectors
+
     ways = {
-        "embed.encode": lambda n: encode(gve, items[:n], workers=int(workers), batch_tokens=1024)[
-            0
-        ],
-        "plain loop": lambda n: plain_loop(model, processor, paths[:n]),
-        "sentence-transformers": lambda n: sentence_transformers(st, paths[:n]),
+        "embed.encode": ours,
+        "plain loop": lambda paths: plain_loop(model, processor, paths),
+        "sentence-transformers": lambda paths: sentence_transformers(st, paths),
     }
-    clock, work, vectors = {name: [] for name in ways}, {name: [] for name in ways}, {}
     for way in ways.values():
-        way(16)
-    for name in [*ways] * rounds:
-        began, spent = time.perf_counter(), sum(os.times()[:4])
-        vectors[name] = ways[name](None)
-        clock[name].append(time.perf_counter() - began)
-        while multiprocessing.active_children():  # which counts a child's time once it has ended
-            time.sleep(0.01)
-        work[name].append(sum(os.times()[:4]) - spent)
+        way(paths[:16])  # warm up
+
+    clock = {name: [] for name in ways}
+    work = {name: [] for name in ways}
+    vectors = {}
+    for _ in range(ROUNDS):
+        for name, way in ways.items():
+            spent = processor_seconds()
+            began = time.perf_counter()
+            vectors[name] = way(paths)
+            clock[name].append(time.perf_counter() - began)
+            work[name].append(processor_seconds() - spent)
+
     print(
-        f"{len(paths)} clips, {checkpoint}, {torch.get_num_threads()} threads, {workers} decoding processes"
+        f"{len(paths)} clips, {checkpoint}, {torch.get_num_threads()} threads, "
+        f"{workers} decoding processes"
     )
-    clock, work = (
-        {name: float(np.median(x)) for name, x in taken.items()} for taken in (clock, work)
-    )
+    our_clock = np.median(clock["embed.encode"])
+    our_work = np.median(work["embed.encode"])
     for name in ways:
+        seconds = np.median(clock[name])
+        spent = np.median(work[name])
         apart = 1 - (vectors["embed.encode"] * vectors[name]).sum(1)
         print(
-            f"{name:22} {clock[name]:6.2f} s = {clock[name] / clock['embed.encode']:.2f} x ours, processor time "
-            f"{work[name]:6.2f} s = {work[name] / work['embed.encode']:.2f} x; "
+            f"{name:22} {seconds:6.2f} s = {seconds / our_clock:.2f} x ours, "
+            f"processor time {spent:6.2f} s = {spent / our_work:.2f} x; "
             f"1 - cosine to ours: mean {apart.mean():.1e}, max {apart.max():.1e}"
         )
 
