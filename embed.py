@@ -70,8 +70,10 @@ def encode(
         max_length=max_length,
         prompt_style=gve.prompt_style,
     )
-    cache = cache or NoCache()
-    rank, world = 0, 1
+    if cache is None:
+        cache = NoCache()
+    rank = 0
+    world = 1
     if cache.shared_by_ranks and dist.is_initialized():
         rank = dist.get_rank()
         world = dist.get_world_size()
@@ -82,21 +84,20 @@ def encode(
     for i, key in enumerate(keys):
         first.setdefault(key, i)
 
-    # Plan: what the cache lacks, items of like kind and length side by side, dealt out to ranks.
-    cache.open(
-        {
-            "instruction": instruction,
-            "frames": frames,
-            "max_tokens": max_tokens,
-            "max_length": max_length,
-        }
-    )
+    # Plan: items that the cache lacks, like beside like to save padding, dealt out to the ranks.
+    settings = {
+        "instruction": instruction,
+        "frames": frames,
+        "max_tokens": max_tokens,
+        "max_length": max_length,
+    }
+    cache.open(settings)
     vectors = cache.allocate(len(items), gve.dim)
     known = cache.read(first, vectors)
     order = sorted(first.values(), key=lambda i: kind_and_length(items[i]))
     todo = [i for i in order[rank::world] if i not in known]
 
-    # Run.
+    # Run: decode, embed and keep, batch by batch.
     failed = {}
     was_training = gve.training
     gve.eval()
@@ -110,9 +111,10 @@ def encode(
     gve.train(was_training)
     cache.flush()
 
-    # Expand: take in the other ranks' vectors, then copy each first item's to its equals.
+    # Expand: read the other ranks' vectors, then give equal items those of the first one.
     if world > 1:
-        for others in all_gather_object(failed):  # a barrier: all vectors are on disk after it
+        # A barrier: every rank has written its vectors once this returns.
+        for others in all_gather_object(failed):
             failed = failed | others
         cache.read(first, vectors)
     equals = [i for i, key in enumerate(keys) if first[key] != i]

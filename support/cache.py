@@ -20,7 +20,7 @@ import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from support.files import file_fingerprint, load_jsonl, whole_file, write_json
+from support.files import file_fingerprint, read_jsonl, whole_file, write_json
 
 # Raise this number with every change of code after which the same weights, settings and item give
 # another vector: prompt, pooled token, choice of frames, resizing, normalisation, positions. It is
@@ -53,7 +53,10 @@ def item_key(item):
         path = media
         if isinstance(media, dict):
             path = media.get("path", media.get("video"))
-        fingerprints.append(file_fingerprint(path) if os.path.exists(path) else None)
+        fingerprint = None
+        if os.path.exists(path):
+            fingerprint = file_fingerprint(path)
+        fingerprints.append(fingerprint)
     return hash_key([item, fingerprints])
 
 
@@ -96,6 +99,7 @@ class VectorCache:
         self.folder = Path(folder)
         self.every = every
         self.folder.mkdir(parents=True, exist_ok=True)
+
         processor = gve.processor
         processor_key = [
             processor.image_processor.to_json_string(),
@@ -114,7 +118,7 @@ class VectorCache:
         }
 
     def open(self, settings):
-        """Turn to the shards made with these settings (dict: instruction, frames, ...)."""
+        """Turn to the shards of these settings, a dict: instruction, frames, ..."""
         key = self.model_key | settings
         self.shards = self.folder / hash_key(key)[:16]
         self.shards.mkdir(parents=True, exist_ok=True)
@@ -135,8 +139,9 @@ class VectorCache:
         known = set()
         for path in sorted(self.shards.glob("*.jsonl")):
             shard = np.load(path.with_suffix(".npy"), mmap_mode="r")
-            rows, places = [], []
-            for row, line in enumerate(load_jsonl(path)):
+            rows = []
+            places = []
+            for row, (_, line) in enumerate(read_jsonl(path)):
                 if line["key"] in index_of:
                     rows.append(row)
                     places.append(index_of[line["key"]])
