@@ -29,14 +29,11 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
@@ -144,17 +141,12 @@ def staged_weights(relevance, sigma_t, sizes, levels, progress):
     return sizes * (levels == level)
 
 
-class Schedule(NamedTuple):
-    # (relevance, sigma_t, sizes, levels, progress) -> weights (K,), not normalised
-    weights: Callable
-    needs_relevance: bool = False  # probe R_k at each epoch's start
-
-
+# name: (weights, not normalised, of each source at a step; whether they depend on R_k, to be probed)
 SCHEDULES = {
-    "pyramid": Schedule(pyramid_weights, needs_relevance=True),
-    "proportional": Schedule(proportional_weights),
-    "uniform": Schedule(uniform_weights),
-    "staged": Schedule(staged_weights),
+    "pyramid": (pyramid_weights, True),
+    "proportional": (proportional_weights, False),
+    "uniform": (uniform_weights, False),
+    "staged": (staged_weights, False),
 }
 
 
@@ -167,9 +159,10 @@ def source_probabilities(schedule, relevance, sigma_t, sizes, levels, progress=0
     """
     if schedule not in SCHEDULES:
         raise ValueError(f"unknown schedule {schedule!r}; accepted: {', '.join(SCHEDULES)}")
-    weights = SCHEDULES[schedule].weights(
-        relevance, sigma_t, np.asarray(sizes, float), np.asarray(levels), progress
-    )
+    weigh, _ = SCHEDULES[schedule]
+    sizes = np.asarray(sizes, float)
+    levels = np.asarray(levels)
+    weights = weigh(relevance, sigma_t, sizes, levels, progress)
     return weights / weights.sum()
 
 
@@ -282,18 +275,25 @@ def gather_rows(rows):
 def contrastive_loss(q, p, n, p_ids, n_ids, *, tau, margin=None, symmetric=True):
     """Return this rank's share of the global mean of symmetric InfoNCE, Eq. (1).
 
-    Shares, and gradients, SUM over the ranks to the result of one process; they are never averaged.
+    Shares and gradients SUM over the ranks to the result of one process; they are never averaged.
 
-    q, p (B, D): queries and their positives; n (N, D): hard negatives; unit rows, B and N may
-    differ between ranks. p_ids (B,), n_ids (N,): content ids, int64. A candidate with the content
-    of a query's positive is no negative. margin: a candidate that scores higher than the positive
-    by more than this cosine is taken for a false negative. symmetric: the mean of query -> all
-    candidates and positive -> all queries, under the same masks. This is the definition, to be read
-    and changed; kernels/infonce.py equals it without the (B, M) matrices.
+    q, p        (B, D) this rank's queries and their positives, unit rows
+    n           (N, D) its hard negatives; B and N may differ between ranks, and be 0
+    p_ids       (B,) content ids of the positives, int64
+    n_ids       (N,) of the hard negatives; a candidate with the content of a query's positive is
+                not a negative of that query
+    tau         temperature
+    margin      a cosine: a candidate that scores this much above the positive is taken for a false
+                negative and left out; None keeps all
+    symmetric   the mean of query -> all candidates and positive -> all queries, under the same
+                masks; else the first alone
+
+    This is the definition, to be read and changed. kernels/infonce.py equals it without the (B, M)
+    matrices.
     """
-    # PAPER: Eq. (1) names only a row's own hard negatives and no masks; the released forward has
+    # PAPER: Eq. (1) names only a row's own hard negatives, and no masks; the released forward has
     # all of these.
-    margin = math.inf if margin is None else margin
+    margin = torch.inf if margin is None else margin
     if q.dtype in (torch.bfloat16, torch.float16):  # too coarse for scores over tau
         q = q.float()
         p = p.float()
@@ -318,8 +318,8 @@ def contrastive_loss(q, p, n, p_ids, n_ids, *, tau, margin=None, symmetric=True)
     drop = p_ids[:, None] == candidate_ids
     drop |= scores > thresholds[own][:, None]
     drop[row, own] = False
-    logits = (scores / tau).masked_fill(drop, -math.inf)
-    loss = F.cross_entropy(logits, own, reduction="sum")
+    logits = (scores / tau).masked_fill(drop, -torch.inf)
+    loss = torch.nn.functional.cross_entropy(logits, own, reduction="sum")
 
     # Positive -> queries: rows are this rank's positives, columns the queries of all ranks.
     if symmetric:
@@ -327,8 +327,8 @@ def contrastive_loss(q, p, n, p_ids, n_ids, *, tau, margin=None, symmetric=True)
         drop = p_ids[:, None] == row_ids
         drop |= scores > thresholds
         drop[row, own] = False
-        logits = (scores / tau).masked_fill(drop, -math.inf)
-        loss = (loss + F.cross_entropy(logits, own, reduction="sum")) / 2
+        logits = (scores / tau).masked_fill(drop, -torch.inf)
+        loss = (loss + torch.nn.functional.cross_entropy(logits, own, reduction="sum")) / 2
     return loss / len(all_q)
 
 
@@ -408,19 +408,21 @@ def probe(q, p):
 def mine(q, p, ids, k, margin=None, block=1024):
     """Find each query's hard negatives among the positives of all -> row numbers (n, <= k) int64.
 
-    Where there are fewer than k the rest is -1.
+    They are the distinct contents that score highest for the query, without the content of its own
+    positive, and without those that score above the positive by more than margin. -1 stands where
+    fewer than k are left.
 
-    q, p (n, D): unit rows of n pairs. ids (n,): content ids of the positives. A query's hard
-    negatives are the distinct contents that score highest, but not its own positive's, and none
-    above the positive by more than margin.
+    q, p (n, D): unit rows of n pairs. ids (n,): content ids of the positives. margin: a cosine.
     """
     # PAPER: mines "a large external corpus"; here the pool is what an epoch draws of the source
     # itself.
-    contents, where = np.unique(ids.cpu().numpy(), return_index=True)
-    first = torch.from_numpy(where).to(p.device)  # (U,) one row of each content
-    kinds = torch.from_numpy(contents).to(p.device)  # (U,)
+    order = ids.argsort(stable=True)
+    new = torch.ones(len(ids), dtype=torch.bool)
+    new[1:] = ids[order][1:] != ids[order][:-1]
+    first = order[new].to(p.device)  # (U,) the first row of each content
+    contents = ids.to(p.device)[first]  # (U,)
     pool = p[first]  # (U, D)
-    margin = math.inf if margin is None else margin
+    margin = torch.inf if margin is None else margin
 
     k = min(k, len(first))
     found = [first.new_empty(0, k)]
@@ -428,10 +430,10 @@ def mine(q, p, ids, k, margin=None, block=1024):
         rows = slice(start, start + block)
         positive = (q[rows] * p[rows]).sum(1, keepdim=True)  # (block, 1)
         scores = q[rows] @ pool.T  # (block, U)
-        same = ids[rows].to(p.device)[:, None] == kinds
+        same = ids[rows].to(p.device)[:, None] == contents
         false = scores > positive + margin
-        best, which = scores.masked_fill(same | false, -math.inf).topk(k)
-        found.append(first[which].masked_fill(best == -math.inf, -1))
+        best, which = scores.masked_fill(same | false, -torch.inf).topk(k)
+        found.append(first[which].masked_fill(best == -torch.inf, -1))
     return torch.cat(found)
 
 
@@ -786,7 +788,7 @@ def main(flags):
     sampler = Sampler(sources, flags.batch_scale, flags.seed)
     sizes = [source.samples for source in sources]
     levels = [LEVEL[source.task] for source in sources]
-    schedule = SCHEDULES[flags.schedule]
+    _, needs_relevance = SCHEDULES[flags.schedule]
     margin = None if flags.margin < 0 else flags.margin
     tau = flags.temperature
     roots = [flags.data, *flags.root]
@@ -869,9 +871,9 @@ def main(flags):
         prober = gve
         if start is None:
             start = {"drawn": list(sampler.drawn), "relevance": None, "error": None}
-            if epoch == 0 and flags.prober and (schedule.needs_relevance or flags.remine):
+            if epoch == 0 and flags.prober and (needs_relevance or flags.remine):
                 prober = GVE.from_pretrained(flags.prober, dtype=flags.dtype, device=device)
-            if schedule.needs_relevance:
+            if needs_relevance:
                 relevance, error = probe_sources(prober, sources, flags, rank, world)
                 start |= {"relevance": relevance, "error": error}
 

@@ -614,9 +614,8 @@ def test_the_log_has_each_line_s_own_flops_whatever_the_ranks_and_grad_cache(one
         other == pytest.approx(others[0], rel=1e-4) for other in others
     )  # neither GradCache nor ranks need more
     assert others[0] != sorted(others[0])  # a line's own steps, not all so far
-    assert sum(first) > 1.05 * sum(
-        others[0]
-    )  # the first run alone has seen the clips: they were kept
+    # The first run alone has seen the clips: their features were kept.
+    assert sum(first) > 1.03 * sum(others[0])
 
 
 def test_sampler_draws_each_row_once_per_pass_and_is_restored_by_replay(mixture):
