@@ -27,7 +27,7 @@ RECORD = Path(__file__).with_name(
 
 @pytest.fixture(scope="module")
 def uninterrupted(tiny, mixture, tmp_path_factory):
-    """A run of 9 steps over 3 epochs on 2 ranks, pyramid and dropout on; its flags as a function of out."""
+    """A run of 9 steps over 3 epochs on 2 ranks, pyramid and dropout on -> (out, flags(out))."""
     out = tmp_path_factory.mktemp("whole") / "run"
 
     def flags(out):
@@ -35,14 +35,7 @@ def uninterrupted(tiny, mixture, tmp_path_factory):
             tiny,
             mixture,
             out,
-            "--steps",
-            "9",
-            "--probe-pairs",
-            "4",
-            "--save-every",
-            "2",
-            "--lr",
-            "0.01",
+            *"--steps 9 --probe-pairs 4 --save-every 2 --lr 0.01".split(),
         )
 
     done = run(*launch(2), RECORD, out.parent / "seen.pt", *flags(out))
@@ -52,7 +45,7 @@ def uninterrupted(tiny, mixture, tmp_path_factory):
 
 
 def resumes(uninterrupted, out, fate):
-    """Run with a signal, check how it ended, resume, compare with the run that nothing happened to."""
+    """Run with a signal, check the end, resume, and compare with the run without a signal."""
     whole, flags = uninterrupted
     began = time.time()
     done = run(*launch(2), RECORD, out.parent / "seen.pt", *flags(out), FATE=fate)
@@ -80,12 +73,7 @@ def test_one_of_three_ranks_dies_and_the_others_end_within_a_minute_over_a_check
         tiny,
         mixture,
         tmp_path / "run",
-        "--steps",
-        "9",
-        "--schedule",
-        "uniform",
-        "--save-every",
-        "1",
+        *"--steps 9 --schedule uniform --save-every 1".split(),
     )
     began = time.time()
     done = run(*launch(3), RECORD, tmp_path / "seen.pt", *flags, FATE="9 2 4")
@@ -120,7 +108,7 @@ def start(command, out, step, **env):
 
 
 @pytest.mark.slow
-def test_sigterm_to_torchrun_finishes_the_step_with_the_clips_it_needs_and_the_run_resumes_bit_for_bit(
+def test_sigterm_to_torchrun_finishes_the_step_with_its_clips_and_resumes_bit_for_bit(
     tiny, mixture, tmp_path
 ):
     def command(name):
@@ -132,18 +120,9 @@ def test_sigterm_to_torchrun_finishes_the_step_with_the_clips_it_needs_and_the_r
                 tiny,
                 mixture,
                 tmp_path / name,
-                "--steps",
-                "12",
-                "--epochs",
-                "1",
-                "--schedule",
-                "uniform",
-                "--workers",
-                "1",
-                "--features",
+                *"--steps 12 --epochs 1 --schedule uniform --workers 1 --features".split(),
                 "",
-                "--resume",
-                "auto",
+                *"--resume auto".split(),
             ),
         ]
 
@@ -189,16 +168,7 @@ def test_killed_outright_at_ten_random_moments_two_ranks_end_as_if_nothing_had_b
                 tiny,
                 mixture,
                 tmp_path / name,
-                "--steps",
-                "30",
-                "--probe-pairs",
-                "4",
-                "--save-every",
-                "1",
-                "--lr",
-                "0.01",
-                "--resume",
-                "auto",
+                *"--steps 30 --probe-pairs 4 --save-every 1 --lr 0.01 --resume auto".split(),
             ),
         ]
 
@@ -241,14 +211,7 @@ def test_resuming_with_other_settings_is_an_error_and_an_unfinished_state_is_not
         tiny,
         mixture,
         tmp_path,
-        "--steps",
-        "4",
-        "--schedule",
-        "uniform",
-        "--save-every",
-        "1",
-        "--keep",
-        "2",
+        *"--steps 4 --schedule uniform --save-every 1 --keep 2".split(),
     )
     go(*flags)
     assert sorted(p.name for p in (tmp_path / "state").iterdir()) == [
@@ -302,14 +265,7 @@ def test_a_nan_loss_stops_with_its_rows_and_keeps_the_last_checkpoint(tiny, mixt
                 tiny,
                 mixture,
                 tmp_path,
-                "--steps",
-                "4",
-                "--lr",
-                "1e30",
-                "--warmup",
-                "0",
-                "--epochs",
-                "1",
+                *"--steps 4 --lr 1e30 --warmup 0 --epochs 1".split(),
             )
         )
     assert before == {

@@ -47,22 +47,15 @@ def flags_for(tiny, mixture, out, *more):
         mixture,
         "--out",
         out,
-        "--workers",
-        "0",
-        "--features",
+        *"--workers 0 --features".split(),
         Path(mixture).parent / "features",
-        "--log-every",
-        "1",
-        "--epochs",
-        "3",
-        "--dropout",
-        "0.1",
+        *"--log-every 1 --epochs 3 --dropout 0.1".split(),
         *more,
     ]
 
 
 def record(out):
-    """Run train.main on this rank and keep the summed loss and the gradients that the optimiser sees at every step."""
+    """Run train.main and keep each step's summed loss and the gradients that the optimiser sees."""
     seen, sum_over_ranks = {"loss": [], "grad": []}, train.sum_over_ranks
 
     def spy_sums(parameters, sums):
@@ -95,7 +88,7 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="module")
 def one_and_many(tiny, mixture, tmp_path_factory):
-    """The same float64 run without dropout on 1, 2 and 3 ranks: 9 steps, hard negatives, batches of 4, 3 and 1 rows."""
+    """The same float64 run on 1, 2 and 3 ranks: 9 steps, batches of 4, 3 and 1 rows, no dropout."""
     folder, seen = tmp_path_factory.mktemp("ranks"), {}
     for world, cached in ((1, False), (3, False), (1, True), (2, True), (3, True)):
         out = folder / f"{world}-{cached}"
@@ -103,16 +96,7 @@ def one_and_many(tiny, mixture, tmp_path_factory):
             tiny,
             mixture,
             out,
-            "--dtype",
-            "float64",
-            "--dropout",
-            "0",
-            "--steps",
-            "9",
-            "--schedule",
-            "uniform",
-            "--lr",
-            "0.01",
+            *"--dtype float64 --dropout 0 --steps 9 --schedule uniform --lr 0.01".split(),
             *(("--grad-cache", "--micro-batch", "3", "--micro-tokens", "170") if cached else ()),
         )
         done = run(*launch(world), __file__, folder / f"{out}.pt", *more)
@@ -165,7 +149,7 @@ def test_the_run_held_the_uneven_cases(one_and_many):
 
 
 def go(*words):
-    """The command in this process: importing torch and transformers anew for each case would take minutes."""
+    """Run the command in this process: a new import of torch for each case would take minutes."""
     return train.main(train.parse_flags(train.Flags, list(map(str, words)), presets=train.PRESETS))
 
 
@@ -184,18 +168,7 @@ def test_the_same_run_twice_is_bit_identical_with_dropout(tiny, mixture, tmp_pat
 
 
 def test_grad_cache_replays_dropout(tiny, mixture, tmp_path):
-    same = (
-        "--dtype",
-        "float64",
-        "--steps",
-        "4",
-        "--schedule",
-        "uniform",
-        "--micro-batch",
-        "2",
-        "--dropout",
-        "0.3",
-    )
+    same = (*"--dtype float64 --steps 4 --schedule uniform --micro-batch 2 --dropout 0.3".split(),)
     for name, more in (
         ("kept", ()),
         ("cached", ("--grad-cache",)),
@@ -228,14 +201,7 @@ def test_only_lora_moves_and_in_bfloat16_at_3e_5_every_lora_tensor_does(tiny, mi
             tiny,
             mixture,
             tmp_path,
-            "--dtype",
-            "bfloat16",
-            "--lr",
-            "3e-5",
-            "--steps",
-            "3",
-            "--warmup",
-            "0",
+            *"--dtype bfloat16 --lr 3e-5 --steps 3 --warmup 0".split(),
         )
     )
     frozen = {
@@ -337,18 +303,8 @@ def test_damaged_clips_spread_over_the_sources_cost_what_replacing_their_rows_by
             tmp_path / name / "out",
             "--root",
             media,
-            "--steps",
-            "18",
-            "--seed",
-            "43",
-            "--schedule",
-            "uniform",
-            "--dtype",
-            "float64",
-            "--dropout",
-            "0",
-            "--lr",
-            "0.01",
+            *"--steps 18 --seed 43 --schedule uniform".split(),
+            *"--dtype float64 --dropout 0 --lr 0.01".split(),
         )
 
     go(*flags("good"))
@@ -415,15 +371,7 @@ def test_clips_that_crash_or_hang_their_decoder_are_replaced_as_well(
                 "--root",
                 media,
                 tmp_path,
-                "--steps",
-                "3",
-                "--epochs",
-                "1",
-                "--schedule",
-                "uniform",
-                "--workers",
-                "2",
-                "--features",
+                *"--steps 3 --epochs 1 --schedule uniform --workers 2 --features".split(),
                 "",
             )
         )
@@ -447,13 +395,7 @@ def test_hard_negatives_are_mined_again_under_the_prober(tiny, media, mixture, t
         tiny,
         mixture,
         tmp_path / "one",
-        "--steps",
-        "9",
-        "--epochs",
-        "1",
-        "--schedule",
-        "uniform",
-        "--remine",
+        *"--steps 9 --epochs 1 --schedule uniform --remine".split(),
     )
     go(*flags, "--margin", "-1")
     t2v, *others = mined(tmp_path / "one")
@@ -519,17 +461,7 @@ def test_hard_negatives_are_mined_again_under_the_prober(tiny, media, mixture, t
 
 def test_mining_is_the_same_on_two_ranks_and_after_a_stop(tiny, mixture, tmp_path):
     same = (
-        "--steps",
-        "6",
-        "--epochs",
-        "2",
-        "--schedule",
-        "uniform",
-        "--remine",
-        "--dtype",
-        "float64",
-        "--dropout",
-        "0",
+        *"--steps 6 --epochs 2 --schedule uniform --remine --dtype float64 --dropout 0".split(),
     )
     go(*flags_for(tiny, mixture, tmp_path / "one", *same))
     two = run(
@@ -557,13 +489,7 @@ def test_a_dry_run_prints_its_memory_and_writes_nothing(tiny, mixture, tmp_path,
                 tiny,
                 mixture,
                 tmp_path / "out",
-                "--dry-run",
-                "--max-length",
-                "300",
-                "--max-tokens",
-                "20",
-                "--micro-tokens",
-                "1000",
+                *"--dry-run --max-length 300 --max-tokens 20 --micro-tokens 1000".split(),
                 *more,
             )
         )
@@ -653,7 +579,7 @@ def test_an_unknown_schedule_is_an_error_that_names_the_known_ones():
 
 
 def test_an_epoch_draws_by_relevance_alone_whatever_the_sizes():
-    """Two sources of unequal size and equal relevance are drawn equally often, by hand: 200 each."""
+    """Two sources of unequal size and equal relevance are drawn equally often: 200 times each."""
 
     class Rows:
         batch_size = 2
