@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import uvrb
+from support.flags import parse_flags
 
 REPO = Path(__file__).resolve().parent.parent
 PAPER = json.loads((REPO / "published.json").read_text())
@@ -361,7 +362,7 @@ def test_check_of_a_folder_without_datasets_or_no_folder_fails(tmp_path):
     )
     for args in (["check"], ["check", str(tmp_path), "--decod3"], ["chekc"]):
         with pytest.raises(SystemExit, match="2"):
-            uvrb.main(args)
+            uvrb.main(parse_flags(uvrb.Flags, args))
 
 
 def test_sizes_are_table_4s_unless_benchmark_json_says_otherwise(tmp_path):
