@@ -220,7 +220,7 @@ def define(name, entry):
     absent = [key for key in ("task", "metric", "prompt") if key not in entry]
     if absent:
         raise ValueError(f"{name} is none of UVRB's datasets and has no {', '.join(absent)}")
-    if Path(name).name != name:
+    if name == ".." or Path(name).parts != (name,):
         raise ValueError(f"{name!r} is not the name of a folder")
     for key, accepted in (("task", TASKS), ("domain", DOMAINS), ("metric", METRICS)):
         if key in entry and entry[key] not in accepted:
