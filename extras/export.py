@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[0] = str(ROOT)  # not extras/ itself, whose files are no top-level modules
+sys.path.insert(0, str(ROOT))
 
 import uvrb  # noqa: E402
 from support.files import hash_files, read_jsonl, whole_file, write_json  # noqa: E402
