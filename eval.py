@@ -127,21 +127,21 @@ def ranks(queries, corpus, positives, pools=None, *, block=2**26):
     Returns N ascending lists of the positives' ranks from 1. Other positives take up places, too,
     as in trec_eval.
     """
-    found = []
+    positions = []
     rows = cosines(queries, corpus, pools, block=block)
     for own, (candidates, scores) in zip(positives, rows, strict=True):
         own = torch.tensor(own, dtype=torch.int64)
         places = torch.searchsorted(candidates, own)  # (P,) where the positives stand in `scores`
-        query_ranks = []
+        query_positions = []
         for p in places.tolist():
             above = (scores > scores[p]).sum()
             ties_before = (scores[:p] == scores[p]).sum()
-            query_ranks.append(1 + int(above + ties_before))
-        found.append(sorted(query_ranks))
-    return found
+            query_positions.append(1 + int(above + ties_before))
+        positions.append(sorted(query_positions))
+    return positions
 
 
-def query_metrics(ranks):
+def query_metrics(positions):
     """Compute one query's metrics from its positives' ascending ranks from 1 (P,).
 
     R@k is strict recall, the share of the P positives among the first k. hit@k asks for any
@@ -150,29 +150,30 @@ def query_metrics(ranks):
 
     Raises ValueError without a positive.
     """
-    if not ranks:
+    if not positions:
         raise ValueError("a query without a positive has no metrics")
+    count = len(positions)
+    first = positions[0]
     values = {}
     for k in (1, 5, 10):
-        values[f"R@{k}"] = sum(r <= k for r in ranks) / len(ranks)
+        values[f"R@{k}"] = sum(rank <= k for rank in positions) / count
     for k in (1, 5, 10):
-        values[f"hit@{k}"] = float(ranks[0] <= k)
+        values[f"hit@{k}"] = float(first <= k)
     values["P@1"] = values["hit@1"]
-    values["MRR"] = 1 / ranks[0]
+    values["MRR"] = 1 / first
 
-    ideal_ranks = range(1, len(ranks) + 1)
-    gain = sum(1 / np.log2(1 + r) for r in ranks if r <= 10)
-    ideal = sum(1 / np.log2(1 + r) for r in ideal_ranks if r <= 10)
+    gain = sum(1 / np.log2(1 + rank) for rank in positions if rank <= 10)
+    ideal = sum(1 / np.log2(1 + rank) for rank in range(1, min(count, 10) + 1))
     values["nDCG@10"] = float(gain / ideal)
 
-    values["MdR"] = ranks[0]
-    values["MnR"] = ranks[0]
+    values["MdR"] = first
+    values["MnR"] = first
     return values
 
 
-def metrics(ranks):
+def metrics(positions):
     """Average query_metrics over N queries: MdR is a median, all others are means."""
-    rows = [query_metrics(query_ranks) for query_ranks in ranks]
+    rows = [query_metrics(query_positions) for query_positions in positions]
     averages = {}
     for name in rows[0]:
         average = np.median if name == "MdR" else np.mean
@@ -285,8 +286,8 @@ def score(encoded, *, bootstrap=0):
 
     queries = encoded.queries[part.queries]
     corpus = encoded.corpus[part.corpus]
-    found = ranks(queries, corpus, part.positives, part.pools)
-    values = metrics(found)
+    positions = ranks(queries, corpus, part.positives, part.pools)
+    values = metrics(positions)
 
     counts = [len(positives) for positives in part.positives]
     sizes = [len(pool) for pool in part.pools] if part.pools else [m] * n
@@ -295,7 +296,7 @@ def score(encoded, *, bootstrap=0):
     entry["ceiling"] = ceiling(metric, counts)
     entry.update(values)
     if bootstrap:
-        scores = [query_metrics(query_ranks)[metric] for query_ranks in found]
+        scores = [query_metrics(query_positions)[metric] for query_positions in positions]
         entry["draws"] = resample(scores, bootstrap, bench.name)
     return entry
 
@@ -309,28 +310,22 @@ def resample(scores, times, name):
     return [float(rng.choice(scores, len(scores)).mean()) for _ in range(times)]
 
 
-def write_rankings(path, encoded, depth=1000):
-    """Write a line {"qid", "positives": ids, "ranked": ids, "scores": cosines} per scored query.
+def rankings(encoded, depth=1000):
+    """Yield {"qid", "positives": ids, "ranked": ids, "scores": cosines} of each scored query.
 
-    The ranked ids end at `depth`; ties stand in corpus order.
+    Ranked are the `depth` best, ties in corpus order.
     """
     part = leave_out_lost(encoded)
     corpus_ids = [encoded.bench.corpus[j]["id"] for j in part.corpus]
     rows = cosines(encoded.queries[part.queries], encoded.corpus[part.corpus], part.pools)
-
-    lines = []
     for i, positives, (candidates, scores) in zip(part.queries, part.positives, rows, strict=True):
         order = scores.argsort(descending=True, stable=True)[:depth]
-        lines.append(
-            {
-                "qid": encoded.bench.queries[i]["id"],
-                "positives": [corpus_ids[j] for j in positives],
-                "ranked": [corpus_ids[j] for j in candidates[order].tolist()],
-                "scores": scores[order].tolist(),
-            }
-        )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_jsonl(path, lines)
+        yield {
+            "qid": encoded.bench.queries[i]["id"],
+            "positives": [corpus_ids[j] for j in positives],
+            "ranked": [corpus_ids[j] for j in candidates[order].tolist()],
+            "scores": scores[order].tolist(),
+        }
 
 
 # All datasets
@@ -619,7 +614,8 @@ def score_datasets(source, benchmark, model, protocol, flags, out):
         entries[name] = entry
         out.mkdir(parents=True, exist_ok=True)
         if flags.rankings and entry["n"]:
-            write_rankings(out / "rankings" / f"{name}.jsonl", encoded)
+            (out / "rankings").mkdir(exist_ok=True)
+            write_jsonl(out / "rankings" / f"{name}.jsonl", rankings(encoded))
 
         failed = [*encoded.lost_queries.values(), *encoded.lost_corpus.values()]
         event = {"event": "eval", "model": model, "dataset": name, **entry}

@@ -23,7 +23,7 @@ import uvrb
 from embed import top_k
 from extras import export
 from model import GVE
-from support.files import hash_files, write_json
+from support.files import hash_files, write_json, write_jsonl
 from support.flags import parse_flags
 
 REPO = Path(__file__).resolve().parent.parent
@@ -892,7 +892,8 @@ def test_trec_files_give_trec_eval_our_numbers(tmp_path):
         b.queries[3]["id"] = "q 3"
         encoded = ev.Encoded(b, queries, corpus, {2: "lost"}, {30: "lost"})
         entry = ev.score(encoded)
-        ev.write_rankings(tmp_path / "rankings" / "MSRVTT.jsonl", encoded)
+        (tmp_path / "rankings").mkdir(exist_ok=True)
+        write_jsonl(tmp_path / "rankings" / "MSRVTT.jsonl", ev.rankings(encoded))
         write_json(tmp_path / "results.json", {"model": "x", "datasets": {"MSRVTT": entry}})
         export_files("trec", tmp_path / "results.json")
 
