@@ -765,16 +765,6 @@ def test_a_fingerprint_is_of_the_weights(tiny, tmp_path):
     assert hash_files(copy) != hash_files(tiny)
 
 
-def test_results_option_prints_existing_results_side_by_side(evaluated, tmp_path, capsys):
-    _, out, _ = evaluated
-    other = results_of(out) | {"model": "other"}
-    (tmp_path / "other.json").write_text(json.dumps(other))
-    call("--results", out / "results.json", tmp_path / "other.json", "--out", tmp_path)
-    lines = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.split()]
-    assert lines.index("other") - lines.index("random") == 1
-    assert lines.count("chance") == lines.count("ceiling") == 2
-
-
 def test_missing_and_damaged_media_are_named_and_never_averaged(tiny, media, tmp_path, capsys):
     folder = world(tmp_path, media)
     (tmp_path / "videos" / "2.mp4").unlink()
