@@ -11,9 +11,10 @@ arXiv 2510.27571 (section 4; tables.py makes the tables).
     python eval.py --table 3 --figure 2 --results A.json B.json C.json    tables of earlier scores
     python eval.py --published                          cells of the paper that contradict others
 
-Writes <out>/results.json, whole or not at all, log.jsonl, and tables as .txt, .md, .csv and .tex.
-<out>/cache keeps the vectors, so that a killed run goes on where it stopped. Under torchrun the
-ranks share the encoding. extras/export.py turns results into files for MTEB and trec_eval.
+Writes <out>/results.json, whole or not at all, log.jsonl, and tables as .txt, .md, .csv and .tex;
+with --rankings also rankings/<DS>.jsonl. extras/export.py turns these into files for MTEB and
+trec_eval. <out>/cache keeps the vectors, so that a killed run goes on where it stopped. Under
+torchrun the ranks share the encoding.
 
 Protocol: vision only, uniform frames, cosine in float32, no re-ranking. Queries carry the prompt of
 their dataset (Table 5) as system turn, corpus items the default one. Ties rank in corpus order.
@@ -50,7 +51,9 @@ MAX_LENGTH = 8192  # tokens of an item at most; longer texts lose their tail
 @dataclasses.dataclass
 class Flags:
     ckpt: str = flag("runs/gve-mini", "checkpoint to score: a folder or a hub id")
-    encoder: str = flag("", "score a function instead, FILE.py:NAME")
+    encoder: str = flag(
+        "", "score a function instead: FILE.py:NAME, (items, instruction) -> array (n, D)"
+    )
     embeddings: str = flag(
         "", "score a folder of vectors instead, <DS>/vectors.npy and <DS>/items.jsonl"
     )
