@@ -83,24 +83,19 @@ try:
     import triton
     import triton.language as tl
     from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:  # no wheel for this platform: the torch twin does everything
-    triton = None
 
-if triton is None:
-
-    def jit(function):
-        return function
-
-else:
     # Blocks come in many sizes: do not compile a kernel anew for N or M = 1 or a multiple of 16.
     jit = functools.partial(triton.jit, do_not_specialize=["N", "M"])
     # The hardware computes exp2 and log2: exp(x) = exp2(x * LOG2_E), log(x) = log2(x) * LN_2.
     LOG2_E = tl.constexpr(1.4426950408889634)
     LN_2 = tl.constexpr(0.6931471805599453)
     NO_TOP = tl.constexpr(LOWEST)
+except ImportError:  # no wheel for this platform: the torch twin does everything
+    triton = None
 
-
-# The definition
+    def jit(function):
+        """Leave a kernel as it is, since nothing will launch it."""
+        return function
 
 
 def info_nce_ref(
@@ -511,11 +506,11 @@ def _lse_triton(q, d, scale, masks, workspace):
     return rows, columns
 
 
-def _grad_triton(q, d, scale, masks, target, row_lse, col_lse, weights, workspace):
+def _grad_triton(q, d, scale, masks, target, full_lse, col_lse, weights, workspace):
     """Compute a block of G into the workspace, in its dtype -> (n, m).
 
     target (n,) int32: the positive's column, counted from the block's first; it may lie outside.
-    row_lse (n,): L_i. col_lse (m,): c_j. weights: u_i, w_i, v_j.
+    full_lse (n,): L_i. col_lse (m,): c_j. weights: u_i, w_i, v_j.
     """
     launch = _prepare_launch(q, d)
     grad = workspace[0, : len(q), : len(d)]
@@ -530,8 +525,8 @@ def _grad_triton(q, d, scale, masks, target, row_lse, col_lse, weights, workspac
             candidate_id_ptr=masks.candidate_id,
             # rows
             target_ptr=target,
-            row_top_ptr=row_lse.top,
-            row_rest_ptr=row_lse.rest,
+            row_top_ptr=full_lse.top,
+            row_rest_ptr=full_lse.rest,
             row_weight_ptr=weights.row,
             positive_weight_ptr=weights.positive,
             # columns
@@ -566,7 +561,7 @@ def _lse_torch(q, d, scale, masks, workspace):
     return rows, columns
 
 
-def _grad_torch(q, d, scale, masks, target, row_lse, col_lse, weights, workspace):
+def _grad_torch(q, d, scale, masks, target, full_lse, col_lse, weights, workspace):
     """Do the work of _grad_triton in plain torch."""
     cosines = workspace[0, : len(q), : len(d)]  # (n, m)
     grad = workspace[1, : len(q), : len(d)]  # (n, m)
@@ -574,8 +569,8 @@ def _grad_torch(q, d, scale, masks, target, row_lse, col_lse, weights, workspace
     dropped = _dropped_torch(cosines, masks)
 
     # u_i exp(z_ij - L_i)
-    torch.sub(cosines, row_lse.top[:, None], out=grad)
-    torch.addcmul(-row_lse.rest[:, None], grad, scale, out=grad).exp_()
+    torch.sub(cosines, full_lse.top[:, None], out=grad)
+    torch.addcmul(-full_lse.rest[:, None], grad, scale, out=grad).exp_()
     grad.mul_(weights.row[:, None])
 
     # + v_j exp(z_ij - c_j), which takes the place of the cosines
@@ -600,9 +595,6 @@ def _dropped_torch(cosines, masks):
 
 LSE = {"triton": _lse_triton, "torch": _lse_torch}
 GRAD = {"triton": _grad_triton, "torch": _grad_torch}
-
-
-# The autograd function
 
 
 class _InfoNCE(torch.autograd.Function):
@@ -636,7 +628,7 @@ class _InfoNCE(torch.autograd.Function):
                 col_lse.add_block(cols, in_cols, scale)
 
         if world > 1:
-            # Each rank has seen its own rows of every column.
+            # Each rank has seen its own rows of every column: add the ranks' sums together.
             parts = _all_gather(torch.stack(col_lse)).view(world, 2, -1)
             col_lse = LogSum.merge(parts[:, 0], parts[:, 1], scale)
 
@@ -644,11 +636,11 @@ class _InfoNCE(torch.autograd.Function):
         row_odds = row_lse.minus_logit(positive, scale)
         col_odds = col_lse.block(column).minus_logit(positive, scale)
         log_odds = torch.stack([row_odds, col_odds])  # (2, N)
-        # From here on row_lse is L_i: the positive's own logit joins the negatives'.
-        row_lse = row_lse.including(LogSum(positive, torch.zeros_like(positive)), scale)
+        # L_i: the positive's own logit joins the negatives'
+        full_lse = row_lse.including(LogSum(positive, torch.zeros_like(positive)), scale)
 
         ctx.options = symmetric, impl, world, scale_type
-        ctx.save_for_backward(q, d, scale, target, *masks, *row_lse, *col_lse, log_odds)
+        ctx.save_for_backward(q, d, scale, target, *masks, *full_lse, *col_lse, log_odds)
 
         # softplus; F.softplus takes a shortcut above 20
         losses = torch.logaddexp(log_odds, torch.zeros_like(log_odds))  # (2, N)
@@ -661,8 +653,8 @@ class _InfoNCE(torch.autograd.Function):
         symmetric, impl, world, scale_type = ctx.options
         q, d, scale, target, *saved, log_odds = ctx.saved_tensors
         masks = Masks(*saved[0:3])
-        row_lse = LogSum(*saved[3:5])
-        col_lse = LogSum(*saved[5:7])
+        full_lse = LogSum(*saved[3:5])  # (N,) L_i
+        col_lse = LogSum(*saved[5:7])  # (M,) c_j
         need_q, need_d, need_scale = ctx.needs_input_grad[:3]
 
         row_weight = upstream.to(scale.dtype).masked_fill(target < 0, 0)  # (N,) u_i
@@ -679,9 +671,9 @@ class _InfoNCE(torch.autograd.Function):
             # Exact, in any order: a column is the positive of one rank's rows only.
             dist.all_reduce(col_weight)
 
-        # In half precision weights of 1 / N would vanish. So G holds them relative to the largest
-        # weight, and the fp32 sums are multiplied back by it, or by the power of two above it,
-        # which costs no rounding.
+        # Weights of 1 / N would vanish in half precision. So G holds them divided by the power of
+        # two above the largest weight, and the fp32 sums are multiplied by it again. A power of two
+        # costs no rounding.
         tiny = scale.new_full((1,), torch.finfo(scale.dtype).tiny)
         largest = torch.cat([row_weight, positive_weight, col_weight, tiny]).abs().amax()
         factor = torch.ldexp(torch.ones_like(scale), largest.frexp().exponent)
@@ -702,7 +694,7 @@ class _InfoNCE(torch.autograd.Function):
                     scale,
                     masks.block(rows, cols),
                     (target[rows] - cols.start).int(),
-                    row_lse.block(rows),
+                    full_lse.block(rows),
                     col_lse.block(cols),
                     weights.block(rows, cols),
                     workspace,
@@ -887,9 +879,6 @@ def _choose_impl(impl, vectors):
 def _say_once(text):
     """Print a line to stderr the first time it comes up in this process."""
     print(text, file=sys.stderr)
-
-
-# The public functions
 
 
 def info_nce(
