@@ -165,7 +165,7 @@ class LogSum(NamedTuple):
         self.rest[where] = merged.rest
 
     def block(self, where):
-        """Return views of the sums at `where`, a slice or indices."""
+        """Return the sums at `where`, a slice or indices."""
         return LogSum(self.top[where], self.rest[where])
 
     def minus_logit(self, cosines, scale):
@@ -181,7 +181,7 @@ class Masks(NamedTuple):
     candidate_id: torch.Tensor  # (M,) int32: content id of the candidate; -1 for padding
 
     def block(self, rows, columns):
-        """Return views of the masks for a block."""
+        """Return the part that belongs to a block; rows and columns are slices."""
         return Masks(self.positive_id[rows], self.threshold[rows], self.candidate_id[columns])
 
 
@@ -193,7 +193,7 @@ class Weights(NamedTuple):
     column: torch.Tensor  # (M,) v_j
 
     def block(self, rows, columns):
-        """Return views of the weights for a block."""
+        """Return the part that belongs to a block; rows and columns are slices."""
         return Weights(self.row[rows], self.positive[rows], self.column[columns])
 
 
@@ -381,7 +381,7 @@ def grad_kernel(
     scale = tl.load(scale_ptr) * LOG2_E  # for exp2
     i = m * BM + tl.arange(0, BM)
 
-    # What belongs to the rows is loaded again for each slice: held all along, it would spill.
+    # The rows' values are loaded again for each slice: held throughout, they would spill.
     for part in tl.static_range(BN // WIDTH):
         s = slices[part]  # (BM, WIDTH)
         j = n * BN + part * WIDTH + tl.arange(0, WIDTH)
@@ -477,8 +477,8 @@ def _fits_descriptor(x):
 def _lse_triton(q, d, scale, masks, workspace):
     """Compute the LogSums of a block's rows and columns over its negatives -> (n,), (m,).
 
-    q (n, D) and d (m, D) are the block's rows and columns; masks, and all else below that has rows
-    or columns, is the block's part. This form needs no workspace.
+    q (n, D) and d (m, D) are the block's queries and candidates. Here and below, masks, sums and
+    weights are the parts that belong to the block. This form needs no workspace.
     """
     launch = _prepare_launch(q, d)
     row_top = scale.new_empty(launch.tiles_n, len(q))
@@ -598,10 +598,10 @@ GRAD = {"triton": _grad_triton, "torch": _grad_torch}
 
 
 class _InfoNCE(torch.autograd.Function):
-    """Losses of this process's rows, (N,).
+    """Compute the losses of this process's rows, (N,), block by block.
 
     With world > 1, d is this rank's part of the candidates, of equal length on all ranks, while
-    target and ids number the candidates of all ranks in rank order.
+    target and ids are about the candidates of all ranks in rank order.
     """
 
     @staticmethod
@@ -801,7 +801,7 @@ def _dense(ids):
     return dense.masked_fill_(ids == NO_ID, -1)
 
 
-# Checks of a caller's arguments. What lies on a GPU is looked at only with INFONCE_DEBUG=1.
+# Checks of a caller's arguments. Values on a GPU are checked only with INFONCE_DEBUG=1.
 
 
 def _describe(vectors):
@@ -912,8 +912,8 @@ def info_nce(
                a GPU, else torch, and says its choice once
 
     Returns the loss in nats, 0-dim for "mean" and (N,) for "none", fp32 (fp64 for fp64 inputs).
-    Raises ValueError for arguments that do not fit. What lies on a GPU (target's values, a tensor
-    scale, NaN rows) is checked only with INFONCE_DEBUG=1, because the check would wait for the GPU.
+    Raises ValueError for arguments that do not fit. Values on a GPU (target, a tensor scale, NaN
+    rows) are checked only with INFONCE_DEBUG=1, because the check would wait for the GPU.
     Extra memory: WORKSPACE, fp32 sums for d and for a block of q. Deterministic.
     """
     vectors = {"q": q, "d": d}
@@ -948,7 +948,7 @@ def info_nce(
 
 
 class _RankShape(NamedTuple):
-    """What a rank tells the others about its rows."""
+    """The numbers that the ranks tell each other about their rows."""
 
     queries: int  # N
     candidates: int  # N + K
@@ -993,7 +993,7 @@ def info_nce_dist(
             f"got q {tuple(q.shape)}, p {tuple(p.shape)}"
         )
 
-    # What the ranks hold: they must agree on all but the number of rows.
+    # The ranks may differ in their numbers of rows, and must agree on all else.
     world = 1
     rank = 0
     if dist.is_available() and dist.is_initialized():

@@ -124,7 +124,7 @@ def assert_as_good_as_plain(q, d, scale, dtype, case, impl="torch", device="cpu"
 
     This holds for the loss and every gradient. On top comes the last fp32 digit of the value. Where
     plain torch was right by luck, its error is taken over reflected copies of the same problem.
-    The interpreter truncates bf16 where a GPU rounds, so there 2^-7 of the largest value is allowed.
+    The interpreter truncates bf16 where a GPU rounds: there, 2^-7 of the largest value is allowed.
     """
     last_digit = torch.finfo(sum_type(dtype)).eps
     if infonce.INTERPRET and impl == "triton" and dtype == torch.bfloat16:
