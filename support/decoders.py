@@ -5,10 +5,12 @@
         if isinstance(result, Failed): print(result.reason)
 
 decord and FFmpeg are C code: a damaged clip can crash the process or never return. Either costs
-that one item here. Why not torch's DataLoader: a crashed or hung worker ends the training process,
-and there is no time limit per item. Why not pebble.ProcessPool: it was tried (NOTES.md). Its workers
-share one pipe, so that a worker killed at the wrong moment ends the pool, and a large result keeps
-the other workers waiting, which counts against their time limits.
+that one item here.
+
+Why not torch's DataLoader: a crashed or hung worker ends the training process, and there is no time
+limit per item. Why not pebble.ProcessPool (tried, see NOTES.md): its workers share one pipe, so a
+worker killed at the wrong moment ends the pool, and a large result keeps the other workers waiting,
+which counts against their time limits.
 """
 
 import collections
@@ -59,8 +61,8 @@ def serve(pipe, parents_end, decode):
     """Run in a worker process: receive keys, send decode(key), until the parent closes the pipe."""
     parents_end.close()  # an open copy in this process would hide the parent's death
 
-    # A worker that hangs in C outlives its parent otherwise, and keeps a dead rank's GPU memory. The
-    # parent, for Linux, is the thread that forked: workers end with the threads of DecoderPool.map.
+    # A worker that hangs in C outlives its parent otherwise, and keeps a dead rank's GPU memory.
+    # (To Linux the parent is the thread that forked: workers end with DecoderPool.map's threads.)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     # Own session: a SIGTERM to the process group must not kill decoders, since the parent finishes
     # its step first.
@@ -84,8 +86,8 @@ class Worker:
         self.process = None
 
     def start(self):
-        # A forked process has everything that `decode` refers to; nothing need be pickled. But its
-        # locks are copies in their current state, so never fork while another thread runs the model.
+        # A forked process has everything that `decode` refers to: nothing need be pickled. It also
+        # has copies of all locks in their current state: never fork while a thread runs the model.
         fork = multiprocessing.get_context("fork")
         with self.fork_lock:
             self.pipe, workers_end = fork.Pipe()
