@@ -152,7 +152,8 @@ next(stream)
 print("ready", flush=True)
 while not stopped:
     time.sleep(0.05)
-print(len(list(stream)), failures(stream), flush=True)
+results = list(stream)
+print(len(results), failures(results), flush=True)
 """)
     assert parent.stdout.readline() == "ready\n"
     os.killpg(parent.pid, signal.SIGTERM)
