@@ -26,6 +26,7 @@ def decode(key):
         os.kill(os.getpid(), signal.SIGKILL)
     if key == "slow":
         time.sleep(1)
+        return key
     if key == "large":
         return torch.ones(5_000_000)
     if key == "damaged":
