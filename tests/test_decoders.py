@@ -77,14 +77,25 @@ def test_without_workers_errors_are_results_as_well():
 
 
 def test_a_decoder_killed_from_outside_costs_one_clip():
-    """As the kernel's out-of-memory killer does; a pebble.ProcessPool broke at this."""
-    stream = DecoderPool(decode, workers=2, seconds=30).map(["large"] * 24)
+    """As the kernel's out-of-memory killer does, to a decoder at work and to an idle one."""
+    earlier = set(multiprocessing.active_children())
+    stream = DecoderPool(decode, workers=2, seconds=100).map([0, "hang", "hang", *range(20)])
     next(stream)
-    for _ in range(3):
-        next(stream)
-        multiprocessing.active_children()[0].kill()
-    reasons = failures(stream)
-    assert 1 <= len(reasons) <= 3 and set(reasons) == {"large: its decoder crashed"}
+    decoders = set()
+    while len(decoders) < 2:
+        decoders = set(multiprocessing.active_children()) - earlier
+        time.sleep(0.01)
+    for decoder in decoders:
+        decoder.kill()
+    assert failures(stream) == ["hang: its decoder crashed"] * 2
+
+    pool = DecoderPool(decode, workers=1, seconds=100)
+    assert pool(1)["number"].item() == 1
+    decoder = pool.thread.worker.process
+    decoder.kill()
+    decoder.join()
+    assert pool(2) == Failed("2: its decoder crashed")
+    assert pool(3)["number"].item() == 3
 
 
 def test_no_process_is_forked_while_the_caller_holds_the_lock():
