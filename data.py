@@ -178,10 +178,8 @@ class Collator:
             processor.video_processor.to_json_string(),
         ]
         self.end = self.tokenizer.convert_tokens_to_ids(END)
-        self.pad = {
-            "image": self.tokenizer.convert_tokens_to_ids("<|image_pad|>"),
-            "video": self.tokenizer.convert_tokens_to_ids("<|video_pad|>"),
-        }
+        self.image_pad = self.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+        self.video_pad = self.tokenizer.convert_tokens_to_ids("<|video_pad|>")
 
     def __call__(self, items, instruction=None):
         return self.batch([self.prepare(item, instruction) for item in items])
@@ -294,8 +292,9 @@ class Collator:
         for kind in kinds:
             patches = int(sample[f"{kind}_grid_thw"].prod())
             count = patches // self.processor.image_processor.merge_size**2
-            place = ids.index(self.pad[kind])
-            ids[place : place + 1] = [self.pad[kind]] * count
+            pad = self.video_pad if kind == "video" else self.image_pad
+            place = ids.index(pad)
+            ids[place : place + 1] = [pad] * count
             vision_tokens += count
 
         excess = len(ids) - self.max_length
@@ -335,8 +334,8 @@ class Collator:
             start = width - length if self.padding_side == "left" else 0
             ids[row, start : start + length] = torch.tensor(sample["ids"])
             mask[row, start : start + length] = 1
-        is_image = (ids == self.pad["image"]).long()
-        is_video = (ids == self.pad["video"]).long()
+        is_image = (ids == self.image_pad).long()
+        is_video = (ids == self.video_pad).long()
         batch = {
             "input_ids": ids,
             "attention_mask": mask,
