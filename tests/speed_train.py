@@ -74,7 +74,7 @@ def theirs(source, out, steps):
     from speed_embed import read
     from transformers import TrainerCallback
 
-    from model import GVE, LORA
+    from model import BACKBONES, GVE, LORA
 
     rows = [json.loads(line) for line in open(DATA / source["path"])]
     rows = rows[: len(rows) // 64 * 64]  # whole batches
@@ -87,7 +87,8 @@ def theirs(source, out, steps):
     )
     GVE.from_pretrained(str(ROOT / "mini/base")).save_pretrained(f"{out}/merged", merge=True)
     model = SentenceTransformer(f"{out}/merged", device="cpu")
-    model.add_adapter(LoraConfig(**{**LORA, "lora_dropout": 0.0}))
+    targets = BACKBONES["qwen2_5_vl"].lora_targets
+    model.add_adapter(LoraConfig(**{**LORA, "target_modules": targets, "lora_dropout": 0.0}))
     at = {}
 
     class Clock(TrainerCallback):

@@ -1,4 +1,4 @@
-"""state.py, and every way a run of train.py may stop: signals, a dead rank, NaN; and what it goes on from."""
+"""support/checkpoint.py, and every way a run may stop (signals, a dead rank, NaN) and resume."""
 
 import contextlib
 import json
@@ -16,12 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_train import ROOT, flags_for, go, launch, run, steps_of, weights
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from extras import pyramid
-from support import flops
 
 RECORD = Path(__file__).with_name(
     "test_train.py"
@@ -278,6 +275,19 @@ def test_resuming_with_other_settings_is_an_error_and_an_unfinished_state_is_not
     assert all(torch.equal(before[k], v) for k, v in weights(tmp_path).items())
 
 
+def test_a_flag_that_was_renamed_or_added_since_the_state_is_named(tiny, mixture, tmp_path):
+    flags = flags_for(tiny, mixture, tmp_path, "--steps", "2", "--schedule", "uniform")
+    go(*flags)
+    path = tmp_path / "state" / "step-00000002" / "facts.json"
+    facts = json.loads(path.read_text())
+    facts["config"]["learning_rate"] = facts["config"].pop("lr")
+    path.write_text(json.dumps(facts))
+    with pytest.raises(
+        ValueError, match="other settings.*'learning_rate': .*'lr': .'no such flag'"
+    ):
+        go(*flags, "--resume", "auto")
+
+
 def test_a_nan_loss_stops_with_its_rows_and_keeps_the_last_checkpoint(tiny, mixture, tmp_path):
     go(*flags_for(tiny, mixture, tmp_path, "--steps", "2"))
     (tmp_path / "state").rename(
@@ -326,42 +336,3 @@ def test_the_walk_up_the_pyramid_is_drawn_from_the_log(uninterrupted, tmp_path, 
         assert "log.jsonl: not a log of this train.py" in pyramid.main(
             [str(tmp_path / "log.jsonl")]
         )
-
-
-@pytest.mark.parametrize(
-    "item",
-    [
-        {"text": "a text, and no more than that"},
-        {"image": "wide.png", "text": "look"},
-        {"video": "wide.mp4"},
-        {"video": "a.mp4", "text": "at night"},
-    ],
-)
-def test_a_step_needs_the_multiply_adds_that_torch_counts(tiny, media, item):
-    gve = train.GVE.from_pretrained(tiny, lora={"lora_dropout": 0.0}).train()
-    batch = train.Collator(gve.processor)(
-        [{k: str(media / v) if k != "text" else v for k, v in item.items()}]
-    )
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        gve(batch).sum().backward()
-    tokens, layers, heads, width = batch["input_ids"].numel(), 2, 4, 16
-    hidden = (
-        3 * tokens * (tokens - 1) * layers * heads * width
-    )  # torch also multiplies what causality hides
-    assert 2 * (flops.multiply_adds(gve)(batch) + hidden) == pytest.approx(
-        counter.get_total_flops(), rel=1e-3
-    )
-
-
-def test_peaks_are_those_of_known_gpus_in_bfloat16(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
-    cuda = torch.device("cuda", 0)
-    assert (
-        flops.peak_flops(cuda, "bfloat16") == 989e12 and flops.peak_flops(cuda, "float32") is None
-    )
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 PCIe")
-    assert (
-        flops.peak_flops(cuda, "bfloat16")
-        is flops.peak_flops(torch.device("cpu"), "bfloat16")
-        is None
-    )
