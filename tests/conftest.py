@@ -74,6 +74,7 @@ def tiny_config(tokenizer, tokens_per_second):
         fullatt_block_indexes=[1],
         tokens_per_second=tokens_per_second,
     )
+
     text = dict(
         vocab_size=len(tokenizer),
         hidden_size=64,
@@ -85,6 +86,7 @@ def tiny_config(tokenizer, tokens_per_second):
         eos_token_id=ids["<|im_end|>"],
         rope_parameters={"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4},
     )
+
     return Qwen2_5_VLConfig(
         vision_config=vision,
         text_config=text,
