@@ -424,10 +424,11 @@ class Source:
 
         Raises ValueError naming file:line for a wrong row and for a medium that is not there.
         """
-        where = self.where(row)
+        offset, number = self.index[row]
         with open(self.path, "rb") as file:
-            file.seek(self.index[row, 0])
-            entry = parse_json(file.readline(), where)
+            file.seek(offset)
+            entry = parse_json(file.readline(), f"{self.path}:{number}")
+
         folder = os.path.dirname(os.path.abspath(self.path))
         try:
             required = {"query", "positive"}
@@ -443,7 +444,7 @@ class Source:
             items = [entry["query"], entry["positive"], *negatives[: self.negatives]]
             return [resolve(item, folder, roots) for item in items]
         except (ValueError, FileNotFoundError) as error:
-            raise ValueError(f"{where}: {error}") from error
+            raise ValueError(f"{self.where(row)}: {error}") from error
 
 
 def load_mixture(path, roots=()):
