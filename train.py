@@ -141,7 +141,7 @@ def staged_weights(relevance, sigma_t, sizes, levels, progress):
     return sizes * (levels == level)
 
 
-# name: (weights, not normalised, of each source at a step; whether they depend on R_k, to be probed)
+# name: (weights of each source at a step, not normalised; whether they need R_k to be probed)
 SCHEDULES = {
     "pyramid": (pyramid_weights, True),
     "proportional": (proportional_weights, False),
@@ -818,15 +818,17 @@ def main(flags):
     out.mkdir(parents=True, exist_ok=True)
     log = RunLog(out, rank, keep=resumed["log"] if resumed else 0)
 
+    commit = git_commit()
+    about_sources = describe_sources(sources)
     trained = sum(p.numel() for p in parameters)
     log.event(
         "resume" if resumed else "start",
         config=config,
-        commit=git_commit(),
+        commit=commit,
         steps=steps,
         torch=torch.__version__,
         trained=trained,
-        sources=describe_sources(sources),
+        sources=about_sources,
     )
     log.say(
         f"{len(sources)} sources, {sum(sizes):,} pairs, {steps} steps on {world} x {device.type}, "
@@ -1024,13 +1026,15 @@ def main(flags):
                 of_ranks = all_gather_object((get_rng_state(device), bad_rows))
                 if rank == 0:
                     data = {}
-                    for s, drawn in zip(sources, sampler.drawn, strict=True):
-                        data[s.name] = {"rows": len(s), "drawn": drawn}
+                    for (name, facts), drawn in zip(
+                        about_sources.items(), sampler.drawn, strict=True
+                    ):
+                        data[name] = {"rows": facts["rows"], "drawn": drawn}
                     info = {
                         "config": config,
                         "step": step,
                         "seed": flags.seed,
-                        "commit": git_commit(),
+                        "commit": commit,
                         "metrics": metrics,
                         "data": data,
                     }
