@@ -17,6 +17,7 @@ import csv
 import dataclasses
 import functools
 import io
+import itertools
 import json
 import math
 import re
@@ -99,74 +100,81 @@ def cell(value):
 
 def render(caption, groups, style="txt"):
     """Format groups of rows with a rule between groups; style: a key of STYLES."""
-    columns = {}  # a set that keeps its order
+    columns = {}  # a dict as an ordered set: the columns of all rows
     for group in groups:
         for row in group:
             columns.update(dict.fromkeys(row))
 
-    blocks = [[[str(column) for column in columns]]]
+    # The head is a section of one line.
+    sections = [[list(map(str, columns))]]
     for group in groups:
-        block = []
+        lines = []
         for row in group:
-            block.append([cell(row.get(column)) for column in columns])
-        blocks.append(block)
-    return STYLES[style](caption, blocks)
+            lines.append([cell(row.get(column)) for column in columns])
+        sections.append(lines)
+    return STYLES[style](caption, sections)
 
 
-def as_text(caption, blocks):
-    """Align blocks of cells; the first column is text, the others are numbers."""
-    rows = [row for block in blocks for row in block]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+# Each style takes sections, lists of lines; a line is a list of cells, all text.
+
+
+def as_text(caption, sections):
+    """Align the cells; the first column is text, the others are numbers."""
+    every_line = itertools.chain(*sections)
+    widths = [max(map(len, column)) for column in zip(*every_line, strict=True)]
     rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
 
-    lines = [caption]
-    for block in blocks:
-        lines.append(rule)
-        for first, *others in block:
+    out = [caption]
+    for section in sections:
+        out.append(rule)
+        for first, *others in section:
             cells = [first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]
-            lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines) + "\n"
+            out.append("  ".join(cells).rstrip())
+    return "\n".join(out) + "\n"
 
 
-def as_markdown(caption, blocks):
-    """Format blocks of cells as one Markdown table; two spaces keep the caption's line breaks."""
-    (head,), *rest = blocks
+def as_markdown(caption, sections):
+    """Make one Markdown table, which has no rules between sections."""
+    (head,), *rest = sections
     alignment = ["---"] + ["---:"] * (len(head) - 1)
 
-    lines = [caption.replace("\n", "  \n"), ""]
-    for block in ([head, alignment], *rest):
-        for row in block:
-            lines.append(f"| {' | '.join(row)} |")
-    return "\n".join([*lines, ""])
+    out = [caption.replace("\n", "  \n"), ""]  # two spaces keep a line break
+    for line in itertools.chain([head, alignment], *rest):
+        out.append(f"| {' | '.join(line)} |")
+    return "\n".join([*out, ""])
 
 
-def as_csv(caption, blocks):
-    """Format blocks of cells as comma-separated values, without the caption."""
+def as_csv(caption, sections):
+    """Make comma-separated values, without the caption and without rules."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    for block in blocks:
-        writer.writerows(block)
+    writer.writerows(itertools.chain(*sections))
     return text.getvalue()
 
 
-def as_latex(caption, blocks):
-    """Format blocks of cells as a LaTeX tabular (booktabs); the caption is a comment above it."""
+def as_latex(caption, sections):
+    """Make a LaTeX tabular with the rules of booktabs; the caption is a comment above it."""
     texts = []
-    for block in blocks:
+    for section in sections:
         text = ""
-        for row in block:
-            escaped = [re.sub(r"([%&#_$])", r"\\\1", value) for value in row]
-            text += " & ".join(escaped) + " \\\\\n"
+        for line in section:
+            text += " & ".join(map(escape_latex, line)) + " \\\\\n"
         texts.append(text)
 
-    lines = [
+    columns = "l" + "r" * (len(sections[0][0]) - 1)
+    out = [
         "% " + caption.replace("\n", "\n% "),
-        f"\\begin{{tabular}}{{l{'r' * (len(blocks[0][0]) - 1)}}}",
+        f"\\begin{{tabular}}{{{columns}}}",
         "\\toprule",
         "\\midrule\n".join(texts) + "\\bottomrule",
         "\\end{tabular}",
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(out) + "\n"
+
+
+def escape_latex(text):
+    """Put a backslash before LaTeX's special characters."""
+    return re.sub(r"([%&#_$])", r"\\\1", text)
 
 
 STYLES = {"txt": as_text, "md": as_markdown, "csv": as_csv, "tex": as_latex}
@@ -594,7 +602,7 @@ def mean_ranks(values):
     return smaller + equal / 2
 
 
-BLOCKS = ("CLIP", "MLLM", "All")  # correlations are over 6 CLIP models, 10 MLLMs or all 16
+FAMILIES = ("CLIP", "MLLM", "All")  # correlations are over 6 CLIP models, 10 MLLMs or all 16
 
 
 class Correlation(NamedTuple):
@@ -606,34 +614,34 @@ class Correlation(NamedTuple):
 
 
 def correlations(name, paper):
-    """Recompute Figure 7 or 8: {(pair or column, block of models): Correlation}.
+    """Recompute Figure 7 or 8: {(pair or column, family): Correlation}.
 
     # PAPER: says Pearson. Figure 8's "average" is taken to be Table 2's; its bars stop at .03, and
     # so do ours.
     """
     scores = {model: paper["table1"][model] | paper["table2"][model] for model in paper["table1"]}
     out = {}
-    for block in BLOCKS:
+    for family in FAMILIES:
         models = []
         for model, row in paper["models"].items():
-            if block in ("All", row["family"]):
+            if family in ("All", row["family"]):
                 models.append(scores[model])
 
         if name == "Figure 7":
-            triangle = paper["figure7_correlations"]["lower_triangle_rows"][block]
+            triangle = paper["figure7_correlations"]["lower_triangle_rows"][family]
             for a, row in triangle.items():
                 # Row i of the lower triangle has i cells, so it ends before ABILITIES do.
                 for b, printed in zip(uvrb.ABILITIES, row, strict=False):
                     x = values_of(models, a)
                     y = values_of(models, b)
-                    out[f"{a}-{b}", block] = Correlation(printed, pearson(x, y), spearman(x, y))
+                    out[f"{a}-{b}", family] = Correlation(printed, pearson(x, y), spearman(x, y))
         else:
             average = values_of(models, "AVG")
             for a, row in paper["figure8_correlation_with_average"].items():
                 x = values_of(models, a)
                 shown_pearson = max(pearson(x, average), 0.03)
                 shown_spearman = max(spearman(x, average), 0.03)
-                out[a, block] = Correlation(row[block], shown_pearson, shown_spearman)
+                out[a, family] = Correlation(row[family], shown_pearson, shown_spearman)
     return out
 
 
@@ -648,12 +656,12 @@ def correlation_table(name, paper, results):
     Your own correlations are over your results, from three results on.
     """
     rows = {}
-    for (pair, block), correlation in correlations(name, paper).items():
+    for (pair, family), correlation in correlations(name, paper).items():
         row = rows.setdefault(pair, {"pair": pair})
         if comparable(results):
-            row[block] = correlation.printed
-            row[f"{block} Pearson"] = correlation.pearson
-            row[f"{block} Spearman"] = correlation.spearman
+            row[family] = correlation.printed
+            row[f"{family} Pearson"] = correlation.pearson
+            row[f"{family} Spearman"] = correlation.spearman
 
     if len(results) > 2:
         models = []
@@ -756,40 +764,40 @@ def plot_curves(pyplot, table):
 
 
 def plot_matrices(pyplot, table):
-    """Draw Figure 7: Spearman's correlation of each pair of abilities, a panel per block."""
+    """Draw Figure 7: Spearman's correlation of each pair of abilities, a panel per family."""
     rows = table.mixed
-    blocks = [name.removesuffix(" Spearman") for name in rows[0] if name.endswith(" Spearman")]
+    families = [name.removesuffix(" Spearman") for name in rows[0] if name.endswith(" Spearman")]
     picture, axes = pyplot.subplots(
-        1, len(blocks), figsize=(5 * len(blocks), 5), squeeze=False, layout="constrained"
+        1, len(families), figsize=(5 * len(families), 5), squeeze=False, layout="constrained"
     )
 
     n = len(uvrb.ABILITIES)
-    for ax, block in zip(axes.flat, blocks, strict=True):
+    for ax, family in zip(axes.flat, families, strict=True):
         grid = np.full((n, n), np.nan)
         for row in rows:
             a, b = map(uvrb.ABILITIES.index, row["pair"].split("-"))
-            value = row[f"{block} Spearman"]
+            value = row[f"{family} Spearman"]
             if value is not None:
                 grid[a, b] = value
             ax.text(b, a, f"{grid[a, b]:.2f}", ha="center", va="center", fontsize=7)
         ax.imshow(grid, cmap="coolwarm", vmin=-1, vmax=1)
         ax.set_xticks(range(n), uvrb.ABILITIES)
         ax.set_yticks(range(n), uvrb.ABILITIES)
-        ax.set_title(f"{block}, Spearman")
+        ax.set_title(f"{family}, Spearman")
     return picture
 
 
 def plot_bars(pyplot, table):
-    """Draw Figure 8: Spearman's correlation of each score with the average, a colour per block."""
+    """Draw Figure 8: Spearman's correlation of each score with the average, a colour per family."""
     rows = table.mixed
-    blocks = [name for name in rows[0] if name.endswith("Spearman")]
+    families = [name for name in rows[0] if name.endswith("Spearman")]
     picture, ax = pyplot.subplots(figsize=(13, 5), layout="constrained")
 
-    width = 0.8 / len(blocks)
+    width = 0.8 / len(families)
     places = np.arange(len(rows))
-    for i, block in enumerate(blocks):
-        heights = [row[block] or 0 for row in rows]
-        ax.bar(places + i * width, heights, width, label=block)
+    for i, family in enumerate(families):
+        heights = [row[family] or 0 for row in rows]
+        ax.bar(places + i * width, heights, width, label=family)
     ax.set_xticks(places, values_of(rows, "pair"), rotation=60)
     ax.legend()
     return picture
@@ -926,9 +934,9 @@ def check_claims(paper):
 def disagreements(paper):
     """Find published values that do not follow from others.
 
-    Returns {(where, row, column): (printed, computed)}, and a line per block of Figures 7 and 8. A
-    correlation is judged by itself only if Pearson or Spearman gives nine tenths of its block: it
-    is then known which of the two the block shows.
+    Returns {(where, row, column): (printed, computed)}, and a line per figure and family for the
+    correlations of Figures 7 and 8. A correlation is judged by itself only if Pearson or Spearman
+    gives nine tenths of its family: it is then known which of the two is shown.
     """
     wrong = {}
     for check in recompute(paper):
@@ -938,8 +946,9 @@ def disagreements(paper):
     lines = []
     for name in ("Figure 7", "Figure 8"):
         cells = correlations(name, paper)
-        for block in BLOCKS:
-            own = {pair: value for (pair, where), value in cells.items() if where == block}
+        for family in FAMILIES:
+            own = {pair: value for (pair, where), value in cells.items() if where == family}
+
             misfits = {}  # {statistic: {pair: (printed, computed)}}
             for statistic in ("pearson", "spearman"):
                 misfits[statistic] = {}
@@ -949,14 +958,14 @@ def disagreements(paper):
                         misfits[statistic][pair] = (value.printed, computed)
 
             fits = {statistic: len(own) - len(pairs) for statistic, pairs in misfits.items()}
-            lines.append(
-                f"{name}, {block}: of {len(own)} printed cells "
-                f"Pearson gives {fits['pearson']}, Spearman {fits['spearman']}"
-            )
             best = max(fits, key=fits.get)
             if fits[best] >= 0.9 * len(own):
                 for pair, values in misfits[best].items():
-                    wrong[name, pair, block] = values
+                    wrong[name, pair, family] = values
+            lines.append(
+                f"{name}, {family}: of {len(own)} printed cells "
+                f"Pearson gives {fits['pearson']}, Spearman {fits['spearman']}"
+            )
     return wrong, lines
 
 
