@@ -181,8 +181,11 @@ STYLES = {"txt": as_text, "md": as_markdown, "csv": as_csv, "tex": as_latex}
 
 
 # Score tables: Tables 1, 2, 3 and 11
+#
+# Their columns are those of the published table. A result's abilities and averages are computed
+# anew from its datasets, so that a change of the rules in uvrb.py shows in older results, too.
 
-# What the paper calls AVG in each of them; Table 3 has both averages under their own names.
+# The average that the paper calls AVG in each; Table 3 has both under their own names.
 AVERAGES = {"Table 1": "AVG-D", "Table 2": "AVG-A", "Table 3": None, "Table 11": "AVG-Z"}
 
 
@@ -202,7 +205,7 @@ def with_averages(scores):
 
 def own_datasets(results):
     """Return the names of scored datasets that a folder's benchmark.json defines, not the paper."""
-    names = {}  # a set that keeps its order
+    names = {}  # a dict as an ordered set
     for result in results:
         names.update(dict.fromkeys(result["datasets"]))
     return [name for name in names if name not in uvrb.DATASETS and name not in uvrb.ZERO_SHOT]
@@ -221,8 +224,7 @@ def score_table(name, paper, results):
     roles = ("GVE-i: ", "GVE-s: ", "GVE: ") if name == "Table 3" else ("",)
 
     def make_row(label, values):
-        if name != "Table 3":
-            values = {**values, "AVG": values.get(AVERAGES[name])}
+        values = {**values, "AVG": values.get(AVERAGES[name])}
         return {"model": label} | {column: values.get(column) for column in columns}
 
     table = Table()
@@ -288,6 +290,9 @@ def notes(results):
 
 
 # Tables of data and settings: Tables 4 to 10
+#
+# They compare no scores, so the published rows are always there. Yours come from the benchmark
+# folder (4), uvrb.py (5), mixtures/*.json (6 to 8) and the checkpoints of the results (9, 10).
 
 
 def table_4(paper, folder, roots):
@@ -375,6 +380,7 @@ def mixture_rows(folder):
         return []
     small, large = (json.loads(file.read_text(encoding="utf-8")) for file in files)
 
+    # Both list the same sources in the same order (tests/test_check_data.py).
     rows = []
     for entry, entry_7b in zip(small, large, strict=True):
         rows.append(
@@ -470,6 +476,8 @@ def table_10(paper, results):
 
 
 # Figures: 2, curves (6, 11, 12, 13), correlations (7, 8)
+#
+# A figure is a table first, which is printed and saved like the others; a picture comes from it.
 
 
 def averages_of(result):
@@ -547,7 +555,7 @@ def curves(name, paper, results):
     if comparable(results):
         theirs = published_points(curve, paper)
     ours = your_points(curve, results)
-    xs = {x for points in (*theirs.values(), *ours.values()) for x in points}
+    xs = set().union(*theirs.values(), *ours.values())  # of all points
 
     def make_rows(points_of):
         rows = []
@@ -655,6 +663,7 @@ def correlation_table(name, paper, results):
 
     Your own correlations are over your results, from three results on.
     """
+    # The published values, a column per family and statistic.
     rows = {}
     for (pair, family), correlation in correlations(name, paper).items():
         row = rows.setdefault(pair, {"pair": pair})
@@ -663,6 +672,7 @@ def correlation_table(name, paper, results):
             row[f"{family} Pearson"] = correlation.pearson
             row[f"{family} Spearman"] = correlation.spearman
 
+    # Yours: two points would always correlate perfectly.
     if len(results) > 2:
         models = []
         for result in results:
@@ -683,6 +693,9 @@ def correlation_table(name, paper, results):
 
 
 # Pictures
+#
+# Each function draws one kind of figure from its table and returns matplotlib's figure. `pyplot` is
+# an argument because plot() imports it late.
 
 
 def plot(name, title, table, path):
@@ -804,6 +817,10 @@ def plot_bars(pyplot, table):
 
 
 # The paper against itself
+#
+# Many published values follow from others: averages from cells, sums from rows, gains from curves.
+# Each function below yields such values; those that differ are errata, or show that we read the
+# rules of the benchmark wrongly.
 
 # Cells are rounded to 0.001, so a mean of cells, rounded as well, is off by at most this.
 TOLERANCE = 0.0011
@@ -943,6 +960,7 @@ def disagreements(paper):
         if abs(check.printed - check.computed) > check.tolerance:
             wrong[check.where, check.row, check.column] = (check.printed, check.computed)
 
+    # Correlations: count the cells that each statistic does not give.
     lines = []
     for name in ("Figure 7", "Figure 8"):
         cells = correlations(name, paper)
@@ -954,7 +972,7 @@ def disagreements(paper):
                 misfits[statistic] = {}
                 for pair, value in own.items():
                     computed = getattr(value, statistic)
-                    if not abs(value.printed - computed) < 0.0051:
+                    if not abs(value.printed - computed) < 0.0051:  # two printed digits
                         misfits[statistic][pair] = (value.printed, computed)
 
             fits = {statistic: len(own) - len(pairs) for statistic, pairs in misfits.items()}
@@ -1014,27 +1032,27 @@ def show(names, results, out, folder, roots=()):
 
     for name in names:
         table = build(name, paper, results, folder, roots)
+        # Without published values a figure may have no point at all.
         if not table.groups():
             raise ValueError(
                 f"{name}: nothing to show: these results have no point on it (Figures 7 and 8 "
                 f"take three results), and the published ones are UVRB's, not {benchmark}'s"
             )
 
-        # A table of scores names the benchmark, and below its title the conditions of each result.
+        # Scores say whose they are, if not UVRB's, and on what they depend. Table 4 has sizes:
+        # those of another benchmark may stand below UVRB's if the caption says so.
         has_scores = name in AVERAGES or name.startswith("Figure")
-        title = f"{name}: {TITLES[name]}"
-        caption = title
+        about = ""
         if has_scores and benchmark != "UVRB":
-            title = f"{name}: {benchmark}: {TITLES[name]}"
-        if has_scores:
-            caption = "\n".join([title, *notes(results)])
-
-        # Table 4 has sizes, which may stand below those of UVRB if the caption says so.
+            about = f"{benchmark}: "
         if name == "Table 4" and table.yours:
             counted, _ = uvrb.benchmark(folder)
             if counted != "UVRB":
-                about = f"{counted} below the published rows, which are UVRB's"
-                caption = f"{name}: {about}: {TITLES[name]}"
+                about = f"{counted} below the published rows, which are UVRB's: "
+        title = f"{name}: {about}{TITLES[name]}"
+        caption = title
+        if has_scores:
+            caption = "\n".join([title, *notes(results)])
 
         path = Path(out) / block_of(name)
         path.parent.mkdir(parents=True, exist_ok=True)
