@@ -408,7 +408,7 @@ def kind_of(row):
 def totals(mixture):
     """Sum Table 8 from the rows of Tables 6 and 7: {kind or "all": {"3B": pairs, "7B": pairs}}."""
     sums = {}
-    for kind in ("text", "image", "video", "UVRD", "all"):
+    for kind in ("text", "image", "video", "UVRD", "all"):  # the order of Table 8's rows
         sums[kind] = {"3B": 0, "7B": 0}
     for row in mixture:
         for size in ("3B", "7B"):
@@ -614,7 +614,7 @@ FAMILIES = ("CLIP", "MLLM", "All")  # correlations are over 6 CLIP models, 10 ML
 
 
 class Correlation(NamedTuple):
-    """A published correlation, and what the paper's own scores give."""
+    """A published correlation, and both statistics computed from the published scores."""
 
     printed: float
     pearson: float
@@ -725,8 +725,9 @@ def plot_abilities(pyplot, table):
     radar = picture.add_subplot(1, 2, 1, projection="polar")
     bars = picture.add_subplot(1, 2, 2)
 
+    # The radar: a line closes where it began.
     angles = np.linspace(0, 2 * math.pi, len(uvrb.ABILITIES) + 1)
-    corners = [*uvrb.ABILITIES, uvrb.ABILITIES[0]]  # a closed line
+    corners = [*uvrb.ABILITIES, uvrb.ABILITIES[0]]
     for row in table.published:
         if row["model"] in GVE:
             values = [row[ability] for ability in corners]
@@ -739,6 +740,7 @@ def plot_abilities(pyplot, table):
     radar.set_ylim(0, 1)
     radar.legend(loc="upper center", bbox_to_anchor=(0.5, -0.05), ncols=2)
 
+    # The bars: two for each model, which all stand there.
     rows = [*table.published, *table.yours]
     places = np.arange(len(rows))
     for offset, average in ((-0.2, "AVG-D"), (0.2, "AVG-A")):
@@ -784,6 +786,7 @@ def plot_matrices(pyplot, table):
         1, len(families), figsize=(5 * len(families), 5), squeeze=False, layout="constrained"
     )
 
+    # Cells outside the triangle, and those that are not known, are blank.
     n = len(uvrb.ABILITIES)
     for ax, family in zip(axes.flat, families, strict=True):
         grid = np.full((n, n), np.nan)
@@ -990,6 +993,10 @@ def disagreements(paper):
 # What is printed
 
 
+# build() makes a table, show() prints and saves those that eval.py asks for, print_published() is
+# eval.py --published, and pyramid_table() is the table that train.py prints at each epoch.
+
+
 def build(name, paper, results, folder, roots):
     """Return the rows of any table or figure."""
     if name in AVERAGES:
@@ -1021,6 +1028,7 @@ def show(names, results, out, folder, roots=()):
     benchmarks, and for a figure on which neither the results nor the paper have a point.
     """
     paper = published()
+    # Names and benchmarks are checked before the first table is written.
     unknown = [name for name in names if name not in TITLES]
     if unknown:
         raise ValueError(f"no {', '.join(unknown)} here (accepted: {', '.join(TITLES)})")

@@ -13,9 +13,9 @@ checkpointing, bytes per rank for one micro-batch of t tokens:
 W base weights; A LoRA weights in fp32 (weight, gradient, two moments); L layers of width D, whose
 inputs are kept; I the width of their MLP. Of one recomputed layer autograd holds 19.1 I bytes per
 token, counted with saved-tensor hooks at both models' widths (24.7 I where PEFT casts the input of
-each adapted projection to fp32). 40 I leaves room for what backward makes on the way. If graphs of
-several micro-batches are kept, as without GradCache, each of their tokens adds 2 L D. No GPU has
-checked the estimate yet.
+each adapted projection to fp32). 40 I leaves room for the temporaries of the backward pass. If
+graphs of several micro-batches are kept, as without GradCache, each of their tokens adds 2 L D. The
+estimate has not been checked on a GPU.
 """
 
 import dataclasses

@@ -92,6 +92,9 @@ def parse_rows(path):
             yield from csv.DictReader(file, delimiter="\t", strict=True)
 
 
+# A key may have several names, as releases of one dataset differ.
+
+
 def key_in(where, row, *names):
     """Return the first of `names` that the row has; ValueError with its keys if it has none."""
     for name in names:
@@ -197,6 +200,7 @@ def webvid(flags):
             repeated.add(caption)
         seen.add(caption)
 
+    # The second time through: rows whose caption is unique.
     for where, row in read_rows(flags.source):
         path = f"{pick(where, row, 'page_dir')}/{pick(where, row, 'videoid')}.mp4"
         if hash(row["name"]) in repeated:
@@ -274,7 +278,7 @@ def triples(flags):
 
     Lines on end with the same query and positive become one row.
     """
-    last = None
+    last = None  # the row that further lines may still join
     with open(flags.source, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             cells = line.rstrip("\n").split("\t")
@@ -311,6 +315,7 @@ def beir(flags):
         lists[kind].append(document)
         needed.add(document)
 
+    # Texts of the judged documents; a corpus has far more.
     documents = {}
     for where, row in read_rows(folder / "corpus.jsonl"):
         name = str(pick(where, row, "_id"))
@@ -323,6 +328,7 @@ def beir(flags):
             f"such as {min(lost)!r}"
         )
 
+    # A row per positive, each with all negatives of its query.
     for where, row in read_rows(folder / "queries.jsonl"):
         lists = judged.get(str(pick(where, row, "_id")))
         if lists is None:  # of another split
@@ -380,6 +386,7 @@ def main(argv=None):
     flags = parse_flags(Flags, argv, f"{__doc__}\n{describe_formats()}")
     written = 0
     dropped = 0
+    # OUT gets its name once it is complete: a source that breaks off leaves nothing behind.
     with whole_file(flags.out) as file:
         for row in CONVERTERS[flags.name](flags):
             if row is None:

@@ -30,6 +30,7 @@ from support.files import write_json, write_jsonl
 from support.flags import flag, parse_flags
 from support.media import load_video
 
+# The file formats of UVRB's upstream videos, DiDeMo's odd ones included.
 VIDEO_SUFFIXES = {
     ".avi",
     ".flv",
@@ -53,6 +54,7 @@ class Rows:
 
     def __init__(self, flags):
         self.flags = flags
+        # A key that the user names replaces the known ones.
         upstream = UPSTREAM[flags.name]
         self.keys = {
             "text": [flags.text_key] if flags.text_key else upstream.text_keys,
@@ -94,7 +96,7 @@ def one_text_per_video(rows):
 
 def paragraph_to_video(rows):
     """All sentences of a video, joined in file order."""
-    sentences = {}
+    sentences = {}  # {video: its sentences}
     for where, row in rows:
         video = rows.video(where, row)
         text = rows.get("text", where, row).strip()
@@ -112,6 +114,7 @@ def event_to_video(rows):
             row.pop("video_file", None)
         video = rows.video(where, row)
 
+        # Releases differ: a list, JSON in a string, or a Python list in a string.
         events = rows.get("text", where, row)
         if isinstance(events, str):
             with contextlib.suppress(ValueError, SyntaxError):
@@ -124,7 +127,7 @@ def event_to_video(rows):
                 f"{where}: events must be a list of strings, or a string that holds one, "
                 f"got {events!r}"
             )
-        for event in events or [""]:
+        for event in events or [""]:  # a video without events stays in the corpus
             yield {"text": event}, [video], []
 
 
@@ -155,7 +158,7 @@ def clip_to_video(rows):
     The row names the long video; if not, the clip's folder has its name.
     """
     flags = rows.flags
-    clips = {}
+    clips = {}  # {long video: its clips}
     for where, row in rows:
         clip = rows.video(where, row)
         long_video = row.get("video_path") or row.get("video_id") or row.get("vid")
@@ -194,6 +197,7 @@ def composed_to_pool(rows):
         if not media.get(kind):  # the other kinds of query share the files
             continue
 
+        # Positives are never cut.
         if flags.pool and len(positives) + len(negatives) > flags.pool:
             draw = random.Random(f"{flags.seed} {where}")
             negatives = draw.sample(negatives, max(0, flags.pool - len(positives)))
@@ -201,7 +205,7 @@ def composed_to_pool(rows):
 
 
 class Upstream(NamedTuple):
-    """What is known of a dataset's upstream files."""
+    """The known facts about a dataset's upstream files."""
 
     text_keys: tuple  # of the query's text, most likely first; --text-key replaces them
     video_keys: tuple  # of the video, likewise; --video-key
@@ -371,7 +375,7 @@ def collect(rows, flags, duplicates):
 def derive(flags):
     """Write one dataset and its provenance.json; returns what to print.
 
-    Raises ValueError naming file, row and the keys found, or what the result would lack.
+    Raises ValueError naming file, row and the keys found, or if no row makes a query.
     """
     upstream = UPSTREAM[flags.name]
     rows = Rows(flags)
@@ -380,6 +384,7 @@ def derive(flags):
     if not dataset.queries:
         raise ValueError(f"{flags.source}: no queries for {flags.name} ({dict(dataset.counts)})")
 
+    # Drawn queries keep their order.
     kept = dataset.queries
     if flags.sample:
         n = min(flags.sample, len(kept))

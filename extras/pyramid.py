@@ -53,8 +53,9 @@ def plot(epochs, levels, path):
 
     picture, (left, right) = pyplot.subplots(1, 2, figsize=(12, 5), layout="constrained")
     x = [event["epoch"] + 1 for event in epochs]
-    probed = all(event["R"] for event in epochs)  # only the pyramid probes
 
+    # Sources. Only the pyramid probes them; the other schedules have no R_k.
+    probed = all(event["R"] for event in epochs)
     for name, (level, _) in sorted(levels.items(), key=lambda item: item[1]):
         style = {"color": f"C{level}", "alpha": 0.6, "label": f"{level}: {name}"}
         if probed:
@@ -63,6 +64,7 @@ def plot(epochs, levels, path):
             left.errorbar(x, relevance, error, **style)
         right.plot(x, [event["P"][name] for event in epochs], **style)
 
+    # Levels.
     for level in sorted({level for level, _ in levels.values()}):
         level_sum = [event["level_P"][str(level)] for event in epochs]
         right.plot(x, level_sum, color=f"C{level}", linewidth=4, alpha=0.4)
