@@ -178,10 +178,8 @@ class Collator:
             processor.video_processor.to_json_string(),
         ]
         self.end = self.tokenizer.convert_tokens_to_ids(END)
-        self.pad = {
-            "image": self.tokenizer.convert_tokens_to_ids("<|image_pad|>"),
-            "video": self.tokenizer.convert_tokens_to_ids("<|video_pad|>"),
-        }
+        self.image_pad = self.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+        self.video_pad = self.tokenizer.convert_tokens_to_ids("<|video_pad|>")
 
     def __call__(self, items, instruction=None):
         return self.batch([self.prepare(item, instruction) for item in items])
@@ -294,8 +292,9 @@ class Collator:
         for kind in kinds:
             patches = int(sample[f"{kind}_grid_thw"].prod())
             count = patches // self.processor.image_processor.merge_size**2
-            place = ids.index(self.pad[kind])
-            ids[place : place + 1] = [self.pad[kind]] * count
+            pad = self.video_pad if kind == "video" else self.image_pad
+            place = ids.index(pad)
+            ids[place : place + 1] = [pad] * count
             vision_tokens += count
 
         excess = len(ids) - self.max_length
@@ -335,8 +334,8 @@ class Collator:
             start = width - length if self.padding_side == "left" else 0
             ids[row, start : start + length] = torch.tensor(sample["ids"])
             mask[row, start : start + length] = 1
-        is_image = (ids == self.pad["image"]).long()
-        is_video = (ids == self.pad["video"]).long()
+        is_image = (ids == self.image_pad).long()
+        is_video = (ids == self.video_pad).long()
         batch = {
             "input_ids": ids,
             "attention_mask": mask,
@@ -425,10 +424,11 @@ class Source:
 
         Raises ValueError naming file:line for a wrong row and for a medium that is not there.
         """
-        where = self.where(row)
+        offset, number = self.index[row]
         with open(self.path, "rb") as file:
-            file.seek(self.index[row, 0])
-            entry = parse_json(file.readline(), where)
+            file.seek(offset)
+            entry = parse_json(file.readline(), f"{self.path}:{number}")
+
         folder = os.path.dirname(os.path.abspath(self.path))
         try:
             required = {"query", "positive"}
@@ -444,7 +444,7 @@ class Source:
             items = [entry["query"], entry["positive"], *negatives[: self.negatives]]
             return [resolve(item, folder, roots) for item in items]
         except (ValueError, FileNotFoundError) as error:
-            raise ValueError(f"{where}: {error}") from error
+            raise ValueError(f"{self.where(row)}: {error}") from error
 
 
 def load_mixture(path, roots=()):

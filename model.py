@@ -84,12 +84,12 @@ def last_token_pool(hidden, attention_mask):
 
 
 def mean_pool(hidden, attention_mask):
-    """Return the mean hidden state over each row's attended tokens: (B, T, D), (B, T) -> (B, D)."""
+    """Return the mean hidden state of each row's attended tokens, (B, T, D), (B, T) -> (B, D)."""
     padding = attention_mask[..., None] == 0  # (B, T, 1)
     return hidden.masked_fill(padding, 0).sum(1) / attention_mask.sum(1, keepdim=True)
 
 
-# A checkpoint's gve.json names its pooling; one that says nothing was trained with "last_token".
+# gve.json names a checkpoint's pooling; where it names none, the last token was pooled.
 POOLINGS = {"last_token": last_token_pool, "mean": mean_pool}
 
 
@@ -141,9 +141,7 @@ def mrope_positions(
 
     # The index of a token inside its block gives its offset from the block's first position.
     column = torch.arange(T, device=device).expand(B, T)
-    first = (
-        torch.where(start, column, 0).cummax(1).values
-    )  # (B, T) column of the block's first token
+    first = torch.where(start, column, 0).cummax(1).values  # (B, T) where the block starts
     i = column - first
     time = (i // (h * w) * rate * tokens_per_second).long()
     inside = torch.stack([time, i % (h * w) // w, i % w])  # (3, B, T)
@@ -251,7 +249,9 @@ BACKBONES = {
         tokens_per_second=2,
         # Table 9: q, k, v, up, gate, down of the language model; o_proj is not in its list. The
         # pattern names the language model because the vision tower's MLP has the same projections.
-        lora_targets=r".*language_model\.layers\.\d+\.(self_attn\.[qkv]_proj|mlp\.(up|gate|down)_proj)",
+        lora_targets=(
+            r".*language_model\.layers\.\d+\.(self_attn\.[qkv]_proj|mlp\.(up|gate|down)_proj)"
+        ),
         positions=mrope_positions,
         encode_media=encode_media,
         language_inputs=embeds_with_features,
@@ -459,8 +459,6 @@ class GVE(nn.Module):
         """
         if isinstance(items, dict):
             raise ValueError("embed takes a list of items, not one item")
-        if not items:
-            return torch.empty(0, self.dim)
         collate = Collator(
             self.processor,
             frames=frames,
@@ -469,7 +467,7 @@ class GVE(nn.Module):
             prompt_style=self.prompt_style,
         )
 
-        vectors = []
+        vectors = [torch.empty(0, self.dim)]  # for an empty list of items
         for first in range(0, len(items), batch_size):
             batch = collate(items[first : first + batch_size], instruction)
             vectors.append(self(to_device(batch, self.device)).float().cpu())
@@ -492,14 +490,19 @@ class GVE(nn.Module):
         else:
             self.merged().save_pretrained(staging)
 
-        # Other loaders shall build the same prompts and resize as our Collator does.
+        # With these settings, other loaders write prompts and resize as our Collator does.
         processor = copy.deepcopy(self.processor)
         processor.chat_template = CHAT_TEMPLATE
         token_pixels = self.geometry.token_side**2
         least = MIN_TOKENS * token_pixels
-        images, videos = processor.image_processor, processor.video_processor
-        images.size = {"shortest_edge": least, "longest_edge": IMAGE_TOKENS * token_pixels}
-        videos.size = {"shortest_edge": least, "longest_edge": FRAME_TOKENS * token_pixels}
+        processor.image_processor.size = {
+            "shortest_edge": least,
+            "longest_edge": IMAGE_TOKENS * token_pixels,
+        }
+        processor.video_processor.size = {
+            "shortest_edge": least,
+            "longest_edge": FRAME_TOKENS * token_pixels,
+        }
         processor.save_pretrained(staging)
         write_sentence_transformers(staging, self.dim, self.pooling)
 

@@ -1,18 +1,25 @@
-"""Train GVE up the Modality Pyramid (arXiv 2510.27571, section 4 and A.8): one visible loop, one process or many under torchrun.
+"""Train GVE up the Modality Pyramid (arXiv 2510.27571, sections 4 and A.8), on one process or many.
 
-    python train.py                                                     # --preset mini, minutes on 2 cores
-    torchrun --nproc-per-node 2 train.py                                # the same from two ranks
-    torchrun --nproc-per-node 8 train.py --preset gve-3b --data DIR     # files of mixtures/gve-3b.json under DIR
+    python train.py                                     # --preset mini, minutes on 2 cores
+    torchrun --nproc-per-node 2 train.py                # the same from two ranks
+    torchrun --nproc-per-node 8 train.py --preset gve-3b --data DIR
 
-Every step draws one source. At each curriculum epoch's start the prober Psi_t measures how well each source's pairs agree,
-R_k = mean cosine of N_p positive pairs, and sources are drawn by P(k) = softmax(R_k / sigma_t) while sigma grows from 0.1 to 1.0:
-well-aligned sources come first, the others catch up. What a run did is in <out>/log.jsonl, one JSON line per event.
+The last line trains on the files that mixtures/gve-3b.json names, under DIR.
 
-Legend: K sources, G global batch, B this rank's rows, N hard negatives, D embedding dim.
+Every step draws one source. At the start of each curriculum epoch the prober Psi_t measures how
+well each source's pairs agree, R_k = mean cosine of N_p positive pairs. Sources are then drawn by
+P(k) = softmax(R_k / sigma_t), while sigma grows from 0.1 to 1.0: well-aligned sources come first,
+the others catch up.
+
+Read in this order: the schedule and its sampler, the loss, GradCache, probing and mining, the loop
+in `main`. A run writes a checkpoint folder (model.py), states to resume from
+(support/checkpoint.py), and <out>/log.jsonl with one JSON line per event.
+
+Legend: K sources, G global batch, B this rank's rows, N this rank's hard negatives, M candidates of
+all ranks, D embedding dim. q queries, p positives, n hard negatives.
 """
 
 import collections
-import contextlib
 import dataclasses
 import functools
 import json
@@ -20,17 +27,18 @@ import math
 import os
 import shutil
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
 from tqdm import tqdm
 
 from data import Collator, TrainLoader, content_id, load_mixture
 from embed import encode
-from extras.pyramid import table
 from kernels.infonce import info_nce_dist
 from model import GVE, to_device
 from support.cache import FeatureStore, VectorCache, hash_weights
@@ -45,10 +53,12 @@ from support.checkpoint import (
 )
 from support.files import git_commit, read_jsonl, write_jsonl
 from support.flags import flag, parse_flags
-from support.flops import multiply_adds, peak_flops, peak_memory_gib
+from support.flops import peak_flops, peak_memory_gib, step_flops
 from support.ranks import all_gather_object, join_ranks, leave_ranks, sum_over_ranks
+from tables import pyramid_table
 
-# Figure 5, bottom up. # PAPER: the figure leaves out I2T and T2TI, which Tables 6 and 7 hold; both are level two here.
+# The Modality Pyramid, Figure 5, bottom up.
+# PAPER: the figure leaves out I2T and T2TI, which Tables 6 and 7 hold; both are level two here.
 LEVELS = (
     ("T2T", "T2I"),
     ("TI2I", "TI2T", "TI2TI", "I2I", "I2T", "T2TI"),
@@ -56,6 +66,11 @@ LEVELS = (
     ("TI2V", "TV2V"),
 )
 LEVEL = {task: level for level, tasks in enumerate(LEVELS, 1) for task in tasks}
+
+# The plain loss holds a few N x M matrices. From this many similarities on, --fused auto takes
+# kernels/infonce.py, which holds none. Measured on a CPU (records/2026-11-25-house.md); not yet on
+# a GPU.
+FUSED_FROM = 2048 * 2048
 
 PAPER = dict(
     lr=3e-5,
@@ -70,8 +85,8 @@ PAPER = dict(
     micro_tokens=32768,
     save_every=200,
     probe_pairs=256,
-    grad_cache=True,
-)  # PAPER: cache off
+    grad_cache=True,  # PAPER: cache off
+)
 PRESETS = {
     "mini": dict(
         base="mini/base",
@@ -99,44 +114,468 @@ PRESETS = {
 }
 
 
+# The schedule: which source does a step draw? (section 4.2)
+
+
+def pyramid_weights(relevance, sigma_t, sizes, levels, progress):
+    """Weigh by P(k) = softmax(R_k / sigma_t)."""
+    # PAPER: k is taken to be a source; its size does not count, as written
+    z = np.asarray(relevance, float) / sigma_t
+    return np.exp(z - z.max())
+
+
+def proportional_weights(relevance, sigma_t, sizes, levels, progress):
+    """Weigh by size: GVE-s."""
+    return sizes
+
+
+def uniform_weights(relevance, sigma_t, sizes, levels, progress):
+    return np.ones(len(sizes))
+
+
+def staged_weights(relevance, sigma_t, sizes, levels, progress):
+    """Walk the levels in turn, each for its share of the pairs; inside a level, weigh by size."""
+    pairs = [sizes[levels == level].sum() for level in range(1, len(LEVELS) + 1)]
+    ends = np.cumsum(pairs) / sizes.sum()
+    level = 1 + np.searchsorted(ends, progress, side="right")
+    return sizes * (levels == level)
+
+
+# name: (weights of each source at a step, not normalised; whether they need R_k to be probed)
+SCHEDULES = {
+    "pyramid": (pyramid_weights, True),
+    "proportional": (proportional_weights, False),
+    "uniform": (uniform_weights, False),
+    "staged": (staged_weights, False),
+}
+
+
+def source_probabilities(schedule, relevance, sigma_t, sizes, levels, progress=0.0):
+    """Return P (K,), the probability of each source at one step.
+
+    schedule: a name of SCHEDULES, else ValueError. relevance R (K,): cosines, None for schedules
+    that do not need them. sigma_t: temperature. sizes (K,): pairs. levels (K,): 1..4. progress: how
+    far the run is, in [0, 1).
+    """
+    if schedule not in SCHEDULES:
+        raise ValueError(f"unknown schedule {schedule!r}; accepted: {', '.join(SCHEDULES)}")
+    weigh, _ = SCHEDULES[schedule]
+    sizes = np.asarray(sizes, float)
+    levels = np.asarray(levels)
+    weights = weigh(relevance, sigma_t, sizes, levels, progress)
+    return weights / weights.sum()
+
+
+def sigma(epoch, epochs, low=0.1, high=1.0):
+    """Return sigma_t of curriculum epoch 0..epochs-1: linear from low to high (one epoch: low)."""
+    if epochs == 1:
+        return low
+    return low + (high - low) * epoch / (epochs - 1)
+
+
+class Sampler:
+    """Draw single-source global batches.
+
+    A draw depends on seed, step and probabilities alone, so every rank draws the same. A source's
+    rows come without replacement and are reshuffled when exhausted (the last batch of a pass may be
+    short). Drawing steps 0..n-1 again restores the position of step n.
+
+    sources: objects with samples (pairs of one pass), batch_size and a length (rows).
+    """
+
+    def __init__(self, sources, batch_scale=1.0, seed=42):
+        self.sources = sources
+        self.seed = seed
+        self.rows = [min(s.samples, len(s)) for s in sources]  # (K,) distinct rows of one pass
+        self.batch = [max(1, round(s.batch_size * batch_scale)) for s in sources]  # (K,) G
+        self.drawn = [0] * len(sources)  # (K,) rows drawn so far
+        self.order = functools.lru_cache(2 * len(sources))(self.shuffle)
+
+    def shuffle(self, k, epoch):
+        """Return the rows of source k in the order of its pass number `epoch`."""
+        every = np.random.default_rng([self.seed, k]).permutation(len(self.sources[k]))
+        subset = every[: self.rows[k]]
+        return np.random.default_rng([self.seed, k, epoch]).permutation(subset)
+
+    def passes(self):
+        """Return how often each source's rows have been drawn so far (K,)."""
+        return [drawn / rows for drawn, rows in zip(self.drawn, self.rows, strict=True)]
+
+    def draw(self, step, probabilities):
+        """Draw one step's batch under probabilities (K,) -> (source number, row numbers)."""
+        rng = np.random.default_rng([self.seed, step])
+        k = int(rng.choice(len(self.sources), p=probabilities))
+        epoch, start = divmod(self.drawn[k], self.rows[k])
+        rows = self.order(k, epoch)[start : start + self.batch[k]]
+        self.drawn[k] += len(rows)
+        return k, rows
+
+
+def draw_epoch(sampler, probabilities):
+    """Draw an epoch -> (plan [(source number, row numbers)], expected share of each source (K,)).
+
+    probabilities: {step: P (K,)} of the epoch's steps, in order.
+    """
+    plan = []
+    share = np.zeros(len(sampler.sources))
+    for step, p in probabilities.items():
+        plan.append(sampler.draw(step, p))
+        share += p / len(probabilities)
+    return plan, share
+
+
+def learning_rate(step, steps, peak, warmup):
+    """Return the rate of a step: linear warm-up over a share of the steps, then cosine to zero."""
+    rise = max(1, round(warmup * steps))
+    if step < rise:
+        return peak * (step + 1) / rise
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+
+
+# The loss
+
+
+class GatherRows(torch.autograd.Function):
+    """Concatenate all ranks' rows; in backward, sum all ranks' gradients of this rank's rows."""
+
+    @staticmethod
+    def forward(ctx, rows):
+        count = torch.tensor([len(rows)], device=rows.device)
+        counts = [torch.empty_like(count) for _ in range(dist.get_world_size())]
+        dist.all_gather(counts, count)
+        ctx.counts = [int(n) for n in counts]  # waits for the GPU
+
+        # Ranks may hold different numbers of rows, and gloo gathers equal sizes only: pad, then
+        # cut.
+        padded = rows.new_zeros(max(ctx.counts), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        parts = [torch.empty_like(padded) for _ in ctx.counts]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:n] for part, n in zip(parts, ctx.counts, strict=True)])
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        rank = dist.get_rank()
+        start = sum(ctx.counts[:rank])
+        return gradient[start : start + ctx.counts[rank]]
+
+
+def gather_rows(rows):
+    """Return all ranks' rows in rank order, differentiable; on one process, the rows themselves.
+
+    Ranks may hold different numbers of rows, also none.
+    """
+    if not dist.is_initialized():
+        return rows
+    return GatherRows.apply(rows)
+
+
+def contrastive_loss(q, p, n, p_ids, n_ids, *, tau, margin=None, symmetric=True):
+    """Return this rank's share of the global mean of symmetric InfoNCE, Eq. (1).
+
+    Shares and gradients SUM over the ranks to the result of one process; they are never averaged.
+
+    q, p        (B, D) this rank's queries and their positives, unit rows
+    n           (N, D) its hard negatives; B and N may differ between ranks, and be 0
+    p_ids       (B,) content ids of the positives, int64
+    n_ids       (N,) of the hard negatives; a candidate with the content of a query's positive is
+                not a negative of that query
+    tau         temperature
+    margin      a cosine: a candidate that scores this much above the positive is taken for a false
+                negative and left out; None keeps all
+    symmetric   the mean of query -> all candidates and positive -> all queries, under the same
+                masks; else the first alone
+
+    This is the definition, to be read and changed. kernels/infonce.py equals it without the (B, M)
+    matrices.
+    """
+    # PAPER: Eq. (1) names only a row's own hard negatives, and no masks; the released forward has
+    # all of these.
+    margin = torch.inf if margin is None else margin
+    if q.dtype in (torch.bfloat16, torch.float16):  # too coarse for scores over tau
+        q = q.float()
+        p = p.float()
+        n = n.float()
+
+    # Everything that other ranks hold
+    all_q = gather_rows(q)
+    all_p = gather_rows(p)
+    row_ids = gather_rows(p_ids)  # the content that each query of any rank is looking for
+    candidates = torch.cat([all_p, gather_rows(n)])  # (M, D)
+    candidate_ids = torch.cat([row_ids, gather_rows(n_ids)])  # (M,)
+    thresholds = (all_q * all_p).sum(1).detach() + margin  # one for each query of any rank
+
+    # Where this rank's rows stand among all rows, and with them its positives among the candidates.
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    owner = gather_rows(torch.full((len(q),), rank, device=q.device))
+    own = (owner == rank).nonzero().flatten()  # (B,)
+    row = torch.arange(len(q), device=q.device)
+
+    # Query -> candidates: rows are this rank's queries, columns the candidates of all ranks.
+    scores = q @ candidates.T  # (B, M)
+    drop = p_ids[:, None] == candidate_ids
+    drop |= scores > thresholds[own][:, None]
+    drop[row, own] = False
+    logits = (scores / tau).masked_fill(drop, -torch.inf)
+    loss = torch.nn.functional.cross_entropy(logits, own, reduction="sum")
+
+    # Positive -> queries: rows are this rank's positives, columns the queries of all ranks.
+    if symmetric:
+        scores = p @ all_q.T  # (B, all ranks' rows)
+        drop = p_ids[:, None] == row_ids
+        drop |= scores > thresholds
+        drop[row, own] = False
+        logits = (scores / tau).masked_fill(drop, -torch.inf)
+        loss = (loss + torch.nn.functional.cross_entropy(logits, own, reduction="sum")) / 2
+    return loss / len(all_q)
+
+
+def use_fused(choice, batch, negatives):
+    """Decide whether a source's loss is computed by the fused kernel.
+
+    choice: auto, on or off. batch: the source's global batch. negatives: hard negatives per row.
+    """
+    if choice == "auto":
+        return batch * batch * (1 + negatives) >= FUSED_FROM
+    return choice == "on"
+
+
+# GradCache: batches beyond memory
+
+
+class GradCache:
+    """Embed any number of micro-batches with the memory of one (arXiv 2101.06983).
+
+        cache = GradCache(encode, empty)
+        vectors = cache.forward(batches)    # no graph is kept; vectors are a leaf
+        loss(vectors).backward()            # d loss / d vectors: the paper's cached gradients
+        cache.backward()                    # a second forward of each micro-batch, same dropout
+
+    encode: batch -> vectors (n, D), differentiable. empty (0, D): gives dtype and device where
+    there is no batch; that rank must still take part in the backward collectives.
+    """
+
+    def __init__(self, encode, empty):
+        self.encode = encode
+        self.empty = empty
+        self.random = (
+            torch.cuda if empty.is_cuda else torch
+        )  # whose random state dropout draws from
+
+    @torch.no_grad()
+    def forward(self, batches):
+        """Embed an iterable of micro-batches -> (rows, D), a leaf that requires grad."""
+        self.batches = []
+        self.random_states = []
+        vectors = [self.empty]
+        for batch in batches:
+            self.batches.append(batch)
+            self.random_states.append(self.random.get_rng_state())
+            vectors.append(self.encode(batch))
+        self.vectors = torch.cat(vectors).requires_grad_()
+        return self.vectors
+
+    def backward(self):
+        """Send the gradient of the vectors through fresh forwards of the same micro-batches."""
+        random_state = self.random.get_rng_state()
+        start = 0
+        for batch, before in zip(self.batches, self.random_states, strict=True):
+            self.random.set_rng_state(before)
+            vectors = self.encode(batch)
+            vectors.backward(self.vectors.grad[start : start + len(vectors)])
+            start += len(vectors)
+        self.random.set_rng_state(random_state)
+        self.batches = self.vectors = None
+
+
+# Probing and mining: what the prober Psi_t says about the sources (section 4.2)
+
+
+def probe(q, p):
+    """Return (R, its standard error): the mean cosine of positive pairs, the paper's relevance.
+
+    q, p (n, D): unit rows of the same pairs.
+    """
+    cosine = (q * p).sum(1).double()
+    n = len(cosine)
+    mean = cosine.mean()
+    variance = ((cosine**2).mean() - mean**2).clamp(min=0)
+    return float(mean), float((variance / max(n - 1, 1)).sqrt())
+
+
+def mine(q, p, ids, k, margin=None, block=1024):
+    """Find each query's hard negatives among the positives of all -> row numbers (n, <= k) int64.
+
+    They are the distinct contents that score highest for the query, without the content of its own
+    positive, and without those that score above the positive by more than margin. -1 stands where
+    fewer than k are left.
+
+    q, p (n, D): unit rows of n pairs. ids (n,): content ids of the positives. margin: a cosine.
+    """
+    # PAPER: mines "a large external corpus"; here the pool is what an epoch draws of the source
+    # itself.
+    order = ids.argsort(stable=True)
+    new = torch.ones(len(ids), dtype=torch.bool)
+    new[1:] = ids[order][1:] != ids[order][:-1]
+    first = order[new].to(p.device)  # (U,) the first row of each content
+    contents = ids.to(p.device)[first]  # (U,)
+    pool = p[first]  # (U, D)
+    margin = torch.inf if margin is None else margin
+
+    k = min(k, len(first))
+    found = [first.new_empty(0, k)]
+    for start in range(0, len(q), block):
+        rows = slice(start, start + block)
+        positive = (q[rows] * p[rows]).sum(1, keepdim=True)  # (block, 1)
+        scores = q[rows] @ pool.T  # (block, U)
+        same = ids[rows].to(p.device)[:, None] == contents
+        false = scores > positive + margin
+        best, which = scores.masked_fill(same | false, -torch.inf).topk(k)
+        found.append(first[which].masked_fill(best == -torch.inf, -1))
+    return torch.cat(found)
+
+
+def embed_pairs(gve, source, rows, flags, cache=None):
+    """Embed queries and positives of a source's rows -> ([(row, positive)], q (n, D), p (n, D)).
+
+    Rows that cannot be used are left out; training will list them.
+    """
+    loaded = []
+    for row in rows:
+        try:
+            query, positive, *_ = source.load(int(row), [flags.data, *flags.root])
+        except ValueError:
+            continue
+        loaded.append((int(row), query, positive))
+
+    options = {
+        "workers": flags.workers,
+        "frames": flags.frames,
+        "max_tokens": flags.max_tokens,
+        "max_length": flags.max_length,
+        "cache": cache,
+    }
+    q, q_failed = encode(gve, [query for _, query, _ in loaded], source.instruction, **options)
+    p, p_failed = encode(gve, [positive for _, _, positive in loaded], **options)
+
+    good = [i for i in range(len(loaded)) if i not in q_failed and i not in p_failed]
+    if not q[good].isfinite().all() or not p[good].isfinite().all():
+        raise FloatingPointError(
+            f"source {source.name}: the prober gives vectors that are not finite"
+        )
+    pairs = [(loaded[i][0], loaded[i][2]) for i in good]
+    return pairs, q[good], p[good]
+
+
+def probe_sources(prober, sources, flags, rank=0, world=1):
+    """Measure R_k of each source on N_p of its pairs -> (R (K,), standard errors (K,)), two lists.
+
+    The ranks share the work, and all get the same numbers.
+    """
+    relevance = []
+    errors = []
+    for k, source in enumerate(sources):
+        rows = np.random.default_rng([flags.seed, k]).permutation(len(source))
+        own = rows[: flags.probe_pairs][rank::world]
+        _, q, p = embed_pairs(prober, source, own, flags)
+        q = gather_rows(q.to(prober.device))
+        p = gather_rows(p.to(prober.device))
+        if len(q) == 0:
+            raise ValueError(
+                f"source {source.name}: none of {flags.probe_pairs} probed pairs can be used; "
+                "try `python extras/check_data.py MIXTURE`"
+            )
+        mean, error = probe(q, p)
+        relevance.append(mean)
+        errors.append(error)
+    return relevance, errors
+
+
+def mine_source(prober, source, rows, flags, cache=None):
+    """Mine hard negatives of a source's rows under the prober -> {row: [item, ...]}."""
+    pairs, q, p = embed_pairs(prober, source, sorted(rows), flags, cache)
+    ids = torch.tensor([content_id(item) for _, item in pairs])
+    margin = None if flags.margin < 0 else flags.margin
+    device = prober.device
+    found = mine(q.to(device), p.to(device), ids, source.negatives, margin)
+
+    mined = {}
+    for (row, _), negatives in zip(pairs, found.tolist(), strict=True):
+        mined[row] = [pairs[i][1] for i in negatives if i >= 0]
+    return mined
+
+
+def mine_epoch(prober, sources, plan, flags, path):
+    """Mine hard negatives for the rows of a plan; keep them in `path` for a resumed run."""
+    cache = VectorCache(path.parent / "cache", prober)  # through it the ranks share the work
+    for k, source in enumerate(sources):
+        rows = set()
+        for other, drawn in plan:
+            if other == k and source.negatives:
+                rows |= set(drawn.tolist())
+        source.mined = mine_source(prober, source, rows, flags, cache) if rows else {}
+
+    all_gather_object(None)  # a barrier: all have read the cache
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        write_jsonl(path, [source.mined for source in sources])
+        shutil.rmtree(path.parent / "cache")
+
+
+def read_mined(sources, path):
+    """Give every source the hard negatives that an earlier run mined for this epoch."""
+    for source, (_, mined) in zip(sources, read_jsonl(path), strict=True):
+        source.mined = {int(row): items for row, items in mined.items()}
+
+
+# The run
+
+
 @dataclasses.dataclass
 class Flags:
     preset: str = flag("mini", "defaults of the other flags", choices=list(PRESETS))
-    base: str = flag("", "checkpoint to start from: Qwen2.5-VL, or a LoRA folder to go on with")
+    base: str = flag(
+        "", "checkpoint to start from: a Qwen2.5-VL, or a LoRA folder to train further"
+    )
     data: str = flag("data", "folder of the training data; media may lie anywhere under it")
     mixture: list[str] = flag(
-        [], "mixtures, joined; their files lie beside them or under DATA; none: DATA/mixture.json"
+        [],
+        "mixtures, joined; their files lie beside them or under DATA; none: DATA/mixture.json",
     )
-    root: list[str] = flag([], "more folders that media may lie in")
+    root: list[str] = flag([], "further folders that media may lie in")
     out: str = flag("", "checkpoint folder to write")
     prober: str = flag(
         "", "Psi_1, the first epoch's prober: any checkpoint; empty: the starting one"
     )
-    schedule: str = flag(
-        "pyramid", "how sources are drawn", choices=["pyramid", "proportional", "uniform", "staged"]
-    )
-    epochs: int = flag(
-        3, "curriculum epochs; together they are one pass over the data"
-    )  # PAPER: or three; its curves show one
+    schedule: str = flag("pyramid", "how sources are drawn", choices=list(SCHEDULES))
+    # PAPER: or three passes; the paper's curves show one
+    epochs: int = flag(3, "curriculum epochs; together they are one pass over the data")
     steps: int = flag(0, "optimiser steps; 0: sum over sources of ceil(samples / global batch)")
-    sigma_min: float = flag(0.1, "sigma of the first epoch")
-    sigma_max: float = flag(1.0, "sigma of the last epoch")
+    sigma_max: float = flag(1.0, "sigma of the last epoch; the first has 0.1")
     probe_pairs: int = flag(32, "N_p, positive pairs per source for R_k")
-    batch_scale: float = flag(1.0, "global batch of a source = its batch_size x this")
+    batch_scale: float = flag(1.0, "global batch of a source = its batch_size times this")
     remine: bool = flag(
         False,
-        "mine hard negatives with Psi_t at each epoch's start, ahead of the files'; ranks share OUT",
+        "mine hard negatives with Psi_t at each epoch's start, ahead of the files'",
     )
     micro_batch: int = flag(64, "items per forward")
     micro_tokens: int = flag(0, "tokens per forward, padding included; 0: no limit")
     grad_cache: bool = flag(False, "keep no graphs, embed twice: batches beyond memory (GradCache)")
+    fused: str = flag(
+        "auto",
+        "loss by the fused kernel, without the similarity matrix; auto: for large batches",
+        choices=["auto", "on", "off"],
+    )
     lr: float = flag(2e-3, "peak learning rate of AdamW, cosine to zero")
     warmup: float = flag(0.03, "share of the steps with rising rate (not given in the paper)")
     weight_decay: float = flag(0.1, "AdamW's weight decay")
-    clip: float = flag(1.0, "largest gradient norm, 0 = no limit (not given in the paper)")
+    clip: float = flag(1.0, "largest gradient norm, 0: no limit (not given in the paper)")
     dropout: float = flag(0.1, "LoRA dropout")
     temperature: float = flag(0.03, "tau of the loss")
-    margin: float = flag(0.1, "a negative this far above the positive (cosine) is false; -1: off")
+    margin: float = flag(
+        0.1, "a negative that scores this much above the positive (cosine) is false; -1: off"
+    )
     symmetric: bool = flag(True, "add the candidate-to-query direction to the loss")
     frames: int = flag(8, "frames per video, even")
     max_tokens: int = flag(200, "vision tokens per video frame")
@@ -150,281 +589,151 @@ class Flags:
     workers: int = flag(1, "decoding processes per rank")
     features: str = flag(
         "",
-        "folder to keep the vision tower's output of every medium in, for sources of few media; empty: none",
+        "folder that keeps the vision tower's output of every medium, for sources of few media; "
+        "empty: none",
     )
     resume: str = flag(
         "",
-        "auto: go on from OUT's newest state, if it has one, with the same numbers",
+        "auto: continue from OUT's newest state, if there is one, to the same numbers",
         choices=["", "auto"],
     )
-    save_every: int = flag(0, "steps between states to resume from; 0: at each epoch's end alone")
+    save_every: int = flag(0, "steps between states to resume from; 0: at each epoch's end only")
     keep: int = flag(2, "newest states to keep")
     log_every: int = flag(10, "steps between log lines")
-    dry_run: bool = flag(
-        False,
-        "only try the largest micro-batch, forward and backward, print its memory, write nothing",
-    )
-    seed: int = flag(42, "of everything random")
-    device: str = flag("", "cpu or cuda; empty: cuda where there is one")
+    dry_run: bool = flag(False, "only try the largest micro-batch, print its memory, write nothing")
+    seed: int = flag(42, "random seed")
+    device: str = flag("", "cpu or cuda; empty: cuda if there is one")
 
 
-def sigma(epoch, epochs, low=0.1, high=1.0):
-    """Temperature of the source distribution in curriculum epoch 0..epochs-1: linear from low to high (a single epoch: low)."""
-    return low if epochs == 1 else low + (high - low) * epoch / (epochs - 1)
-
-
-def source_probabilities(schedule, relevance, sigma_t, sizes, levels, progress=0.0):
-    """Return P (K,) over sources: `pyramid` softmax(R_k / sigma_t), `proportional` to size (GVE-s), `uniform`, or `staged`.
-
-    relevance R (K,) cosines or None; sizes (K,) pairs; levels (K,) 1..4; progress in [0, 1): how far the run is. `staged` walks
-    the levels one after the other, each for its share of the pairs, proportional to size inside.
-    """
-    sizes, levels = np.asarray(sizes, float), np.asarray(levels)
-    if (
-        schedule == "pyramid"
-    ):  # PAPER: k is taken to be a source; its size does not count, as written
-        z = np.asarray(relevance, float) / sigma_t
-        weight = np.exp(z - z.max())
-    elif schedule == "staged":
-        ends = np.cumsum([sizes[levels == level].sum() for level in range(1, 5)]) / sizes.sum()
-        weight = sizes * (levels == 1 + np.searchsorted(ends, progress, side="right"))
-    else:
-        weight = sizes if schedule == "proportional" else np.ones(len(sizes))
-    return weight / weight.sum()
-
-
-class Sampler:
-    """Draw single-source global batches. What is drawn depends on seed, step and probabilities alone: every rank draws the same.
-
-    A source's rows come without replacement and are reshuffled when exhausted (the last batch of a pass may be short).
-    Replaying `draw` over the first n steps restores the position of step n.
-    """
-
-    def __init__(self, sources, batch_scale=1.0, seed=42):
-        self.sources, self.seed = sources, seed
-        self.rows = [min(s.samples, len(s)) for s in sources]  # (K,) distinct rows of one pass
-        self.batch = [
-            max(1, round(s.batch_size * batch_scale)) for s in sources
-        ]  # (K,) G of each source
-        self.drawn = [0] * len(sources)  # (K,) rows drawn so far
-        self.order = functools.lru_cache(2 * len(sources))(self._order)
-
-    def _order(self, k, epoch):
-        subset = np.random.default_rng([self.seed, k]).permutation(len(self.sources[k]))[
-            : self.rows[k]
-        ]
-        return np.random.default_rng([self.seed, k, epoch]).permutation(subset)
-
-    def passes(self):
-        """How often each source's rows have been drawn so far (K,)."""
-        return [drawn / rows for drawn, rows in zip(self.drawn, self.rows, strict=True)]
-
-    def draw(self, step, probabilities):
-        """Draw step's batch under probabilities (K,) -> (source number, row numbers (<= G,) int64)."""
-        k = int(np.random.default_rng([self.seed, step]).choice(len(self.sources), p=probabilities))
-        epoch, at = divmod(self.drawn[k], self.rows[k])
-        rows = self.order(k, epoch)[at : at + self.batch[k]]
-        self.drawn[k] += len(rows)
-        return k, rows
-
-
-def embed_pairs(gve, source, rows, flags, cache=None):
-    """Embed queries and positives of rows -> ([(row, positive)], (n, D), (n, D)); training will list unusable ones."""
-    pairs = []
-    for row in rows:
-        with contextlib.suppress(ValueError):
-            pairs.append((int(row), *source.load(int(row), [flags.data, *flags.root])[:2]))
-    options = {
-        name: getattr(flags, name) for name in ("workers", "frames", "max_tokens", "max_length")
-    } | {"cache": cache}
-    q, bad = encode(gve, [query for _, query, _ in pairs], source.instruction, **options)
-    p, worse = encode(gve, [positive for *_, positive in pairs], **options)
-    good = [i for i in range(len(pairs)) if i not in bad | worse]
-    if not q[good].isfinite().all() or not p[good].isfinite().all():
-        raise FloatingPointError(
-            f"source {source.name}: the prober gives vectors that are not finite"
-        )
-    return [(pairs[i][0], pairs[i][2]) for i in good], q[good], p[good]
-
-
-def probe(gve, sources, flags, rank=0, world=1):
-    """Measure R_k, the mean cosine of N_p positive pairs per source -> (R (K,), standard error (K,)); ranks share the work."""
-    sums = torch.zeros(len(sources), 3, dtype=torch.float64)
-    for k, source in enumerate(sources):
-        rows = np.random.default_rng([flags.seed, k]).permutation(len(source))[: flags.probe_pairs][
-            rank::world
-        ]
-        _, q, p = embed_pairs(gve, source, rows, flags)
-        cosine = (q * p).sum(1).double()
-        sums[k] = torch.stack([cosine.sum(), (cosine**2).sum(), torch.tensor(float(len(cosine)))])
-    if world > 1:
-        sums = sums.to(gve.device)
-        dist.all_reduce(sums)
-    total, squares, n = sums.cpu().T
-    if (n == 0).any():
-        empty = [source.name for source, count in zip(sources, n, strict=True) if count == 0]
-        raise ValueError(
-            f"sources {empty}: none of {flags.probe_pairs} probed pairs can be used; try `python data.py check`"
-        )
-    mean = total / n
-    return mean.numpy(), (
-        (squares / n - mean**2).clamp(min=0) / (n - 1).clamp(min=1)
-    ).sqrt().numpy()
-
-
-def mine(gve, source, rows, flags, cache=None):
-    """Mine hard negatives of rows under the prober Psi_t (section 4.2) -> {row: items}: the distinct positives of these rows that
-    score highest for the query, but none of its own positive's content and none above that by the margin."""
-    # PAPER: mines "a large external corpus"; here the pool is what an epoch draws of the source itself.
-    pairs, q, p = embed_pairs(gve, source, sorted(rows), flags, cache)
-    ids, found = torch.tensor([content_id(item) for _, item in pairs]), {}
-    first = torch.from_numpy(np.unique(ids, return_index=True)[1])  # (U,) one row of each content
-    pool, kinds = p[first].to(gve.device), ids[first].to(gve.device)  # (U, D), (U,)
-    for block in torch.arange(len(pairs)).split(1024):
-        own, same = (
-            (q[block] * p[block]).sum(1, keepdim=True).to(gve.device),
-            ids[block].to(gve.device)[:, None] == kinds,
-        )
-        scores = q[block].to(gve.device) @ pool.T  # (1024, U)
-        barred = same | (scores > own + (math.inf if flags.margin < 0 else flags.margin))
-        best, at = (
-            x.cpu()
-            for x in scores.masked_fill(barred, -math.inf).topk(min(source.negatives, len(first)))
-        )
-        for i, score, which in zip(block.tolist(), best, first[at], strict=True):
-            found[pairs[i][0]] = [pairs[j][1] for j in which[score > -math.inf].tolist()]
-    return found
-
-
-def rehearse(gve, optimizer, collate, flags):
-    """Go through the largest micro-batch of videos, then of texts, that the flags admit, alone: print tokens and peak memory."""
-    high = math.isqrt(flags.max_tokens)
-    grid = torch.tensor(
-        [[flags.frames // 2, 2 * high, 2 * (flags.max_tokens // high)]]
-    )  # in patches, 2 x 2 to a token
-    video = {
-        "pixel_values_videos": torch.zeros(int(grid.prod()), 1176, dtype=torch.uint8),
-        "video_grid_thw": grid,
-        "second_per_grid_ts": torch.ones(1),
-    }
-    for name, sample in (("videos", video), ("texts", {})):
-        text = "a " * flags.max_length if name == "texts" else ""
-        sample["ids"] = collate.tokenise(text, "", sample)
-        length = len(sample["ids"])
-        n = min(
-            flags.micro_batch,
-            max(1, flags.micro_tokens // length) if flags.micro_tokens else flags.micro_batch,
-        )
-        short = sample | {
-            "ids": sample["ids"][1:]
-        }  # uneven, as real ones are: attention with a mask
-        vectors, again = embed_parts(
-            gve.train(), [collate.batch([sample] * (n - 1) + [short], raw=True)], flags.grad_cache
-        )
-        info_nce_dist(vectors, vectors, 1 / flags.temperature).backward()
-        replay(gve, vectors, again)
-        optimizer.step()
-        tqdm.write(
-            f"{n} {name} of {length} tokens in a forward: {peak_memory_gib(gve.device):.2f} GiB at peak"
-        )
-
-
-def embed_parts(gve, micro, cached=False, store=None):
-    """Embed a list of collated micro-batches -> (vectors (rows, D), what `replay` needs); the vision tower runs here, once.
-
-    cached (GradCache, arXiv 2101.06983): no graph is kept; the vectors are a leaf, and their gradient goes through a second
-    forward, one micro-batch after the other. None of them: an empty leaf, so that this rank joins in backward.
-    """
-    made, again = [], []
-    with torch.set_grad_enabled(not cached):
-        for batch in micro:
-            batch = gve.encode_vision(to_device(batch, gve.device))
-            if store:
-                store.keep(batch)
-            again.append((batch, get_rng_state(gve.device)))
-            made.append(gve(again[-1][0]))
-    empty = torch.zeros(
-        0,
-        gve.dim,
-        device=gve.device,
-        dtype=torch.float64 if gve.core.dtype == torch.float64 else torch.float32,
-    )
-    vectors = torch.cat([*made, empty])
-    return (vectors.requires_grad_(), again) if cached or not micro else (vectors, [])
-
-
-def replay(gve, vectors, again):
-    """Send d loss / d vectors through fresh forwards of the same micro-batches, with the same dropout."""
-    after, at = get_rng_state(gve.device), 0
-    for batch, before in again:
-        set_rng_state(gve.device, before)
-        made = gve(batch)
-        made.backward(vectors.grad[at : at + len(made)])
-        at += len(made)
-    set_rng_state(gve.device, after)
-
-
-def curve_sums(q, p, n, p_ids, n_ids):
-    """Sums for the paper's curves (Figures 9, 10) over this rank's rows and candidates -> (5,): scores, their number, positives,
-    positive minus hardest negative, rows. A candidate with the positive's content is no negative."""
-    scores, ids = q @ torch.cat([p, n]).T, torch.cat([p_ids, n_ids]).to(q.device)  # (B, B + N)
-    positive = (q * p).sum(1)
-    hardest = (
-        scores.masked_fill(ids == ids[: len(q), None], -1).amax(1) if scores.numel() else positive
-    )
-    return torch.stack(
-        [
-            scores.sum(),
-            scores.new_tensor(scores.numel()),
-            positive.sum(),
-            (positive - hardest).sum(),
-            scores.new_tensor(len(q)),
-        ]
-    )
-
-
-def learning_rate(step, steps, peak, warmup):
-    """Linear warm-up over a share of the steps, then cosine to zero."""
-    rise = max(1, round(warmup * steps))
-    if step < rise:
-        return peak * (step + 1) / rise
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
-
-
-def main(flags):
-    rank, world, device = join_ranks(flags.device)
-    kind = device.type
+def load_sources(flags):
+    """Read the mixtures -> list of data.Source with distinct names."""
     sources = []
     for mixture in flags.mixture or [f"{flags.data}/mixture.json"]:
         if not os.path.isfile(mixture):
             hint = "; run `python -m mini render` first" if flags.preset == "mini" else ""
             raise ValueError(f"{mixture}: no such mixture{hint}")
         sources += load_mixture(mixture, [flags.data, *flags.root])
-    if twice := [name for name, n in collections.Counter(s.name for s in sources).items() if n > 1]:
+
+    count = collections.Counter(source.name for source in sources)
+    twice = [name for name, n in count.items() if n > 1]
+    if twice:
         raise ValueError(f"{flags.mixture}: two sources share a name: {twice}")
-    sampler = Sampler(sources, flags.batch_scale, flags.seed)
-    sizes, levels = [s.samples for s in sources], [LEVEL[s.task] for s in sources]
-    steps = flags.steps or sum(
-        math.ceil(size / batch) for size, batch in zip(sizes, sampler.batch, strict=True)
-    )
+    return sources
+
+
+class RunLog:
+    """log.jsonl, one JSON line per event, and messages on the terminal, both from rank 0 only."""
+
+    def __init__(self, out, rank, keep=0):
+        """Open <out>/log.jsonl and cut it after its first `keep` bytes."""
+        self.file = None
+        self.rank = rank
+        if rank == 0:
+            self.file = open(out / "log.jsonl", "a" if keep else "w")
+            self.file.truncate(keep)
+
+    def event(self, name, **values):
+        if self.file:
+            line = {"event": name, "time": round(time.time(), 3), **values}
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
+
+    def say(self, text):
+        if self.rank == 0:
+            tqdm.write(text)
+
+
+def encode_vision(gve, group, store=None):
+    """Yield a group's micro-batches with the frozen vision tower's features in place of pixels."""
+    for micro_batch in group.micro_batches:
+        batch = gve.encode_vision(to_device(micro_batch, gve.device))
+        if store:
+            store.keep(batch)
+        yield batch
+
+
+@torch.no_grad()
+def curve_sums(q, p, n, p_ids, n_ids):
+    """Return {name: sum over this rank's rows and candidates} for the curves of Figures 9 and 10.
+
+    A gap is a positive's score minus that of the hardest negative; a candidate with the positive's
+    content is none.
+    """
+    scores = q @ torch.cat([p, n]).T  # (B, B + N)
+    ids = torch.cat([p_ids, n_ids])
+    positive = (q * p).sum(1)
+    hardest = positive
+    if scores.numel():
+        hardest = scores.masked_fill(ids == p_ids[:, None], -1).amax(1)
+    return {
+        "scores": scores.sum(),
+        "n_scores": torch.tensor(scores.numel(), device=q.device),
+        "positives": positive.sum(),
+        "gaps": (positive - hardest).sum(),
+        "rows": torch.tensor(len(q), device=q.device),
+    }
+
+
+def dry_run(gve, optimizer, collate, flags):
+    """Try the largest micro-batch that the flags admit, of videos, then of texts; print the memory.
+
+    Each makes a full training step. Nothing is written.
+    """
+    video_processor = gve.processor.video_processor
+    side = video_processor.patch_size * video_processor.merge_size  # of a vision token, in pixels
+    high = math.isqrt(flags.max_tokens)
+    wide = flags.max_tokens // high
+    collate.store = None  # nothing is written
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(flags.frames):
+            Image.new("RGB", (wide * side, high * side)).save(f"{folder}/{i:04d}.png")
+        samples = {
+            "videos": collate.prepare({"video": folder}),
+            "texts": collate.prepare({"text": "a " * flags.max_length}),
+        }
+
+    cache = GradCache(gve, torch.zeros(0, gve.dim, device=gve.device))
+    gve.train()
+    for name, sample in samples.items():
+        length = len(sample["ids"])
+        n = flags.micro_batch
+        if flags.micro_tokens:
+            n = min(n, max(1, flags.micro_tokens // length))
+
+        # One shorter sample makes the batch uneven, like real ones: attention then takes a mask.
+        shorter = {**sample, "ids": sample["ids"][1:]}
+        batch = collate.batch([sample] * (n - 1) + [shorter], raw=True)
+        batch = gve.encode_vision(to_device(batch, gve.device))
+
+        vectors = cache.forward([batch]) if flags.grad_cache else gve(batch)
+        info_nce_dist(vectors, vectors, 1 / flags.temperature).backward()
+        if flags.grad_cache:
+            cache.backward()
+        optimizer.step()
+        peak = peak_memory_gib(gve.device)
+        tqdm.write(f"{n} {name} of {length} tokens in a forward: {peak:.2f} GiB at peak")
+
+
+def build_model(flags, rank, device):
+    """Load the model with LoRA -> (gve, its optimiser, its collator)."""
     torch.manual_seed(flags.seed)  # LoRA starts equal on every rank
-    gve = GVE.from_pretrained(
-        flags.base, dtype=flags.dtype, device=device, lora={"lora_dropout": flags.dropout}
-    )
+    lora = {"lora_dropout": flags.dropout}
+    gve = GVE.from_pretrained(flags.base, dtype=flags.dtype, device=device, lora=lora)
     if flags.checkpointing:
-        gve.core.language_model.gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs={"use_reentrant": False}
-        )
-    parameters = list(gve.lora_parameters().values())
-    needed, peak = multiply_adds(gve), peak_flops(device, flags.dtype)
+        gve.core.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+    torch.manual_seed(flags.seed + rank)  # dropout differs between ranks
+
     optimizer = torch.optim.AdamW(
-        parameters, lr=flags.lr, weight_decay=flags.weight_decay, fused=kind == "cuda"
+        gve.lora_parameters().values(),
+        lr=flags.lr,
+        weight_decay=flags.weight_decay,
+        fused=device.type == "cuda",
     )
-    store = (
-        FeatureStore(f"{flags.features}/{hash_weights(gve.core.visual)[:16]}")
-        if flags.features
-        else None
-    )
+
+    # Vision features belong to one vision tower: its weights name their folder.
+    store = None
+    if flags.features:
+        store = FeatureStore(f"{flags.features}/{hash_weights(gve.core.visual)[:16]}")
     collate = Collator(
         gve.processor,
         frames=flags.frames,
@@ -433,93 +742,152 @@ def main(flags):
         prompt_style=gve.prompt_style,
         store=store,
     )
-    torch.manual_seed(flags.seed + rank)  # dropout differs between ranks
+    return gve, optimizer, collate
 
-    if flags.dry_run:
-        return rehearse(gve, optimizer, collate, flags)
-    out, log_file, config = Path(flags.out), None, dataclasses.asdict(flags) | {"world": world}
-    folder, resumed = newest_state(out / "state", config) if flags.resume else (None, None)
-    rng = load_state(folder, optimizer) if resumed else None
-    if rank == 0:
-        if not resumed and (out / "state").exists():  # another run's
-            shutil.rmtree(out / "state.old", ignore_errors=True)
-            os.replace(out / "state", out / "state.old")
-        out.mkdir(parents=True, exist_ok=True)
-        log_file = open(out / "log.jsonl", "a" if resumed else "w")
-        log_file.truncate(
-            resumed["log"] if resumed else 0
-        )  # what came after the state is done again
 
-    def log(event, **values):
-        if log_file:
-            log_file.write(
-                json.dumps({"event": event, "time": round(time.time(), 3), **values}) + "\n"
-            )
-            log_file.flush()
+def describe_sources(sources):
+    """Return what the log says of each source, {name: facts}."""
+    described = {}
+    for source in sources:
+        described[source.name] = {
+            "task": source.task,
+            "level": LEVEL[source.task],
+            "samples": source.samples,
+            "rows": len(source),
+        }
+    return described
 
-    def named(values):
-        return (
-            None
-            if values is None
-            else {s.name: round(float(v), 5) for s, v in zip(sources, values, strict=True)}
-        )
 
-    def say(text):
-        if rank == 0:
-            tqdm.write(text)
+def by_source(sources, values):
+    """Name a value per source, for the log; None stays None."""
+    if values is None:
+        return None
+    return {s.name: round(float(v), 5) for s, v in zip(sources, values, strict=True)}
 
-    trained = sum(p.numel() for p in parameters)
-    facts = {
-        s.name: {"task": s.task, "level": LEVEL[s.task], "samples": s.samples, "rows": len(s)}
-        for s in sources
+
+def describe_epoch(sources, sampler, start, share):
+    """Return what the log says of an epoch's draw: R_k, P(k), passes, each level's share."""
+    level_share = {}
+    for level in range(1, len(LEVELS) + 1):
+        members = [LEVEL[source.task] == level for source in sources]
+        level_share[str(level)] = round(float(share[members].sum()), 5)
+    return {
+        "R": by_source(sources, start["relevance"]),
+        "R_error": by_source(sources, start["error"]),
+        "P": by_source(sources, share),
+        "passes": by_source(sources, sampler.passes()),
+        "level_P": level_share,
     }
-    log(
+
+
+def main(flags):
+    rank, world, device = join_ranks(flags.device)
+
+    # Data
+    sources = load_sources(flags)
+    sampler = Sampler(sources, flags.batch_scale, flags.seed)
+    sizes = [source.samples for source in sources]
+    levels = [LEVEL[source.task] for source in sources]
+    _, needs_relevance = SCHEDULES[flags.schedule]
+    margin = None if flags.margin < 0 else flags.margin
+    tau = flags.temperature
+    roots = [flags.data, *flags.root]
+    steps = flags.steps
+    if not steps:  # one pass over the data
+        steps = sum(math.ceil(n / batch) for n, batch in zip(sizes, sampler.batch, strict=True))
+
+    # Model
+    gve, optimizer, collate = build_model(flags, rank, device)
+    parameters = list(gve.lora_parameters().values())
+    if flags.dry_run:
+        dry_run(gve, optimizer, collate, flags)
+        leave_ranks()
+        return gve
+
+    # A new run, or one to resume
+    out = Path(flags.out)
+    config = dataclasses.asdict(flags) | {"world": world}
+    resumed = None  # the facts of the state to resume from, until its epoch is under way
+    if flags.resume:
+        folder, resumed = newest_state(out / "state", config)
+    if resumed:
+        rng_states = load_state(folder, optimizer)  # (world, n)
+    elif rank == 0 and (out / "state").exists():  # another run's
+        shutil.rmtree(out / "state.old", ignore_errors=True)
+        os.replace(out / "state", out / "state.old")
+    out.mkdir(parents=True, exist_ok=True)
+    log = RunLog(out, rank, keep=resumed["log"] if resumed else 0)
+
+    commit = git_commit()
+    about_sources = describe_sources(sources)
+    trained = sum(p.numel() for p in parameters)
+    log.event(
         "resume" if resumed else "start",
         config=config,
-        commit=git_commit(),
+        commit=commit,
         steps=steps,
         torch=torch.__version__,
         trained=trained,
-        sources=facts,
+        sources=about_sources,
     )
-    say(
-        f"{len(sources)} sources, {sum(sizes):,} pairs, {steps} steps on {world} x {kind}, {trained:,} trained weights -> {out}"
+    log.say(
+        f"{len(sources)} sources, {sum(sizes):,} pairs, {steps} steps on {world} x {device.type}, "
+        f"{trained:,} trained weights -> {out}"
     )
 
-    bad_rows, step, last = (
-        set(resumed["bad_rows"] if resumed else ()),
-        resumed["step"] if resumed else 0,
-        {},
+    # What the loop calls
+    load = TrainLoader(
+        sources,
+        collate,
+        rank=rank,
+        world=world,
+        micro_batch=flags.micro_batch,
+        micro_tokens=flags.micro_tokens,
+        roots=roots,
+        workers=flags.workers,
     )
+    count_flops = step_flops(gve)
+    peak = peak_flops(device, flags.dtype)
+    # A rank without rows still takes part in the backward collectives, through these.
+    vector_dtype = torch.float64 if flags.dtype == "float64" else torch.float32
+    empty = torch.zeros(0, gve.dim, device=device, dtype=vector_dtype, requires_grad=True)
+    caches = {role: GradCache(gve, empty) for role in ("query", "positive", "negative")}
+    fused = []  # (K,) by the global batch, so that all ranks choose alike
+    for source, global_batch in zip(sources, sampler.batch, strict=True):
+        fused.append(use_fused(flags.fused, global_batch, source.negatives))
+    plain = len(fused) - sum(fused)
+    log.say(f"loss: fused kernel for {sum(fused)} sources, plain torch for {plain}")
+
+    # Where the run stands
+    first_epoch = resumed["epoch"] if resumed else 0
+    step = resumed["step"] if resumed else 0
+    bad_rows = set(resumed["bad_rows"]) if resumed else set()
+    metrics = {}  # of the last log line
     bar = tqdm(total=steps, initial=step, desc="train", disable=rank != 0, dynamic_ncols=True)
-    for epoch in range(resumed["epoch"] if resumed else 0, flags.epochs):
-        # -- where on the pyramid are we: probe, then draw this epoch's batches --
-        first_step, last_step = (round(e * steps / flags.epochs) for e in (epoch, epoch + 1))
-        sigma_t, relevance, error = (
-            sigma(epoch, flags.epochs, flags.sigma_min, flags.sigma_max),
-            None,
-            None,
-        )
-        if resumed:
-            sampler.drawn, relevance, error = (
-                resumed["drawn"],
-                resumed["relevance"],
-                resumed["error"],
-            )
-        else:
-            other = epoch == 0 and flags.prober and (flags.remine or flags.schedule == "pyramid")
-            prober = (
-                GVE.from_pretrained(flags.prober, dtype=flags.dtype, device=device)
-                if other
-                else gve
-            )
-            if flags.schedule == "pyramid":
-                relevance, error = (x.tolist() for x in probe(prober, sources, flags, rank, world))
-        drawn, plan, share = list(sampler.drawn), [], np.zeros(len(sources))
+    for epoch in range(first_epoch, flags.epochs):
+        # Where on the pyramid are we? A resumed run finds in its state how this epoch began.
+        first_step = round(epoch * steps / flags.epochs)
+        last_step = round((epoch + 1) * steps / flags.epochs)
+        sigma_t = sigma(epoch, flags.epochs, high=flags.sigma_max)
+        start = resumed["epoch_start"] if resumed else None
+        prober = gve
+        if start is None:
+            start = {"drawn": list(sampler.drawn), "relevance": None, "error": None}
+            if epoch == 0 and flags.prober and (needs_relevance or flags.remine):
+                prober = GVE.from_pretrained(flags.prober, dtype=flags.dtype, device=device)
+            if needs_relevance:
+                relevance, error = probe_sources(prober, sources, flags, rank, world)
+                start |= {"relevance": relevance, "error": error}
+
+        # Draw the epoch's batches.
+        sampler.drawn = list(start["drawn"])
+        probabilities = {}
         for s in range(first_step, last_step):
-            p = source_probabilities(flags.schedule, relevance, sigma_t, sizes, levels, s / steps)
-            share += p / (last_step - first_step)
-            plan.append(sampler.draw(s, p))
+            probabilities[s] = source_probabilities(
+                flags.schedule, start["relevance"], sigma_t, sizes, levels, s / steps
+            )
+        plan, share = draw_epoch(sampler, probabilities)
+
         if not resumed:
             about = {
                 "epoch": epoch,
@@ -527,184 +895,176 @@ def main(flags):
                 "steps": len(plan),
                 "sigma": sigma_t,
                 "schedule": flags.schedule,
-                "R": named(relevance),
-                "R_error": named(error),
-                "P": named(share),
-                "passes": named(sampler.passes()),
-                "level_P": {
-                    str(level): round(float(share[np.array(levels) == level].sum()), 5)
-                    for level in range(1, 5)
-                },
+                **describe_epoch(sources, sampler, start, share),
             }
-            say(
-                f"\nepoch {epoch + 1}/{flags.epochs}, sigma {sigma_t:.2f}, schedule {flags.schedule}\n"
-                + table(about, {s.name: (LEVEL[s.task], s.task) for s in sources})
-            )
-            log("epoch", **about)
-        if flags.remine and resumed:
-            for source, (_, found) in zip(
-                sources, read_jsonl(out / f"mined-{epoch}.jsonl"), strict=True
-            ):
-                source.mined = {int(row): items for row, items in found.items()}
-        elif flags.remine:
-            cache = VectorCache(out / "cache", prober)  # the ranks share the work
-            for k, source in enumerate(sources):
-                rows = {
-                    row
-                    for at, rows in plan
-                    if at == k and source.negatives
-                    for row in rows.tolist()
-                }
-                source.mined = mine(prober, source, rows, flags, cache) if rows else {}
-            all_gather_object(None)  # all have read the cache
-            if rank == 0:
-                write_jsonl(out / f"mined-{epoch}.jsonl", [source.mined for source in sources])
-                shutil.rmtree(out / "cache")
-        load = TrainLoader(
-            sources,
-            collate,
-            rank=rank,
-            world=world,
-            micro_batch=flags.micro_batch,
-            micro_tokens=flags.micro_tokens,
-            roots=[flags.data, *flags.root],
-            workers=flags.workers,
-        )
+            members = {s.name: (LEVEL[s.task], s.task) for s in sources}
+            log.say(f"\nepoch {epoch + 1}/{flags.epochs}, {flags.schedule}, sigma {sigma_t:.2f}")
+            log.say(pyramid_table(about, members))
+            log.event("epoch", **about)
+
+        # Mine hard negatives for the rows drawn.
+        if flags.remine:
+            mined = out / f"mined-{epoch}.jsonl"
+            if resumed:
+                read_mined(sources, mined)
+            else:
+                mine_epoch(prober, sources, plan, flags, mined)
+        del prober
+
         stream = load(plan[step - first_step :])
         if resumed:
-            set_rng_state(
-                device, rng[rank].clone()
-            )  # last of all: whatever comes before may draw numbers, too
-        prober = resumed = None
+            # Restore the random state last: the code above may draw random numbers.
+            set_rng_state(device, rng_states[rank].clone())
+        resumed = None
         gve.train()
         clock = since = time.perf_counter()  # probing and saving are not training time
-        seen, waited, macs = 0, 0.0, 0
+        seen, waited, flops = 0, 0.0, 0.0
         for batch in stream:
-            waited, source = waited + time.perf_counter() - clock, sources[batch.source]
-            # -- forward: queries, positives, hard negatives --
-            groups = {"query": batch.query, "positive": batch.positive, "negative": batch.negative}
-            parts = {
-                name: embed_parts(gve, group.micro_batches, flags.grad_cache, store)
-                for name, group in groups.items()
-            }
-            q, p, n = (parts[name][0][group.order.to(device)] for name, group in groups.items())
-            p_ids, n_ids = batch.positive.ids.to(device), batch.negative.ids.to(device)
-            # -- loss: this rank's share. # PAPER: Eq. (1) has a row's own hard negatives, no masks; as the released forward --
-            loss = info_nce_dist(
-                q,
-                p,
-                1 / flags.temperature,
-                n=n,
-                p_ids=p_ids,
-                n_ids=n_ids,
-                margin=None if flags.margin < 0 else flags.margin,
-                symmetric=flags.symmetric,
-            )
-            # -- backward, and one sum over ranks --
-            loss.backward()
-            for part in parts.values():
-                replay(gve, *part)
-            with torch.no_grad():
-                work = sum(needed(b) for group in groups.values() for b in group.micro_batches)
-                names = "loss scores n_scores positives gaps rows work stops".split()
-                values = [
-                    loss.detach(),
-                    *curve_sums(q, p, n, p_ids, n_ids),
-                    torch.tensor(work),
-                    torch.tensor(len(received_signals)),
-                ]
-                values = [value.double().to(device) for value in values]
-            sums = sum_over_ranks(parameters, dict(zip(names, values, strict=True)))
-            loss_sum, scores, n_scores, positives, gaps, rows, work, stops = sums.values()
-            parts = q = p = n = loss = None  # the next step's come before these would go
-            norm = float(torch.nn.utils.clip_grad_norm_(parameters, flags.clip or math.inf))
-            if not math.isfinite(loss_sum) or not math.isfinite(norm):
-                raise FloatingPointError(
-                    f"step {step}: loss {loss_sum}, gradient norm {norm}; source {source.name}, rows "
-                    f"{batch.rows.tolist()}; nothing was saved over the last checkpoint in {out}"
+            waited += time.perf_counter() - clock
+            source = sources[batch.source]
+
+            # Forward: this rank's queries, positives and hard negatives, each in row order.
+            vectors = {}
+            step_cost = 0.0
+            for role in ("query", "positive", "negative"):
+                group = getattr(batch, role)
+                step_cost += sum(count_flops(micro_batch) for micro_batch in group.micro_batches)
+                micro_batches = encode_vision(gve, group, collate.store)
+                if flags.grad_cache:
+                    made = caches[role].forward(micro_batches)
+                else:
+                    made = torch.cat([*map(gve, micro_batches), empty])
+                vectors[role] = made[group.order.to(device)]
+            q = vectors["query"]  # (B, D)
+            p = vectors["positive"]  # (B, D)
+            n = vectors["negative"]  # (N, D)
+
+            # Loss: this rank's share.
+            p_ids = batch.positive.ids.to(device)
+            n_ids = batch.negative.ids.to(device)
+            if fused[batch.source]:
+                loss = info_nce_dist(
+                    q,
+                    p,
+                    1 / tau,
+                    n=n,
+                    p_ids=p_ids,
+                    n_ids=n_ids,
+                    margin=margin,
+                    symmetric=flags.symmetric,
                 )
-            # -- step --
+            else:
+                loss = contrastive_loss(
+                    q, p, n, p_ids, n_ids, tau=tau, margin=margin, symmetric=flags.symmetric
+                )
+
+            # Backward, and one sum over ranks.
+            loss.backward()
+            if flags.grad_cache:
+                for cache in caches.values():
+                    cache.backward()
+            sums = {
+                "loss": loss.detach(),
+                **curve_sums(q, p, n, p_ids, n_ids),
+                "flops": torch.tensor(step_cost, device=device),
+                "stops": torch.tensor(len(received_signals), device=device),
+            }
+            sums = sum_over_ranks(parameters, sums)
+            # Free these now; otherwise they stay alive while the next batch is embedded.
+            del vectors, made, micro_batches, q, p, n, loss
+
+            # Step.
+            norm = float(torch.nn.utils.clip_grad_norm_(parameters, flags.clip or math.inf))
+            if not math.isfinite(sums["loss"]) or not math.isfinite(norm):
+                raise FloatingPointError(
+                    f"step {step}: loss {sums['loss']}, gradient norm {norm}; "
+                    f"source {source.name}, rows {batch.rows.tolist()}; "
+                    f"nothing was saved over the last checkpoint in {out}"
+                )
+            lr = learning_rate(step, steps, flags.lr, flags.warmup)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, flags.lr, flags.warmup)
+                group["lr"] = lr
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            # -- log --
-            step, seen, macs = step + 1, seen + rows, macs + work / world
+
+            # Log.
+            step += 1
+            seen += sums["rows"]
+            flops += sums["flops"] / world
             for reason in batch.bad:
                 if reason not in bad_rows:
                     bad_rows.add(reason)
                     tqdm.write(f"replaced an unusable row: {reason}", file=sys.stderr)
             if step % flags.log_every == 0 or step == steps:
                 elapsed = time.perf_counter() - since
-                last = {
-                    "loss": loss_sum,
-                    "score": scores / n_scores,
-                    "positive": positives / rows,
-                    "gap": gaps / rows,
-                    "lr": group["lr"],
+                metrics = {
+                    "loss": sums["loss"],
+                    "score": sums["scores"] / sums["n_scores"],
+                    "positive": sums["positives"] / sums["rows"],
+                    "gap": sums["gaps"] / sums["rows"],
+                    "lr": lr,
                     "grad_norm": norm,
                     "items_per_s": seen / elapsed,
                     "waiting": waited / elapsed,
                     "memory_gib": peak_memory_gib(device),
-                    "tflops": 2e-12 * macs / elapsed,
+                    "tflops": flops / elapsed / 1e12,  # of one rank, on average
                     "bad_rows": len(bad_rows),
-                    **({"mfu": 2 * macs / elapsed / peak} if peak else {}),
-                }  # tflops, mfu: of one rank, on average
-                last = {k: float(f"{v:.6g}") for k, v in last.items()}
-                log("step", step=step, epoch=epoch, source=source.name, rows=int(rows), **last)
-                seen, waited, macs, since = 0, 0.0, 0, time.perf_counter()
+                }
+                if peak:
+                    metrics["mfu"] = flops / elapsed / peak
+                metrics = {name: float(f"{value:.6g}") for name, value in metrics.items()}
+                rows = int(sums["rows"])
+                log.event("step", step=step, epoch=epoch, source=source.name, rows=rows, **metrics)
+                seen, waited, flops, since = 0, 0.0, 0.0, time.perf_counter()
             bar.update()
-            bar.set_postfix(loss=f"{loss_sum:.3f}", source=source.name, refresh=False)
-            # -- save: the adapter and the state are whole at every moment --
+            bar.set_postfix(loss=f"{sums['loss']:.3f}", source=source.name, refresh=False)
+
+            # Save: the adapter and the state are whole at every moment.
             saving = time.perf_counter()
-            if step == last_step or stops or flags.save_every and step % flags.save_every == 0:
-                states, bad = zip(
-                    *all_gather_object((get_rng_state(device), bad_rows)), strict=True
-                )
+            due = flags.save_every and step % flags.save_every == 0
+            if due or step == last_step or sums["stops"]:
+                of_ranks = all_gather_object((get_rng_state(device), bad_rows))
                 if rank == 0:
-                    gve.save_pretrained(
-                        out,
-                        info={
-                            "config": config,
-                            "step": step,
-                            "seed": flags.seed,
-                            "commit": git_commit(),
-                            "metrics": last,
-                            "data": {
-                                s.name: {"rows": len(s), "drawn": d}
-                                for s, d in zip(sources, sampler.drawn, strict=True)
-                            },
-                        },
-                    )
-                    save_state(
-                        out / "state",
-                        optimizer,
-                        torch.stack(states),
-                        {
-                            "step": step,
-                            "epoch": epoch,
-                            "drawn": drawn,
-                            "relevance": relevance,
-                            "error": error,
-                            "config": config,
-                            "bad_rows": sorted(set().union(*bad)),
-                            "log": log_file.tell(),
-                        },
-                        flags.keep,
-                    )
-            if stops:
-                all_gather_object(
-                    None
-                )  # rank 0 has saved: 30 s after the first exit torchrun kills the rest
-                say(f"stopped after step {step} as asked; `--resume auto` goes on from here")
-                sys.exit(128 + (received_signals or [15])[0])  # 15: the signal came to another rank
+                    data = {}
+                    for (name, facts), drawn in zip(
+                        about_sources.items(), sampler.drawn, strict=True
+                    ):
+                        data[name] = {"rows": facts["rows"], "drawn": drawn}
+                    info = {
+                        "config": config,
+                        "step": step,
+                        "seed": flags.seed,
+                        "commit": commit,
+                        "metrics": metrics,
+                        "data": data,
+                    }
+                    gve.save_pretrained(out, info=info)
+                    facts = {
+                        "step": step,
+                        "epoch": epoch,
+                        "epoch_start": start,
+                        "config": config,
+                        "bad_rows": sorted(set().union(*(bad for _, bad in of_ranks))),
+                        "log": log.file.tell(),
+                    }
+                    rng = torch.stack([state for state, _ in of_ranks])
+                    save_state(out / "state", optimizer, rng, facts, flags.keep)
+            if sums["stops"]:
+                # Wait until rank 0 has saved: torchrun kills the rest 30 s after the first exit.
+                all_gather_object(None)
+                log.say(f"stopped after step {step} as asked; `--resume auto` continues from here")
+                sys.exit(128 + (received_signals or [15])[0])  # 15: another rank got the signal
             clock = time.perf_counter()
             since += clock - saving
+
     bar.close()
     bad_rows = set().union(*all_gather_object(bad_rows))  # every rank met its own
-    log("end", step=step, passes=named(sampler.passes()), bad_rows=sorted(bad_rows))
-    say(
-        f"\ntrained {step} steps; {len(bad_rows)} unusable rows replaced; checkpoint and log in {out}"
+    log.event(
+        "end", step=step, passes=by_source(sources, sampler.passes()), bad_rows=sorted(bad_rows)
+    )
+    log.say(
+        f"\ntrained {step} steps; {len(bad_rows)} unusable rows replaced; "
+        f"checkpoint and log in {out}"
     )
     leave_ranks()
     return gve

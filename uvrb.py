@@ -1,17 +1,24 @@
-"""UVRB, the universal video retrieval benchmark: 16 datasets, their folders, 9 abilities (paper section 3.1, Tables 4 and 5).
+"""UVRB, the universal video retrieval benchmark: its 16 datasets, how to read and check their
+folders, and its nine abilities (arXiv 2510.27571, section 3.1, Tables 4 and 5).
 
-    python uvrb.py check DIR             list every bad row of a benchmark folder as file:line: reason; status 1 if any (seconds)
-    python uvrb.py check DIR --decode    also decode every video and image that it names (hours on the full release)
-    python uvrb.py derive NAME SOURCE OUT    build a dataset from its upstream annotation file (extras/derive.py)
+    python uvrb.py check DIR             list every bad row as file:line: reason (seconds)
+    python uvrb.py check DIR --decode    also decode every video and image (hours on the full UVRB)
 
-`read` turns one dataset's <DS>/jsonl/{queries,corpus,instances}.jsonl into items and lists of indices, `abilities` 16 scores into
-the paper's nine: applied to its Table 1 it gives its Table 2 to 0.0011, two misprints apart (tests/test_uvrb.py).
-<root>/benchmark.json {"name": "mini-UVRB", "datasets": {DS: {"queries": n, "corpus": n}}} declares another benchmark.
+`read` turns a dataset's <DS>/jsonl/{queries,corpus,instances}.jsonl into items and lists of
+indices. `abilities` turns 16 scores into the paper's nine abilities: from the paper's Table 1 it
+computes its Table 2 to within 0.0011, two misprints apart (tests/test_uvrb.py).
 
-Legend: N queries, M corpus items; "positives" and "pools" are lists of corpus indices, one list per query.
+A file benchmark.json in the folder declares another benchmark. It gives the sizes of those of
+UVRB's datasets that are there, and may define datasets of its own:
+
+    {"name": "mine", "datasets": {
+        "MSRVTT": {"queries": 200, "corpus": 200},
+        "MyVideos": {"queries": 5, "corpus": 20,
+                     "task": "TXT", "metric": "R@1", "prompt": "Find my video."}}}
+
+Legend: N queries, M corpus items; "positives" and "pools" are lists of corpus indices per query.
 """
 
-import argparse
 import json
 import sys
 from dataclasses import dataclass
@@ -21,486 +28,460 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 import data
+from support.files import parse_json
+from support.flags import flag, parse_flags
+from support.media import MediaError, load_image, load_video
 
 MODALITIES = ("text", "image", "video")
-ABILITIES = (
-    "TXT",
-    "CMP",
-    "VIS",
-    "CG",
-    "FG",
-    "LC",
-    "S",
-    "T",
-    "PR",
-)  # Table 2's columns; its average is over the first six
+# The values that a dataset's task, domain and metric may have.
+TASKS = ("TXT", "CMP", "VIS", "V2T")
+DOMAINS = ("CG", "S", "T", "PR", "LC")
+METRICS = ("R@1", "R@5", "R@10", "P@1")
+# Table 2's columns; its average is over the first six.
+ABILITIES = ("TXT", "CMP", "VIS", "CG", "FG", "LC", "S", "T", "PR")
 
 
 class Dataset(NamedTuple):
     name: str
-    task: str  # TXT, CMP or VIS: the form of the query
-    domain: str  # CG, S, T, PR or LC for TXT; FG is made of S, T and PR
+    task: str  # form of the query: TXT text, CMP composed, VIS visual; V2T: labels as the corpus
+    domain: str  # of a TXT dataset: CG, S, T, PR or LC (FG is made of S, T and PR); else empty
     metric: str  # Table 5
-    queries: int  # published sizes, Table 4
-    corpus: int  # PAPER: the 10 of MS-TI and MS-TV is taken to be each query's pool of candidates, as in MMEB-V2
-    prompt: str  # Table 5, the query's instruction; corpus items get the default system prompt
+    # Sizes of the complete dataset, None where they are not known (Table 4).
+    # PAPER: the corpus of 10 of MS-TI and MS-TV is read as each query's pool, as in MMEB-V2.
+    queries: int | None
+    corpus: int | None
+    prompt: str  # instruction of the queries (Table 5); corpus items get the default system prompt
+    in_average: bool = False  # one of the paper's 16, over which its averages are taken
 
 
-DATASETS = {
-    row[0]: Dataset(*row)
-    for row in (
-        (
-            "MSRVTT",
-            "TXT",
-            "CG",
-            "R@1",
-            1000,
-            1000,
-            "Find the clip that corresponds to the described scene in the given video.",
-        ),
-        (
-            "DiDeMo",
-            "TXT",
-            "CG",
-            "R@1",
-            1004,
-            1004,
-            "Find a video that includes the following described scenes.",
-        ),
-        (
-            "CRB-G",
-            "TXT",
-            "CG",
-            "R@1",
-            1000,
-            1000,
-            "Find the video according to the general text description.",
-        ),
-        (
-            "CRB-S",
-            "TXT",
-            "S",
-            "R@1",
-            1000,
-            1000,
-            "Find the video according to the spatial description.",
-        ),
-        (
-            "VDC-O",
-            "TXT",
-            "S",
-            "R@1",
-            1027,
-            1027,
-            "Find the video according to the object description.",
-        ),
-        (
-            "CRB-T",
-            "TXT",
-            "T",
-            "R@1",
-            1000,
-            1000,
-            "Find the video according to the temporal description.",
-        ),
-        (
-            "CMRB",
-            "TXT",
-            "T",
-            "R@10",
-            728,
-            1071,
-            "Find the video according to the camera motion description.",
-        ),
-        (
-            "DREAM-E",
-            "TXT",
-            "PR",
-            "R@1",
-            6251,
-            1000,
-            "Find the video according to the text description.",
-        ),
-        (
-            "LoVR-TH",
-            "TXT",
-            "PR",
-            "R@10",
-            8854,
-            8854,
-            "Find the video according to text description about video theme information.",
-        ),
-        (
-            "PEV-K",
-            "TXT",
-            "PR",
-            "R@1",
-            14427,
-            15000,
-            "Find the video according to the text description of a series of keywords.",
-        ),
-        (
-            "LoVR-V",
-            "TXT",
-            "LC",
-            "R@1",
-            100,
-            467,
-            "Find the long video according to the long text description.",
-        ),
-        (
-            "VDC-D",
-            "TXT",
-            "LC",
-            "R@1",
-            1000,
-            1027,
-            "Find the video according to the detailed text description.",
-        ),
-        (
-            "MS-TI",
-            "CMP",
-            "",
-            "P@1",
-            400,
-            10,
-            "Find the video clip that corresponds to the given text and the given image.",
-        ),
-        (
-            "MS-TV",
-            "CMP",
-            "",
-            "P@1",
-            400,
-            10,
-            "Find the video clip that corresponds to the given text and the given video.",
-        ),
-        ("MSRVTT-I2V", "VIS", "", "R@1", 1000, 1000, "Find the video according to the image."),
-        (
-            "LoVR-C2V",
-            "VIS",
-            "",
-            "R@1",
-            467,
-            467,
-            "Find the original long video according to the short video clip.",
-        ),
-    )
+PROMPTS = {
+    "MSRVTT": "Find the clip that corresponds to the described scene in the given video.",
+    "DiDeMo": "Find a video that includes the following described scenes.",
+    "CRB-G": "Find the video according to the general text description.",
+    "CRB-S": "Find the video according to the spatial description.",
+    "VDC-O": "Find the video according to the object description.",
+    "CRB-T": "Find the video according to the temporal description.",
+    "CMRB": "Find the video according to the camera motion description.",
+    "DREAM-E": "Find the video according to the text description.",
+    "LoVR-TH": "Find the video according to text description about video theme information.",
+    "PEV-K": "Find the video according to the text description of a series of keywords.",
+    "LoVR-V": "Find the long video according to the long text description.",
+    "VDC-D": "Find the video according to the detailed text description.",
+    "MS-TI": "Find the video clip that corresponds to the given text and the given image.",
+    "MS-TV": "Find the video clip that corresponds to the given text and the given video.",
+    "MSRVTT-I2V": "Find the video according to the image.",
+    "LoVR-C2V": "Find the original long video according to the short video clip.",
 }
 
-# Table 11, zero-shot classification: clips are the queries, class names the corpus, accuracy is R@1. They enter no ability.
-# PAPER: sizes and prompt are not given; the prompt is ours and a folder is complete if all that it names could be encoded.
+TABLE_4 = [  # name, task, domain, metric, queries, corpus, prompt
+    Dataset("MSRVTT", "TXT", "CG", "R@1", 1000, 1000, PROMPTS["MSRVTT"], in_average=True),
+    Dataset("DiDeMo", "TXT", "CG", "R@1", 1004, 1004, PROMPTS["DiDeMo"], in_average=True),
+    Dataset("CRB-G", "TXT", "CG", "R@1", 1000, 1000, PROMPTS["CRB-G"], in_average=True),
+    Dataset("CRB-S", "TXT", "S", "R@1", 1000, 1000, PROMPTS["CRB-S"], in_average=True),
+    Dataset("VDC-O", "TXT", "S", "R@1", 1027, 1027, PROMPTS["VDC-O"], in_average=True),
+    Dataset("CRB-T", "TXT", "T", "R@1", 1000, 1000, PROMPTS["CRB-T"], in_average=True),
+    Dataset("CMRB", "TXT", "T", "R@10", 728, 1071, PROMPTS["CMRB"], in_average=True),
+    Dataset("DREAM-E", "TXT", "PR", "R@1", 6251, 1000, PROMPTS["DREAM-E"], in_average=True),
+    Dataset("LoVR-TH", "TXT", "PR", "R@10", 8854, 8854, PROMPTS["LoVR-TH"], in_average=True),
+    Dataset("PEV-K", "TXT", "PR", "R@1", 14427, 15000, PROMPTS["PEV-K"], in_average=True),
+    Dataset("LoVR-V", "TXT", "LC", "R@1", 100, 467, PROMPTS["LoVR-V"], in_average=True),
+    Dataset("VDC-D", "TXT", "LC", "R@1", 1000, 1027, PROMPTS["VDC-D"], in_average=True),
+    Dataset("MS-TI", "CMP", "", "P@1", 400, 10, PROMPTS["MS-TI"], in_average=True),
+    Dataset("MS-TV", "CMP", "", "P@1", 400, 10, PROMPTS["MS-TV"], in_average=True),
+    Dataset("MSRVTT-I2V", "VIS", "", "R@1", 1000, 1000, PROMPTS["MSRVTT-I2V"], in_average=True),
+    Dataset("LoVR-C2V", "VIS", "", "R@1", 467, 467, PROMPTS["LoVR-C2V"], in_average=True),
+]
+DATASETS = {dataset.name: dataset for dataset in TABLE_4}
+
+# Table 11, zero-shot classification: clips are queries, class names the corpus, accuracy is R@1.
+# PAPER: sizes and prompt are not given. The prompt is ours, and a folder counts as complete if
+# every item in it could be encoded.
+LABEL_PROMPT = "Find the label that names what happens in the video."
 ZERO_SHOT = {
-    name: Dataset(
-        name, "V2T", "", "R@1", 0, 0, "Find the label that names what happens in the video."
-    )
+    name: Dataset(name, "V2T", "", "R@1", None, None, LABEL_PROMPT)
     for name in ("K700", "UCF101", "HMDB51", "SSV2", "Breakfast")
 }
 ALL = DATASETS | ZERO_SHOT
 
 
 def abilities(scores: dict) -> dict:
-    """Average dataset scores into the nine abilities and two averages (section 3.1; the rules are recovered from Tables 1 and 2).
+    """Average dataset scores into the nine abilities and two averages (section 3.1).
 
-    scores: {dataset: score in [0, 1]}. Returns {"TXT", ..., "PR", "AVG-D", "AVG-A"}; whatever needs an absent score is None.
-    The means are hierarchical: FG is the mean of S, T and PR, TXT the mean of CG, FG and LC, not of 7 and 12 datasets.
+    The rules are recovered from Tables 1 and 2. The means are hierarchical: FG is the mean of S, T
+    and PR, and TXT the mean of CG, FG and LC, not of their 7 and 12 datasets.
+
+    scores: {dataset: score in [0, 1], or None}; only the paper's 16 enter.
+    Returns {"TXT", ..., "PR", "AVG-D", "AVG-A"}; a mean over an absent score is None.
     """
 
     def mean(values):
-        values = list(values)
         return None if None in values else sum(values) / len(values)
 
-    def over(tag):
-        return mean(scores.get(d.name) for d in DATASETS.values() if tag in (d.task, d.domain))
+    members = [dataset for dataset in DATASETS.values() if dataset.in_average]
+    means = {}
+    for tag in ("CMP", "VIS", "CG", "LC", "S", "T", "PR"):
+        means[tag] = mean([scores.get(d.name) for d in members if tag in (d.task, d.domain)])
+    means["FG"] = mean([means["S"], means["T"], means["PR"]])
+    means["TXT"] = mean([means["CG"], means["FG"], means["LC"]])
 
-    out = {tag: over(tag) for tag in ("CMP", "VIS", "CG", "LC", "S", "T", "PR")}
-    out["FG"] = mean((out["S"], out["T"], out["PR"]))
-    out["TXT"] = mean((out["CG"], out["FG"], out["LC"]))
-    out = {tag: out[tag] for tag in ABILITIES}
-    # AVG-D is Table 1's column, the plain mean of 16. AVG-A is Table 2's: six terms, S, T and PR count through FG only.
-    return out | {
-        "AVG-D": mean(scores.get(name) for name in DATASETS),
-        "AVG-A": mean(out[tag] for tag in ABILITIES[:6]),
-    }
+    result = {tag: means[tag] for tag in ABILITIES}
+    # AVG-D is Table 1's column, the plain mean of 16 scores.
+    result["AVG-D"] = mean([scores.get(d.name) for d in members])
+    # AVG-A is Table 2's, a mean of six: S, T and PR count through FG alone.
+    result["AVG-A"] = mean([means[tag] for tag in ABILITIES[:6]])
+    return result
 
 
 @dataclass
 class Bench:
-    """One dataset as read from its folder. Rows are {"id", "item", "where": "file:line"}; items hold absolute media paths."""
+    """One dataset as read from its folder.
+
+    Its rows are {"id", "item", "where": "file:line"}; items hold absolute media paths.
+    """
 
     name: str
+    dataset: Dataset
     queries: list  # N rows
     corpus: list  # M rows
     positives: list  # N sorted lists of corpus indices
-    pools: (
-        list | None
-    )  # N sorted lists of corpus indices, positives and negatives; None: the whole corpus is ranked
-    expected: tuple  # (queries, corpus) of a complete dataset; corpus is None for CMP, where Table 4's 10 is the size of a pool
-    missing: list  # "file:line: reason" of absent media; their items still name the path, and fail when they are encoded
+    # N sorted lists of corpus indices, positives and negatives; None: the whole corpus is ranked.
+    pools: list | None
+    # (queries, corpus) of the complete dataset, None where not known. The corpus of a CMP dataset
+    # is not: Table 4's 10 is the size of a pool.
+    expected: tuple
+    # "file:line: reason" of absent media. Their items still name the path and fail when encoded.
+    missing: list
 
 
 def folder_of(root, name: str) -> Path | None:
-    """Find the folder with a dataset's jsonl files: <DS> or, as archives unpack, UVRB/<DS>, with jsonl/ or not. None: absent."""
-    for folder in (
-        Path(root) / name,
-        Path(root) / name / "UVRB" / name,
-        Path(root) / "UVRB" / name,
-    ):
+    """Find the folder of a dataset's jsonl files, None if it is absent.
+
+    Accepts <DS> and, as the released archives unpack, UVRB/<DS>, with jsonl/ or without.
+    """
+    root = Path(root)
+    for folder in (root / name, root / name / "UVRB" / name, root / "UVRB" / name):
         for rows in (folder / "jsonl", folder):
             if (rows / "queries.jsonl").is_file():
                 return rows
     return None
 
 
-def benchmark(root) -> tuple[str, dict]:
-    """Read what a complete benchmark is, (name, {dataset: (queries, corpus)}): benchmark.json, or without it "UVRB" and Table 4.
+class Benchmark(NamedTuple):
+    name: str
+    datasets: dict  # {name: Dataset} with this benchmark's sizes: UVRB's, Table 11's, then its own
 
-    Raises FileNotFoundError where root is no folder, ValueError naming the file and its form.
+
+def benchmark(root) -> Benchmark:
+    """Read which benchmark a folder holds: benchmark.json, or without that file "UVRB" and Table 4.
+
+    Raises FileNotFoundError if root is no folder, ValueError naming the file and its form.
     """
     if not Path(root).is_dir():
         raise FileNotFoundError(f"{root}: no such benchmark folder")
     path = Path(root) / "benchmark.json"
     if not path.is_file():
-        return "UVRB", {d.name: (d.queries, d.corpus) for d in DATASETS.values()}
+        return Benchmark("UVRB", ALL)
+
+    declared = {}
     try:
-        file = json.loads(path.read_text(encoding="utf-8"))
-        return str(file["name"]), {
-            ALL[ds].name: (int(n["queries"]), int(n["corpus"]))
-            for ds, n in file["datasets"].items()
-        }
-    except (ValueError, TypeError, KeyError, AttributeError) as e:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        name = str(content["name"])
+        for key, entry in content["datasets"].items():
+            dataset = define(key, entry)
+            sizes = {"queries": int(entry["queries"]), "corpus": int(entry["corpus"])}
+            declared[key] = dataset._replace(**sizes)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         form = '{"name": str, "datasets": {DS: {"queries": int, "corpus": int}}}'
         raise ValueError(
-            f"{path}: {type(e).__name__} {e}; wanted {form} with DS of {', '.join(ALL)}"
-        ) from e
+            f"{path}: {type(error).__name__} {error}; expected {form} with DS of {', '.join(ALL)}, "
+            "or DS of your own with task, metric, prompt and, if it has one, domain"
+        ) from error
+
+    # Sizes that are not declared are unknown.
+    datasets = {}
+    for key, dataset in ALL.items():
+        datasets[key] = declared.get(key, dataset._replace(queries=None, corpus=None))
+    return Benchmark(name, datasets | declared)
+
+
+def define(name, entry):
+    """Return the Dataset that an entry of benchmark.json stands for: one of ours, or its own.
+
+    Raises ValueError naming the key and the accepted values.
+    """
+    if name in ALL:
+        changed = entry.keys() & {"task", "domain", "metric", "prompt"}
+        if changed:
+            raise ValueError(
+                f"{name} is UVRB's: its {', '.join(sorted(changed))} cannot be changed"
+            )
+        return ALL[name]
+
+    absent = [key for key in ("task", "metric", "prompt") if key not in entry]
+    if absent:
+        raise ValueError(f"{name} is none of UVRB's datasets and has no {', '.join(absent)}")
+    if name == ".." or Path(name).parts != (name,):
+        raise ValueError(f"{name!r} is not the name of a folder")
+    for key, accepted in (("task", TASKS), ("domain", DOMAINS), ("metric", METRICS)):
+        if key in entry and entry[key] not in accepted:
+            raise ValueError(f"{name}: {key} {entry[key]!r}; accepted: {', '.join(accepted)}")
+    if not isinstance(entry["prompt"], str):
+        raise ValueError(f"{name}: prompt must be a string, got {entry['prompt']!r}")
+
+    domain = entry.get("domain", "")
+    return Dataset(name, entry["task"], domain, entry["metric"], None, None, entry["prompt"])
 
 
 def read(root, name: str, roots=()) -> Bench:
-    """Read one dataset; media may lie under `root`, the folder that holds it, and `roots`, whatever path or symlink names them.
+    """Read one dataset.
 
-    Raises FileNotFoundError if the dataset is not below root, ValueError with file, line and reason of the first bad rows.
-    Missing media do not raise: they are in `.missing`, and the evaluation reports n/expected.
+    Media may lie under `root`, under the folder that holds it, and under `roots`; a path or symlink
+    that leads elsewhere is refused.
+
+    Raises FileNotFoundError if the dataset is not below root, ValueError with file, line and reason
+    of the first bad rows. Missing media do not raise: they are listed in `.missing`, and the
+    evaluation reports n/expected.
     """
     bench, bad = scan(root, name, roots)
     if bad:
-        more = f"\n... and {len(bad) - 5} more: python uvrb.py check {root}" if len(bad) > 5 else ""
-        raise ValueError("\n".join(bad[:5]) + more)
+        reasons = bad[:5]
+        if len(bad) > 5:
+            reasons.append(f"... and {len(bad) - 5} more: python uvrb.py check {root}")
+        raise ValueError("\n".join(reasons))
     return bench
 
 
 def scan(root, name: str, roots=(), decode=False) -> tuple[Bench, list]:
-    """Read one dataset and collect what is wrong instead of stopping: (Bench, ["file:line: reason", ...]).
+    """Read one dataset and collect its faults instead of stopping -> (Bench, ["file:line: why"]).
 
-    decode: load every video and image as well; what fails joins `.missing`.
+    decode: also load every video and image; those that cannot be decoded join `.missing`.
     """
-    if name not in ALL:
-        raise ValueError(f"unknown dataset {name!r} (accepted: {', '.join(ALL)})")
     root = Path(root).resolve()
-    sizes, rows = benchmark(root)[1], folder_of(root, name)
-    if rows is None:
+    known = benchmark(root).datasets
+    if name not in known:
+        raise ValueError(f"unknown dataset {name!r} (accepted: {', '.join(known)})")
+    folder = folder_of(root, name)
+    if folder is None:
         raise FileNotFoundError(
-            f"{root}: no {name} (wanted: {name}/jsonl/queries.jsonl, also below UVRB/ or without jsonl/)"
+            f"{root}: no {name} (expected {name}/jsonl/queries.jsonl, also below UVRB/ or without "
+            "jsonl/)"
         )
-    bad, missing = [], []
-    if name not in sizes and name in DATASETS:
-        bad.append(f"{root / 'benchmark.json'}: no sizes for {name}, whose folder is here")
-    # Paths start at the dataset's folder or at a given root. Videos may lie beside the benchmark, not just anywhere.
-    bases = [rows.parent if rows.name == "jsonl" else rows, *(Path(r).resolve() for r in roots)]
-    allowed = [root, *bases[1:]] + [root.parent] * (root.parent != root.parent.parent)
 
-    def items(path):
-        """The rows of queries or corpus in file order. One with a bad item keeps its place, so that its references stay good."""
-        out, lines = [], {}
-        for where, line, row in tqdm(
-            _rows(path, bad), f"{name} {path.name}", leave=False, disable=not decode
+    # Paths start at the dataset's folder or at a given root.
+    bases = [folder.parent if folder.name == "jsonl" else folder]
+    bases += [Path(path).resolve() for path in roots]
+    # Videos may lie beside the benchmark, but not just anywhere: its parent is allowed, / never is.
+    allowed = [root, *bases[1:]]
+    if root.parent != root.parent.parent:
+        allowed.append(root.parent)
+
+    dataset = known[name]
+    reader = Reader(name, bases, allowed, decode, bad=[], missing=[])
+    if dataset.queries is None and name in DATASETS:
+        reader.bad.append(f"{root / 'benchmark.json'}: no sizes for {name}, whose folder is here")
+    queries = reader.items(folder / "queries.jsonl")
+    corpus = reader.items(folder / "corpus.jsonl")
+    positives, pools = reader.instances(folder / "instances.jsonl", queries, corpus)
+
+    whole_corpus = None if dataset.task == "CMP" else dataset.corpus
+    expected = (dataset.queries or None, whole_corpus or None)
+    bench = Bench(name, dataset, queries, corpus, positives, pools, expected, reader.missing)
+    return bench, reader.bad
+
+
+@dataclass
+class Reader:
+    """Reads a dataset's three files. Faults go to two lists and do not raise."""
+
+    name: str
+    bases: list  # folders that paths are relative to, the first that has the file counts
+    allowed: list  # folders that media may lie in
+    decode: bool
+    bad: list  # "file:line: reason" of rows that cannot be used
+    missing: list  # the same of media that are absent or cannot be decoded
+
+    def rows(self, path):
+        """Yield ("file:line", row) of a jsonl file, good rows alone."""
+        if not path.is_file():
+            self.bad.append(f"{path}: no such file")
+            return
+        empty = True
+        with open(path, "rb") as file:  # bytes: bad UTF-8 spoils its own line only
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                where = f"{path}:{number}"
+                try:
+                    row = parse_json(line, where)
+                except ValueError as error:
+                    self.bad.append(str(error))
+                    continue
+                empty = False
+                yield where, row
+        if empty:
+            self.bad.append(f"{path}: no rows")
+
+    def items(self, path):
+        """Read queries or corpus in file order -> [{"id", "item", "where"}].
+
+        A row with a bad item keeps its place, its item None, so that references to it stay good.
+        """
+        out = []
+        first = {}  # {id: "file:line" where it first stands}
+        for where, row in tqdm(
+            self.rows(path), f"{self.name} {path.name}", leave=False, disable=not self.decode
         ):
-            item, key = None, row.get("id")
+            key = row.get("id")
             if not isinstance(key, str):
-                bad.append(f'{where}: "id" must be a string, not {key!r}')
+                self.bad.append(f'{where}: "id" must be a string, not {key!r}')
                 continue
-            if key in lines:
-                bad.append(f"{where}: duplicate id {key!r}, first on line {lines[key]}")
+            if key in first:
+                line = first[key].rpartition(":")[2]
+                self.bad.append(f"{where}: duplicate id {key!r}, first on line {line}")
                 continue
+            first[key] = where
             try:
-                item, lost = _item(row, bases, allowed, decode)
-                missing.extend(f"{where}: {reason}" for reason in lost)
-            except ValueError as e:
-                bad.append(f"{where}: {e}")
-            lines[key] = line
+                item = self.item(row, where)
+            except ValueError as error:
+                self.bad.append(f"{where}: {error}")
+                item = None
             out.append({"id": key, "item": item, "where": where})
         return out
 
-    queries, corpus = items(rows / "queries.jsonl"), items(rows / "corpus.jsonl")
-    positives, pools = _instances(rows / "instances.jsonl", queries, corpus, bad)
-    expected = (
-        (sizes[name][0], None if ALL[name].task == "CMP" else sizes[name][1])
-        if name in sizes
-        else (None, None)
-    )
-    return Bench(name, queries, corpus, positives, pools, expected, missing), bad
+    def item(self, row, where):
+        """Turn a row into an item with absolute media paths; media that are absent are noted.
 
+        Raises ValueError if the row is empty, has the wrong form or leaves the allowed folders.
+        """
+        item = {key: row[key] for key in MODALITIES if row.get(key)}  # released texts may be empty
+        if not item:
+            raise ValueError(
+                f"nothing to embed: the row has {', '.join(row)}; one of "
+                f"{', '.join(MODALITIES)} is needed"
+            )
+        data.check_item(item)
 
-def _rows(path, bad):
-    """Yield ("file:line", line, row) of a jsonl file; what is no JSON object goes to `bad`, so does a file without a row."""
-    rows, lines = (
-        0,
-        path.read_bytes().split(b"\n") if path.is_file() else (),
-    )  # bytes: bad UTF-8 spoils its own line only
-    for line, text in enumerate(lines, 1):
-        if text.strip():
-            try:
-                row = json.loads(text)
-                if not isinstance(row, dict):
-                    raise ValueError(f"a JSON object is wanted, not {type(row).__name__}")
-            except ValueError as e:
-                bad.append(f"{path}:{line}: broken JSON: {e}")
+        for kind, inner in (("image", "video"), ("video", "path")):
+            if kind not in item:
                 continue
-            rows += 1
-            yield f"{path}:{line}", line, row
-    if not rows:
-        bad.append(f"{path}: {'no rows' if path.is_file() else 'no such file'}")
+            media = item[kind]
+            if isinstance(media, dict):
+                item[kind] = {**media, inner: self.locate(media[inner])}
+            else:
+                item[kind] = self.locate(media)
+            try:
+                resolved = data.resolve({kind: item[kind]}, self.bases[0], self.allowed)
+                item[kind] = resolved[kind]
+                if self.decode:
+                    load = load_image if kind == "image" else load_video
+                    load(item[kind])
+            except FileNotFoundError as error:
+                self.missing.append(f"{where}: missing media: {error}")
+            except MediaError as error:
+                self.missing.append(f"{where}: undecodable media: {error}")
+        return item
 
+    def locate(self, path):
+        """Find a path below a base: as given, in videos/ or images/, or as videos_frames/<stem>."""
+        places = []
+        for base in self.bases:
+            places += [base / path, base / "videos" / path, base / "images" / path]
+            places.append(base / "videos_frames" / Path(path).stem)
+        for place in places:
+            if place.exists():
+                return str(place)
+        return str(places[0])
 
-def _item(row, bases, allowed, decode):
-    """Turn a row into (item with absolute paths, reasons of absent media). ValueError if it is empty or leaves the roots."""
-    item, lost = (
-        {key: row[key] for key in MODALITIES if row.get(key)},
-        [],
-    )  # released rows may carry an empty text
-    if not item:
-        raise ValueError(
-            f"nothing to embed: the row has {', '.join(row)}; one of {', '.join(MODALITIES)} is wanted"
-        )
-    data.check_item(item)
-    for key, inner, load in (
-        ("image", "video", data.load_image),
-        ("video", "path", data.load_video),
-    ):
-        if key not in item:
-            continue
-        value = item[key]
-        path = _locate(value[inner] if isinstance(value, dict) else value, bases)
-        item[key] = {**value, inner: path} if isinstance(value, dict) else path
-        try:
-            item[key] = data.resolve({key: item[key]}, bases[0], allowed)[key]
-            if decode:
-                load(item[key])
-        except FileNotFoundError as e:
-            lost.append(f"missing media: {e}")
-        except data.MediaError as e:
-            lost.append(f"undecodable media: {e}")
-    return item, lost
+    def instances(self, path, queries, corpus):
+        """Read rows {"qid", "pos", "neg"?}, merging those of one query -> (positives, pools).
 
+        Both are N sorted lists of corpus indices; pools is None if no row has a "neg".
+        """
+        query_of = {row["id"]: i for i, row in enumerate(queries)}
+        corpus_of = {row["id"]: j for j, row in enumerate(corpus)}
+        positives = [set() for _ in queries]
+        negatives = [set() for _ in queries]
+        for where, row in self.rows(path):
+            i = query_of.get(str(row.get("qid")))
+            if i is None:
+                self.bad.append(f"{where}: qid {row.get('qid')!r} is not in queries.jsonl")
+                continue
+            for kind, found in (("pos", positives[i]), ("neg", negatives[i])):
+                ids = row.get(kind) or []
+                for key in ids if isinstance(ids, list) else [ids]:
+                    if isinstance(key, str) and key in corpus_of:
+                        found.add(corpus_of[key])
+                    else:
+                        self.bad.append(f"{where}: {kind} {key!r} is not in corpus.jsonl")
 
-def _locate(path, bases):
-    """Where a path lies below a base: as given, under videos/ or images/, or as a folder of frames, videos_frames/<stem>."""
-    frames = Path("videos_frames") / Path(path).stem
-    places = [
-        base / place
-        for base in bases
-        for place in (path, Path("videos") / path, Path("images") / path, frames)
-    ]
-    return str(next((place for place in places if place.exists()), places[0]))
+        pooled = any(negatives)
+        for row, pos, neg in zip(queries, positives, negatives, strict=True):
+            query = f"{row['where']}: query {row['id']!r}"
+            if not pos:
+                self.bad.append(f"{query} has no positive in {path.name}")
+            if pos & neg:
+                both = corpus[min(pos & neg)]["id"]
+                self.bad.append(f"{query} has {both!r} as pos and as neg in {path.name}")
+            # Its pool would hold positives only, and every ranking of it would be right.
+            if pooled and not neg:
+                self.bad.append(f"{query} has no neg in {path.name}, where others have")
 
-
-def _instances(path, queries, corpus, bad):
-    """Read {"qid", "pos", "neg"?} rows, merged by query: (positives, pools or None), sorted corpus indices per query."""
-    query_of = {row["id"]: i for i, row in enumerate(queries)}
-    index_of = {row["id"]: j for j, row in enumerate(corpus)}
-    found = {"pos": [set() for _ in queries], "neg": [set() for _ in queries]}
-    for where, _, row in _rows(path, bad):
-        i = query_of.get(str(row.get("qid")))
-        if i is None:
-            bad.append(f"{where}: qid {row.get('qid')!r} is not in queries.jsonl")
-            continue
-        for kind, sets in found.items():
-            ids = row.get(kind) or []
-            for key in ids if isinstance(ids, list) else [ids]:
-                if not isinstance(key, str) or key not in index_of:
-                    bad.append(f"{where}: {kind} {key!r} is not in corpus.jsonl")
-                else:
-                    sets[i].add(index_of[key])
-    pairs = list(zip(found["pos"], found["neg"], strict=True))
-    pools = [sorted(pos | neg) for pos, neg in pairs] if any(found["neg"]) else None
-    for row, (pos, neg) in zip(queries, pairs, strict=True):
-        if not pos:
-            bad.append(f"{row['where']}: query {row['id']!r} has no positive in {path.name}")
-        if pos & neg:
-            both = corpus[min(pos & neg)]["id"]
-            bad.append(
-                f"{row['where']}: query {row['id']!r} has {both!r} as pos and as neg in {path.name}"
-            )
-        if (
-            pools and not neg
-        ):  # its pool would hold positives only, and every ranking of it be right
-            bad.append(
-                f"{row['where']}: query {row['id']!r} has no neg in {path.name}, where others have"
-            )
-    return [sorted(pos) for pos, _ in pairs], pools
+        pools = None
+        if pooled:
+            pools = [sorted(pos | neg) for pos, neg in zip(positives, negatives, strict=True)]
+        return [sorted(pos) for pos in positives], pools
 
 
 def check(root, roots=(), decode=False) -> list:
-    """Scan every dataset below `root` and print a line for each; returns all bad rows and absent media as "file:line: reason"."""
-    (name, _), bad = benchmark(root), []
-    for ds in DATASETS:
-        if folder_of(root, ds) is None:
-            print(f"{ds:10}  not here")
+    """Scan every dataset below `root` and print a line for each.
+
+    Returns all bad rows and absent media as "file:line: reason".
+    """
+    title, datasets = benchmark(root)
+    bad = []
+    found = False
+    for name in datasets:
+        if name in ZERO_SHOT:
             continue
-        bench, problems = scan(root, ds, roots, decode)
-        n, m = len(bench.queries), len(bench.corpus)
-        pools = (
-            f", pools of {min(map(len, bench.pools))}-{max(map(len, bench.pools))}"
-            if bench.pools
-            else ""
-        )
-        print(f"{ds:10}  {n} queries, {m} videos{pools}, {len(bench.missing)} media missing")
+        folder = folder_of(root, name)
+        if folder is None:
+            print(f"{name:10}  not here")
+            continue
+        found = True
+        bench, problems = scan(root, name, roots, decode)
+        n = len(bench.queries)
+        m = len(bench.corpus)
+        pools = ""
+        if bench.pools:
+            sizes = [len(pool) for pool in bench.pools]
+            pools = f", pools of {min(sizes)}-{max(sizes)}"
+        print(f"{name:10}  {n} queries, {m} videos{pools}, {len(bench.missing)} media missing")
+
         bad += problems + bench.missing
-        if n != (bench.expected[0] or n) or m != (bench.expected[1] or m):
-            bad.append(
-                f"{folder_of(root, ds)}: {n} queries, {m} videos; {name} has {' and '.join(map(str, bench.expected))}"
-            )
-    if not any(folder_of(root, ds) for ds in DATASETS):
+        queries, corpus = bench.expected
+        if n != (queries or n) or m != (corpus or m):
+            bad.append(f"{folder}: {n} queries, {m} videos; {title} has {queries} and {corpus}")
+    if not found:
         bad.append(f"{root}: none of the 16 datasets is here ({', '.join(DATASETS)})")
     return bad
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    sub = commands.add_parser(
-        "check", help="list every bad row of a benchmark folder as file:line: reason"
-    )
-    sub.add_argument("dir", help="benchmark folder, with <DS>/jsonl/queries.jsonl and so on")
-    sub.add_argument(
-        "--root",
-        nargs="+",
-        default=[],
-        help="further folders for media; paths are tried relative to them too",
-    )
-    sub.add_argument("--decode", action="store_true", help="also decode every video and image")
-    from extras import derive  # only the command line needs it
+@dataclass
+class Flags:
+    command: str = flag(..., "list every bad row of a folder", choices=["check"], positional=True)
+    dir: str = flag(..., "benchmark folder, with <DS>/jsonl/queries.jsonl", positional=True)
+    root: list[str] = flag([], "further folders for media; paths may be relative to them, too")
+    decode: bool = flag(False, "also decode every video and image")
 
-    derive.add_flags(
-        commands.add_parser(
-            "derive",
-            help="build a dataset from its upstream annotation file",
-            description=derive.__doc__,
-            formatter_class=parser.formatter_class,
-        ),
-        DATASETS,
-    )
-    args = parser.parse_args(argv)
+
+def main(flags):
     try:
-        if args.command == "derive":
-            return print(derive.derive(args, DATASETS[args.name][4:6]))
-        bad = check(args.dir, args.root, args.decode)
-    except (ValueError, FileNotFoundError) as e:
-        sys.exit(str(e))
-    print("\n".join([*bad, f"{len(bad)} problems in {args.dir}"]))
+        bad = check(flags.dir, flags.root, flags.decode)
+    except (ValueError, FileNotFoundError) as error:  # the message names the file
+        sys.exit(f"uvrb.py: {error}")
+    print("\n".join([*bad, f"{len(bad)} problems in {flags.dir}"]))
     sys.exit(1 if bad else 0)
 
 
 if __name__ == "__main__":
-    main()
+    main(parse_flags(Flags, doc=__doc__))

@@ -1,28 +1,47 @@
-"""Fused symmetric InfoNCE that never holds the N x M similarities: Triton kernels, a torch twin, one process or many.
+"""Fused symmetric InfoNCE that never stores the N x M similarities, on one process or many.
 
-    loss = info_nce(q, d, 1 / 0.03, ids=content_ids, margin=0.1)     # d = [positives; hard negatives], paper section 4, Eq. (1)
+    loss = info_nce(q, d, 1 / 0.03, ids=content_ids, margin=0.1)   # d = [positives; hard negatives]
 
-N queries, M candidates, D dims; s_ij = q_i . d_j (cosine), z = scale * s, t(i) the column of row i's positive.
-Candidate j is a negative of row i unless it has the positive's content id (so has the positive itself), row i is ignored, or
-s_ij > s_it(i) + margin. With log-sum-exps over negatives alone (a unit is one N x M x D product, 2NMD FLOP),
+The loss is the paper's Eq. (1), section 4. The file stands alone: torch, and Triton where there is
+a GPU. In order: the definition in plain torch (info_nce_ref); two Triton kernels with their
+launchers; the torch twin, which does the same work without Triton; the autograd function that runs
+either of them block by block; the checks; the two public functions, info_nce and info_nce_dist.
+Lines hold more here than elsewhere in the project: each formula stands on one line, like the ones
+below, and the twin works in place because memory is the point.
 
-    r_i = log sum_j exp z_ij        c_j = log sum_i exp z_ij                                      one pass over tiles: 1 unit
+Legend
+    N queries, M candidates, D dimensions; i is a row (query), j a column (candidate)
+    s_ij = q_i . d_j    cosine
+    z_ij = scale * s_ij logit; scale = 1 / tau
+    t(i)                column of row i's positive
+    g_i                 upstream gradient of loss_i
+
+Candidate j is a negative of row i unless it has the positive's content id (as the positive itself
+has), row i is ignored, or s_ij > s_it(i) + margin. The log-sum-exps run over negatives alone:
+
+    r_i = log sum_j exp z_ij        c_j = log sum_i exp z_ij
     loss_i = 1/2 [softplus(r_i - z_it(i)) + softplus(c_t(i) - z_it(i))]
 
-The positive stays out of both sums: the loss cannot be negative, a row without negatives has r = -inf and loss and gradient 0
-with no special case, and a column that several rows share as their positive serves each of them as an anchor of its own. With
-g_i the gradient of loss_i and L_i = log(exp r_i + exp z_it(i)),
+Because the positive stays out of both sums, the loss cannot be negative. A row without negatives
+has r_i = -inf, and loss and gradient 0, without a special case. A column that is the positive of
+several rows serves each of them as a separate anchor.
 
-    G_ij = 1/2 g_i exp(z_ij - L_i) + v_j exp(z_ij - c_j)      v_j = sum over rows with t(i) = j of 1/2 g_i sigmoid(c_j - z_ij)
-    G_it(i) = -1/2 g_i [sigmoid(r_i - z_it(i)) + sigmoid(c_t(i) - z_it(i))]                       recomputed: 1 unit
-    dq = scale G d    dd = scale G^T q    dscale = sum_i q_i . (G d)_i                            two products: 2 units
+The gradient with respect to the logits, with u_i = 1/2 g_i and L_i = log(exp r_i + exp z_it(i)):
 
-Four units, the least that recomputing allows (other public kernels take 6 to 10). No flash-attention-like backward kernel: at
-D = 2048-3584 a dq tile does not fit on the chip, and adding to it in memory once per tile is bound by L2 traffic. G goes to a
-bounded workspace, and two plain products add it up in fp32: 6 bytes per logit, deterministic, nothing filtered out for its size.
+    G_ij    =  u_i exp(z_ij - L_i) + v_j exp(z_ij - c_j)                            j a negative
+    G_it(i) = -w_i
+    w_i = u_i [sigmoid(r_i - z_it(i)) + sigmoid(c_t(i) - z_it(i))]
+    v_j = sum of u_i sigmoid(c_j - z_ij) over the rows i with t(i) = j
+    dq = scale G d        dd = scale G^T q        dscale = sum_i q_i . (G d)_i
 
-A log-sum-exp is kept as a pair: top, the largest cosine, and rest, so that r = scale * top + rest. One number near 300 would
-round to 2e-5 and so would every probability; s - top is exact where it matters, and each row's probabilities sum to 1.
+Cost, in units of one N x M x D product (2NMD FLOP): one for the forward pass, one to recompute the
+logits in the backward pass, two for the products with G. Four is the least that recomputing allows;
+other public kernels take 6 to 10.
+
+Why the backward pass is not shaped like flash attention's: at D = 2048 to 3584 a tile of dq does
+not fit on the chip, and adding to it in memory once per tile is bound by L2 traffic. Instead G goes
+to a workspace of bounded size, and two plain matrix products accumulate it in fp32. This costs 6
+bytes per logit, is deterministic, and drops no gradient for being small.
 """
 
 from __future__ import annotations
@@ -30,70 +49,214 @@ from __future__ import annotations
 import functools
 import os
 import sys
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+
+# Run the Triton kernels on the CPU, for tests. Triton itself reads this when it decorates them.
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+# Also check values that live on the GPU, at the price of waiting for it.
+DEBUG = os.environ.get("INFONCE_DEBUG") == "1"
+
+# Bytes for a block of G on a GPU: 16k x 16k in bf16. Larger blocks re-read fp32 sums less often.
+WORKSPACE = 512 * 2**20
+# Rows and columns of a block on the CPU: 4 MiB in fp32, which stays in the cache.
+CPU_BLOCK = 1024
+# Rows that are multiplied elementwise at once where a copy of all of q would be too much.
+ROWS_AT_ONCE = 2048
+
+# Largest cosine of a sum without terms. It is finite, so that inf - inf never arises.
+LOWEST = -1e30
+# Content id of the rows that pad a rank's candidates to the length of the longest rank's.
+NO_ID = torch.iinfo(torch.int64).min
+# dtype of the inputs -> dtype of the loss and of all sums
+SUM_TYPE = {
+    torch.float32: torch.float32,
+    torch.bfloat16: torch.float32,
+    torch.float16: torch.float32,
+    torch.float64: torch.float64,
+}
 
 try:
     import triton
     import triton.language as tl
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    jit = functools.partial(
-        triton.jit, do_not_specialize=["N", "M", "first"]
-    )  # not a new binary for every size of a block
+    # Blocks come in many sizes: do not compile a kernel anew for N or M = 1 or a multiple of 16.
+    jit = functools.partial(triton.jit, do_not_specialize=["N", "M"])
+    # The hardware computes exp2 and log2: exp(x) = exp2(x * LOG2_E), log(x) = log2(x) * LN_2.
+    LOG2_E = tl.constexpr(1.4426950408889634)
+    LN_2 = tl.constexpr(0.6931471805599453)
+    NO_TOP = tl.constexpr(LOWEST)
 except ImportError:  # no wheel for this platform: the torch twin does everything
-    triton, jit = None, lambda fn: fn
+    triton = None
 
-INTERPRET = (
-    os.environ.get("TRITON_INTERPRET") == "1"
-)  # Triton on the CPU, for tests; read when the kernels are decorated
-DEBUG = (
-    os.environ.get("INFONCE_DEBUG") == "1"
-)  # also check values that live on the GPU, at the price of a sync
-WORKSPACE = (
-    512 * 2**20
-)  # bytes for a block of G on a GPU: 16k x 16k in bf16, so that the fp32 sums are re-read seldom
-CPU_BLOCK = 1024  # rows and columns of a block on the CPU: 4 MiB in fp32, which stays in the cache
-LOWEST = -1e30  # "top" of no candidates at all; finite, so that inf - inf never arises
-NO_ID = torch.iinfo(torch.int64).min  # content id of the padding between ranks
-_say_once = functools.cache(lambda text: print(text, file=sys.stderr))
-SUM_TYPE = {t: torch.float32 for t in (torch.float32, torch.bfloat16, torch.float16)} | {
-    torch.float64: torch.float64
-}
+    def jit(function):
+        """Leave a kernel as it is, since nothing will launch it."""
+        return function
 
 
 def info_nce_ref(
     q, d, scale, *, target=None, ids=None, margin=None, symmetric=True, reduction="mean"
 ):
-    """The definition, in plain torch: what every other form here must equal (arguments: info_nce)."""
-    row, col = torch.arange(len(q), device=q.device), torch.arange(len(d), device=q.device)
-    t, ids = row if target is None else target, col if ids is None else ids
-    valid, t = t >= 0, t.clamp(min=0)
-    s = q @ d.T  # (N, M) cosines
-    drop = (ids == ids[t][:, None]) | ~valid[
-        :, None
-    ]  # the positive's content is no negative, an ignored row has none
+    """Define the loss in plain torch: every other form here must equal it (arguments: info_nce)."""
+    rows = torch.arange(len(q), device=q.device)
+    columns = torch.arange(len(d), device=q.device)
+    target = rows if target is None else target
+    ids = columns if ids is None else ids
+    valid = target >= 0
+    target = target.clamp(min=0)
+
+    # The positive's content is no negative, and an ignored row has no negatives.
+    cosines = q @ d.T  # (N, M)
+    dropped = (ids == ids[target][:, None]) | ~valid[:, None]  # (N, M)
     if margin is not None:
-        drop = drop | (s > s.gather(1, t[:, None]).detach() + margin)
-    z = scale * s
-    loss = F.cross_entropy(
-        z.masked_fill(drop & (col != t[:, None]), -torch.inf), t, reduction="none"
-    )
-    if (
-        symmetric
-    ):  # each row is the positive of its own anchor, the column t[i]: (N anchors, N rows)
-        back = z[:, t].T.masked_fill(drop[:, t].T & (row != row[:, None]), -torch.inf)
-        loss = (loss + F.cross_entropy(back, row, reduction="none")) / 2
+        dropped |= cosines > cosines.gather(1, target[:, None]).detach() + margin
+
+    logits = scale * cosines
+    others = dropped & (columns != target[:, None])
+    loss = F.cross_entropy(logits.masked_fill(others, -torch.inf), target, reduction="none")
+    if symmetric:
+        # Anchor i is row i's positive, the column target[i]; its candidates are all rows.
+        others = dropped[:, target].T & (rows != rows[:, None])  # (N anchors, N rows)
+        reverse = logits[:, target].T.masked_fill(others, -torch.inf)
+        loss = (loss + F.cross_entropy(reverse, rows, reduction="none")) / 2
+
     loss = loss.where(valid, 0)
     return loss if reduction == "none" else loss.sum() / valid.sum().clamp(min=1)
 
 
+# Values that travel together between the autograd function and the kernels
+
+
+class LogSum(NamedTuple):
+    """Keep n log-sum-exps of logits as pairs: log sum_j exp(scale * s_j) = scale * top + rest.
+
+    One number near 300 would be rounded by 2e-5, and so would every probability. The difference
+    s - top is exact where it matters, and each row's probabilities sum to 1.
+    """
+
+    top: torch.Tensor  # (n,) the largest cosine; LOWEST for a sum without terms
+    rest: torch.Tensor  # (n,) log sum_j exp(scale * (s_j - top)); -inf for a sum without terms
+
+    @classmethod
+    def empty(cls, n, scale):
+        """Make n sums without terms."""
+        return cls(scale.new_full((n,), LOWEST), scale.new_full((n,), -torch.inf))
+
+    @classmethod
+    def merge(cls, tops, rests, scale):
+        """Merge P partial log-sum-exps of the same n sums: tops, rests (P, n) -> (n,)."""
+        top = tops.amax(0)
+        return cls(top, (rests + (tops - top) * scale).logsumexp(0))
+
+    def including(self, other, scale):
+        """Return the n sums with the terms of `other`, n more sums, added."""
+        tops = torch.stack([self.top, other.top])  # (2, n)
+        rests = torch.stack([self.rest, other.rest])
+        return LogSum.merge(tops, rests, scale)
+
+    def add_block(self, where, block, scale):
+        """Add a block's sums to the sums at `where`, a slice, in place."""
+        merged = self.block(where).including(block, scale)
+        self.top[where] = merged.top
+        self.rest[where] = merged.rest
+
+    def block(self, where):
+        """Return the sums at `where`, a slice or indices."""
+        return LogSum(self.top[where], self.rest[where])
+
+    def minus_logit(self, cosines, scale):
+        """Return the log-sum-exps less scale * cosines, (n,)."""
+        return (self.top - cosines) * scale + self.rest
+
+
+class Masks(NamedTuple):
+    """Decide which candidates are negatives, from O(N + M) numbers instead of an N x M mask."""
+
+    positive_id: torch.Tensor  # (N,) int32: content id of the row's positive
+    threshold: torch.Tensor  # (N,) cosines above it are dropped; -inf for an ignored row: all
+    candidate_id: torch.Tensor  # (M,) int32: content id of the candidate; -1 for padding
+
+    def block(self, rows, columns):
+        """Return the part that belongs to a block; rows and columns are slices."""
+        return Masks(self.positive_id[rows], self.threshold[rows], self.candidate_id[columns])
+
+
+class Weights(NamedTuple):
+    """The weights u, w and v in the gradient with respect to the logits (top of the file)."""
+
+    row: torch.Tensor  # (N,) u_i
+    positive: torch.Tensor  # (N,) w_i
+    column: torch.Tensor  # (M,) v_j
+
+    def block(self, rows, columns):
+        """Return the part that belongs to a block; rows and columns are slices."""
+        return Weights(self.row[rows], self.positive[rows], self.column[columns])
+
+
+# Triton kernels. One program computes one (BM, BN) tile of the similarities, BK dimensions at a
+# time (m, n: the tile's number; i, j: its row and column indices), and works on it in slices.
+
+
+@jit
+def _similarity_tile(
+    q,
+    d,
+    N,
+    M,
+    D,
+    stride_q,
+    stride_d,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """Compute this program's (BM, BN) tile of q d^T in fp32 -> (tile, m, n)."""
+    # Programs are numbered in groups of 8 tile rows, which keeps their operands in the L2 cache.
+    tiles_m = tl.cdiv(N, BM)
+    tiles_n = tl.cdiv(M, BN)
+    group = tl.program_id(0) // (8 * tiles_n)
+    inside = tl.program_id(0) % (8 * tiles_n)
+    height = tl.minimum(tiles_m - group * 8, 8)
+    m = group * 8 + inside % height
+    n = inside // height
+
+    s = tl.zeros((BM, BN), tl.float32)
+    if TMA:
+        # q and d are descriptors: the hardware reads zeros outside of the matrix.
+        for k in range(0, D, BK):
+            x = q.load([m * BM, k])  # (BM, BK)
+            y = d.load([n * BN, k])  # (BN, BK)
+            s = tl.dot(x, y.T, s, input_precision="ieee")
+    else:
+        # Rows past the end read row 0, whose scores the masks drop.
+        i = m * BM + tl.arange(0, BM)
+        j = n * BN + tl.arange(0, BN)
+        k = tl.arange(0, BK)
+
+        # Offsets are int64 because row * stride can pass 2^31.
+        q += tl.where(i < N, i, 0).to(tl.int64)[:, None] * stride_q + k[None, :]
+        d += tl.where(j < M, j, 0).to(tl.int64)[:, None] * stride_d + k[None, :]
+        for k0 in range(0, D, BK):
+            x = tl.load(q + k0, mask=k[None, :] < D - k0, other=0.0)  # (BM, BK)
+            y = tl.load(d + k0, mask=k[None, :] < D - k0, other=0.0)  # (BN, BK)
+            s = tl.dot(x, y.T, s, input_precision="ieee")
+    return s, m, n
+
+
 @jit
 def _slices(s, WIDTH: tl.constexpr):
-    # The accumulator as a tuple of (BM, WIDTH) slices, for the epilogues to work through one after the other: with masks and
-    # weights for 128 x 256 at once they spill (tests/test_infonce.py compiles them ahead of time for sm_80 and sm_90).
+    """Cut a (BM, BN) tile into a tuple of (BM, WIDTH) slices, left to right.
+
+    The kernels work through the slices one after the other. With masks and weights for a whole
+    128 x 256 tile at once they would spill registers (tests/test_infonce.py compiles them ahead of
+    time for sm_80 and sm_90 and looks).
+    """
+    # Triton compiles only the branch that applies, so both branches must return.
     if s.shape[1] == WIDTH:
         return (s,)
     else:
@@ -102,420 +265,620 @@ def _slices(s, WIDTH: tl.constexpr):
 
 
 @jit
-def _similarities(
+def _dropped(s, i, j, N, M, positive_id_ptr, threshold_ptr, candidate_id_ptr):
+    """Mark the scores of a slice that are not negatives: (BM, WIDTH) cosines -> bool.
+
+    A comparison with NaN is false, so that a NaN score is kept and shows in the loss.
+    """
+    positive_id = tl.load(positive_id_ptr + i, mask=i < N, other=-1)[:, None]
+    threshold = tl.load(threshold_ptr + i, mask=i < N, other=float("-inf"))[:, None]
+    candidate_id = tl.load(candidate_id_ptr + j, mask=j < M, other=-1)[None, :]
+    return (candidate_id < 0) | (positive_id == candidate_id) | (s > threshold)
+
+
+@jit
+def lse_kernel(
+    # (N, D), (M, D): descriptors with TMA, else pointers; a pointer to one number
     q,
     d,
-    stride_q,
-    stride_d,
+    scale_ptr,
+    # masks: (N,), (N,), (M,)
+    positive_id_ptr,
+    threshold_ptr,
+    candidate_id_ptr,
+    # results: (tiles_n, N) twice, (tiles_m, M) twice
+    row_top_ptr,
+    row_rest_ptr,
+    col_top_ptr,
+    col_rest_ptr,
+    # sizes and strides, in elements
     N,
     M,
     D,
+    stride_q,
+    stride_d,
+    # tile
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    WIDTH: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    # One (BM, BN) tile of q d^T in fp32. Tiles are numbered in groups of 8 tile rows, which keeps their operands in L2.
-    tiles_m, tiles_n = tl.cdiv(N, BM), tl.cdiv(M, BN)
-    group, inside = tl.program_id(0) // (8 * tiles_n), tl.program_id(0) % (8 * tiles_n)
-    height = tl.minimum(tiles_m - group * 8, 8)
-    m, n = group * 8 + inside % height, inside // height
-    s = tl.zeros((BM, BN), tl.float32)
-    if TMA:  # q and d are descriptors: the hardware fills what lies outside with zeros
-        for k in range(0, D, BK):
-            s = tl.dot(q.load([m * BM, k]), d.load([n * BN, k]).T, s, input_precision="ieee")
-    else:  # rows past the end read row 0, whose scores the masks drop; offsets in int64, since row * stride passes 2^31
-        i, j, k = m * BM + tl.arange(0, BM), n * BN + tl.arange(0, BN), tl.arange(0, BK)
-        q += tl.where(i < N, i, 0).to(tl.int64)[:, None] * stride_q + k[None, :]
-        d += tl.where(j < M, j, 0).to(tl.int64)[:, None] * stride_d + k[None, :]
-        for k0 in range(0, D, BK):
-            x = tl.load(q + k0, mask=k[None, :] < D - k0, other=0.0)
-            y = tl.load(d + k0, mask=k[None, :] < D - k0, other=0.0)
-            s = tl.dot(x, y.T, s, input_precision="ieee")
-    return s, m, n
+    """Write the LogSum of each tile's rows and columns, for LogSum.merge to put together.
 
-
-@jit
-def _negatives(s, i, j, own, bound, ids, N, M):
-    # (BM, WIDTH) mask. own: the id of the row's positive; bound: -inf drops an ignored row. Not "s <= bound": a NaN must show.
-    own, bound = (
-        tl.load(own + i, mask=i < N, other=-1),
-        tl.load(bound + i, mask=i < N, other=float("-inf")),
-    )
-    ids = tl.load(ids + j, mask=j < M, other=-1)
-    return (ids >= 0)[None, :] & (own[:, None] != ids[None, :]) & ~(s > bound[:, None])
-
-
-@jit
-def lse_kernel(q, d, scale, own, bound, ids, row, col, stride_q, stride_d, N, M, D,
-               BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, WIDTH: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
-    """Each tile's (top, rest): row (2, tiles_n, N) over the tile's columns, col (2, tiles_m, M) over its rows; _merge them."""
-    s, m, n = _similarities(q, d, stride_q, stride_d, N, M, D, BM, BN, BK, TMA)
-    parts = _slices(s, WIDTH)
-    log2 = tl.load(scale) * 1.4426950408889634  # exp(x) = exp2(x log2(e)), the hardware's own
+    Each program writes to places of its own, without atomics or locks: always the same bits.
+    """
+    tile, m, n = _similarity_tile(q, d, N, M, D, stride_q, stride_d, BM, BN, BK, TMA)
+    slices = _slices(tile, WIDTH)
+    scale = tl.load(scale_ptr) * LOG2_E  # for exp2
     i = m * BM + tl.arange(0, BM)
-    top, total = tl.full((BM,), -1e30, tl.float32), tl.zeros((BM,), tl.float32)
+    row_top = tl.full((BM,), NO_TOP, tl.float32)
+    row_sum = tl.zeros((BM,), tl.float32)
+
     for part in tl.static_range(BN // WIDTH):
+        s = slices[part]  # (BM, WIDTH)
         j = n * BN + part * WIDTH + tl.arange(0, WIDTH)
-        s = tl.where(
-            _negatives(parts[part], i, j, own, bound, ids, N, M), parts[part], float("-inf")
-        )
-        higher = tl.maximum(top, tl.max(s, 1))
-        total = total * tl.exp2((top - higher) * log2) + tl.sum(
-            tl.exp2((s - higher[:, None]) * log2), 1
-        )
-        top = higher
-        highest = tl.maximum(tl.max(s, 0), -1e30)
-        rest = tl.log2(tl.sum(tl.exp2((s - highest[None, :]) * log2), 0)) * 0.6931471805599453
-        tl.store(
-            col + m.to(tl.int64) * M + j, highest, mask=j < M
-        )  # no atomics, no locks: always the same bits
-        tl.store(col + (tl.cdiv(N, BM) + m).to(tl.int64) * M + j, rest, mask=j < M)
-    tl.store(row + n.to(tl.int64) * N + i, top, mask=i < N)
-    tl.store(
-        row + (tl.cdiv(M, BN) + n).to(tl.int64) * N + i,
-        tl.log2(total) * 0.6931471805599453,
-        mask=i < N,
-    )
+        dropped = _dropped(s, i, j, N, M, positive_id_ptr, threshold_ptr, candidate_id_ptr)
+        s = tl.where(dropped, float("-inf"), s)
+
+        # Rows: fold the slice into the running sum, as online softmax does.
+        higher = tl.maximum(row_top, tl.max(s, 1))  # (BM,)
+        slice_sum = tl.sum(tl.exp2((s - higher[:, None]) * scale), 1)
+        row_sum = row_sum * tl.exp2((row_top - higher) * scale) + slice_sum
+        row_top = higher
+
+        # Columns: the slice holds all of this tile's rows, so that their sums are complete.
+        col_top = tl.maximum(tl.max(s, 0), NO_TOP)  # (WIDTH,)
+        col_sum = tl.sum(tl.exp2((s - col_top[None, :]) * scale), 0)
+        col_offset = m.to(tl.int64) * M + j
+        tl.store(col_top_ptr + col_offset, col_top, mask=j < M)
+        tl.store(col_rest_ptr + col_offset, tl.log2(col_sum) * LN_2, mask=j < M)
+
+    row_offset = n.to(tl.int64) * N + i
+    tl.store(row_top_ptr + row_offset, row_top, mask=i < N)
+    tl.store(row_rest_ptr + row_offset, tl.log2(row_sum) * LN_2, mask=i < N)
 
 
 @jit
-def grad_kernel(q, d, scale, own, bound, at, top, rest, u, w, ids, col_top, col_rest, v, G, stride_q, stride_d, stride_g, N, M, D,
-                first, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, WIDTH: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
-    """G (N, M): u_i exp(z_ij - L_i) + v_j exp(z_ij - c_j) for negatives, -w_i where column first + j is at_i, else 0."""
-    s, m, n = _similarities(q, d, stride_q, stride_d, N, M, D, BM, BN, BK, TMA)
-    parts = _slices(s, WIDTH)
-    log2 = tl.load(scale) * 1.4426950408889634
+def grad_kernel(
+    # (N, D), (M, D): descriptors with TMA, else pointers; a pointer to one number
+    q,
+    d,
+    scale_ptr,
+    # masks: (N,), (N,), (M,)
+    positive_id_ptr,
+    threshold_ptr,
+    candidate_id_ptr,
+    # rows, (N,) each: column of the positive, L_i as a LogSum, u_i, w_i
+    target_ptr,
+    row_top_ptr,
+    row_rest_ptr,
+    row_weight_ptr,
+    positive_weight_ptr,
+    # columns, (M,) each: c_j as a LogSum, v_j
+    col_top_ptr,
+    col_rest_ptr,
+    col_weight_ptr,
+    # result: (N, M)
+    grad_ptr,
+    # sizes and strides, in elements
+    N,
+    M,
+    D,
+    stride_q,
+    stride_d,
+    stride_grad,
+    # tile
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """Write G, the gradient with respect to the logits (formula at the top of the file)."""
+    tile, m, n = _similarity_tile(q, d, N, M, D, stride_q, stride_d, BM, BN, BK, TMA)
+    slices = _slices(tile, WIDTH)
+    scale = tl.load(scale_ptr) * LOG2_E  # for exp2
     i = m * BM + tl.arange(0, BM)
+
+    # The rows' values are loaded again for each slice: held throughout, they would spill.
     for part in tl.static_range(BN // WIDTH):
-        s = parts[part]
+        s = slices[part]  # (BM, WIDTH)
         j = n * BN + part * WIDTH + tl.arange(0, WIDTH)
-        up, low = (
-            tl.load(top + i, mask=i < N, other=0.0),
-            tl.load(rest + i, mask=i < N, other=0.0) * 1.4426950408889634,
-        )
-        g = tl.load(u + i, mask=i < N, other=0.0)[:, None] * tl.exp2(
-            (s - up[:, None]) * log2 - low[:, None]
-        )
-        up, low = (
-            tl.load(col_top + j, mask=j < M, other=0.0),
-            tl.load(col_rest + j, mask=j < M, other=0.0) * 1.4426950408889634,
-        )
-        g += tl.load(v + j, mask=j < M, other=0.0)[None, :] * tl.exp2(
-            (s - up[None, :]) * log2 - low[None, :]
-        )
-        g = tl.where(
-            _negatives(s, i, j, own, bound, ids, N, M), g, 0.0
-        )  # drops the infinities of empty sums as well
-        positive = (tl.load(at + i, mask=i < N, other=-1) - first)[:, None] == j[None, :]
-        g = tl.where(positive, -tl.load(w + i, mask=i < N, other=0.0)[:, None], g)
+
+        # u_i exp(z_ij - L_i)
+        top = tl.load(row_top_ptr + i, mask=i < N, other=0.0)[:, None]
+        rest = tl.load(row_rest_ptr + i, mask=i < N, other=0.0)[:, None] * LOG2_E
+        weight = tl.load(row_weight_ptr + i, mask=i < N, other=0.0)[:, None]
+        grad = weight * tl.exp2((s - top) * scale - rest)
+
+        # v_j exp(z_ij - c_j)
+        top = tl.load(col_top_ptr + j, mask=j < M, other=0.0)[None, :]
+        rest = tl.load(col_rest_ptr + j, mask=j < M, other=0.0)[None, :] * LOG2_E
+        weight = tl.load(col_weight_ptr + j, mask=j < M, other=0.0)[None, :]
+        grad += weight * tl.exp2((s - top) * scale - rest)
+
+        # The mask also removes the infinities that sums without terms give.
+        dropped = _dropped(s, i, j, N, M, positive_id_ptr, threshold_ptr, candidate_id_ptr)
+        grad = tl.where(dropped, 0.0, grad)
+
+        # -w_i at the positive
+        target = tl.load(target_ptr + i, mask=i < N, other=-1)[:, None]
+        weight = tl.load(positive_weight_ptr + i, mask=i < N, other=0.0)[:, None]
+        grad = tl.where(target == j[None, :], -weight, grad)
+
+        offset = i.to(tl.int64)[:, None] * stride_grad + j[None, :]
         inside = (i < N)[:, None] & (j < M)[None, :]
-        tl.store(
-            G + i.to(tl.int64)[:, None] * stride_g + j[None, :],
-            g.to(G.dtype.element_ty),
-            mask=inside,
-        )
+        tl.store(grad_ptr + offset, grad.to(grad_ptr.dtype.element_ty), mask=inside)
 
 
-TILES = {  # no spills, and shared memory for the smallest device of the kind; they do not depend on N, M or D
-    "hopper": dict(
-        BM=128, BN=256, BK=64, WIDTH=32, num_warps=8, num_stages=4
-    ),  # and datacentre Blackwell: 192 KiB
-    "ampere": dict(
-        BM=128, BN=256, BK=32, WIDTH=32, num_warps=8, num_stages=4
-    ),  # and Ada, small Blackwell: 72 KiB
-    "fp32": dict(
-        BM=64, BN=64, BK=32, WIDTH=32, num_warps=4, num_stages=3
-    ),  # exact products, on the plain cores
-    "interpreter": dict(
-        BM=32, BN=64, BK=32, WIDTH=32, num_warps=4, num_stages=1
-    ),  # small: tests cross many edges
+# Tiles by kind of device. They do not depend on N, M or D, spill no registers, and fit the shared
+# memory of the smallest device of their kind.
+TILES = {
+    # Hopper and datacentre Blackwell: 192 KiB
+    "hopper": dict(BM=128, BN=256, BK=64, WIDTH=32, num_warps=8, num_stages=4),
+    # Ampere, Ada and small Blackwell: 72 KiB
+    "ampere": dict(BM=128, BN=256, BK=32, WIDTH=32, num_warps=8, num_stages=4),
+    # fp32 inputs: exact products, on the plain cores
+    "fp32": dict(BM=64, BN=64, BK=32, WIDTH=32, num_warps=4, num_stages=3),
+    # small, so that tests cross many edges
+    "interpreter": dict(BM=32, BN=64, BK=32, WIDTH=32, num_warps=4, num_stages=1),
 }
 
 
-def _launch(kernel, q, d, scale, *args, **sizes):
-    if INTERPRET and q.dtype == torch.bfloat16:  # the interpreter's bf16 products are garbage
-        q, d = q.float(), d.float()
-    q, d = (x if x.stride(1) == 1 else x.contiguous() for x in (q, d))
-    half, major = (
-        q.dtype != torch.float32,
-        torch.cuda.get_device_capability(q.device)[0] if q.is_cuda else 9,
-    )
-    tile = TILES[
-        "interpreter"
-        if INTERPRET
-        else "fp32"
-        if not half
-        else "hopper"
-        if major in (9, 10)
-        else "ampere"
-    ]
-    grid = (triton.cdiv(len(q), tile["BM"]), triton.cdiv(len(d), tile["BN"]))
-    if kernel is lse_kernel:
-        args += tuple(
-            scale.new_empty(2, tiles, len(x))
-            for tiles, x in zip(reversed(grid), (q, d), strict=True)
-        )
-    sizes |= dict(stride_q=q.stride(0), stride_d=d.stride(0), N=len(q), M=len(d), D=q.shape[1])
-    # Descriptors (TMA) from Hopper on, where base and rows lie on 16 bytes; elsewhere masked pointers.
-    tma = (
-        half
-        and major >= 9
-        and all(x.stride(0) % 8 == x.data_ptr() % 16 == 0 < x.stride(0) for x in (q, d))
-    )
+class Launch(NamedTuple):
+    """The part of a launch that both kernels share."""
+
+    q: torch.Tensor | TensorDescriptor  # (N, D)
+    d: torch.Tensor | TensorDescriptor  # (M, D)
+    tiles_m: int
+    tiles_n: int
+    settings: dict  # sizes, strides and the tile, by the kernels' argument names
+
+
+def _prepare_launch(q, d):
+    """Choose the tile for q (N, D) and d (M, D), and descriptors (TMA) or pointers to read them."""
+    if INTERPRET and q.dtype == torch.bfloat16:
+        # The interpreter multiplies the bits of bf16 numbers as integers.
+        q = q.float()
+        d = d.float()
+    if q.stride(1) != 1:
+        q = q.contiguous()
+    if d.stride(1) != 1:
+        d = d.contiguous()
+
+    half = q.dtype != torch.float32
+    major = torch.cuda.get_device_capability(q.device)[0] if q.is_cuda else 9
+    if INTERPRET:
+        tile = TILES["interpreter"]
+    elif not half:
+        tile = TILES["fp32"]
+    elif major in (9, 10):
+        tile = TILES["hopper"]
+    else:
+        tile = TILES["ampere"]
+
+    tma = half and major >= 9 and _fits_descriptor(q) and _fits_descriptor(d)
+    settings = dict(N=len(q), M=len(d), D=q.shape[1], stride_q=q.stride(0), stride_d=d.stride(0))
+    settings |= dict(TMA=tma, **tile)
+    tiles_m = triton.cdiv(len(q), tile["BM"])
+    tiles_n = triton.cdiv(len(d), tile["BN"])
     if tma:
-        q, d = (
-            TensorDescriptor.from_tensor(x, [tile[b], tile["BK"]])
-            for x, b in ((q, "BM"), (d, "BN"))
-        )
+        q = TensorDescriptor.from_tensor(q, [tile["BM"], tile["BK"]])
+        d = TensorDescriptor.from_tensor(d, [tile["BN"], tile["BK"]])
+    return Launch(q, d, tiles_m, tiles_n, settings)
+
+
+def _fits_descriptor(x):
+    """Say whether a half-precision matrix can be read by TMA: base and rows lie on 16 bytes."""
+    return x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0 and x.stride(0) > 0
+
+
+def _lse_triton(q, d, scale, masks, workspace):
+    """Compute the LogSums of a block's rows and columns over its negatives -> (n,), (m,).
+
+    q (n, D) and d (m, D) are the block's queries and candidates. Here and below, masks, sums and
+    weights are the parts that belong to the block. This form needs no workspace.
+    """
+    launch = _prepare_launch(q, d)
+    row_top = scale.new_empty(launch.tiles_n, len(q))
+    row_rest = scale.new_empty(launch.tiles_n, len(q))
+    col_top = scale.new_empty(launch.tiles_m, len(d))
+    col_rest = scale.new_empty(launch.tiles_m, len(d))
+
     with torch.cuda.device_of(scale):
-        kernel[(grid[0] * grid[1],)](q, d, scale, *args, **sizes, TMA=tma, **tile)
-    return args
+        lse_kernel[(launch.tiles_m * launch.tiles_n,)](
+            q=launch.q,
+            d=launch.d,
+            scale_ptr=scale,
+            positive_id_ptr=masks.positive_id,
+            threshold_ptr=masks.threshold,
+            candidate_id_ptr=masks.candidate_id,
+            # results
+            row_top_ptr=row_top,
+            row_rest_ptr=row_rest,
+            col_top_ptr=col_top,
+            col_rest_ptr=col_rest,
+            **launch.settings,
+        )
+    rows = LogSum.merge(row_top, row_rest, scale)
+    columns = LogSum.merge(col_top, col_rest, scale)
+    return rows, columns
 
 
-def _lse_triton(q, d, scale, own, bound, ids, work):
-    return [
-        _merge(*parts.unbind(1), scale=scale)
-        for parts in _launch(lse_kernel, q, d, scale, own, bound, ids)[-2:]
-    ]
+def _grad_triton(q, d, scale, masks, target, full_lse, col_lse, weights, workspace):
+    """Compute a block of G into the workspace, in its dtype -> (n, m).
+
+    target (n,) int32: the positive's column, counted from the block's first; it may lie outside.
+    full_lse (n,): L_i. col_lse (m,): c_j. weights: u_i, w_i, v_j.
+    """
+    launch = _prepare_launch(q, d)
+    grad = workspace[0, : len(q), : len(d)]
+
+    with torch.cuda.device_of(scale):
+        grad_kernel[(launch.tiles_m * launch.tiles_n,)](
+            q=launch.q,
+            d=launch.d,
+            scale_ptr=scale,
+            positive_id_ptr=masks.positive_id,
+            threshold_ptr=masks.threshold,
+            candidate_id_ptr=masks.candidate_id,
+            # rows
+            target_ptr=target,
+            row_top_ptr=full_lse.top,
+            row_rest_ptr=full_lse.rest,
+            row_weight_ptr=weights.row,
+            positive_weight_ptr=weights.positive,
+            # columns
+            col_top_ptr=col_lse.top,
+            col_rest_ptr=col_lse.rest,
+            col_weight_ptr=weights.column,
+            # result
+            grad_ptr=grad,
+            stride_grad=grad.stride(0),
+            **launch.settings,
+        )
+    return grad
 
 
-def _grad_triton(q, d, *args):  # the last two: first, work
-    G = args[-1][0, : len(q), : len(d)]
-    return _launch(grad_kernel, q, d, *args[:-2], G, stride_g=G.stride(0), first=args[-2])[-1]
+# The torch twin: the same two functions without Triton, in place in a workspace of two layers
 
 
-def _lse_torch(q, d, scale, own, bound, ids, work):
-    s, e = _addmm(work[0, : len(q), : len(d)], q, d.T, beta=0), work[1, : len(q), : len(d)]
-    s.masked_fill_(
-        (own[:, None] == ids).logical_or_(s > bound[:, None]).logical_or_(ids < 0), -torch.inf
-    )
-    row, col = s.amax(1).clamp_(min=LOWEST), s.amax(0).clamp_(min=LOWEST)
-    row = torch.stack([row, torch.sub(s, row[:, None], out=e).mul_(scale).exp_().sum(1).log_()])
-    return row, torch.stack([col, torch.sub(s, col, out=e).mul_(scale).exp_().sum(0).log_()])
+def _lse_torch(q, d, scale, masks, workspace):
+    """Do the work of _lse_triton in plain torch; workspace (2, >= n, >= m) in the sums' dtype."""
+    cosines = workspace[0, : len(q), : len(d)]  # (n, m)
+    scratch = workspace[1, : len(q), : len(d)]  # (n, m)
+    _matmul(cosines, q, d.T)
+    cosines.masked_fill_(_dropped_torch(cosines, masks), -torch.inf)
+
+    row_top = cosines.amax(1).clamp_(min=LOWEST)  # (n,)
+    torch.sub(cosines, row_top[:, None], out=scratch).mul_(scale).exp_()
+    rows = LogSum(row_top, scratch.sum(1).log_())
+
+    col_top = cosines.amax(0).clamp_(min=LOWEST)  # (m,)
+    torch.sub(cosines, col_top, out=scratch).mul_(scale).exp_()
+    columns = LogSum(col_top, scratch.sum(0).log_())
+    return rows, columns
 
 
-def _grad_torch(
-    q, d, scale, own, bound, at, top, rest, u, w, ids, col_top, col_rest, v, first, work
-):
-    s, G = _addmm(work[0, : len(q), : len(d)], q, d.T, beta=0), work[1, : len(q), : len(d)]
-    drop = (own[:, None] == ids).logical_or_(s > bound[:, None]).logical_or_(ids < 0)
-    torch.addcmul(-rest[:, None], torch.sub(s, top[:, None], out=G), scale, out=G).exp_().mul_(
-        u[:, None]
-    )
-    G.addcmul_(torch.addcmul(-col_rest, s.sub_(col_top), scale, out=s).exp_(), v).masked_fill_(
-        drop, 0
-    )
-    inside, at = (
-        (at >= first) & (at < first + len(d)),
-        (at.long() - first).clamp_(0, len(d) - 1)[:, None],
-    )
-    return G.scatter_(1, at, torch.where(inside[:, None], -w[:, None], G.gather(1, at)))
+def _grad_torch(q, d, scale, masks, target, full_lse, col_lse, weights, workspace):
+    """Do the work of _grad_triton in plain torch."""
+    cosines = workspace[0, : len(q), : len(d)]  # (n, m)
+    grad = workspace[1, : len(q), : len(d)]  # (n, m)
+    _matmul(cosines, q, d.T)
+    dropped = _dropped_torch(cosines, masks)
+
+    # u_i exp(z_ij - L_i)
+    torch.sub(cosines, full_lse.top[:, None], out=grad)
+    torch.addcmul(-full_lse.rest[:, None], grad, scale, out=grad).exp_()
+    grad.mul_(weights.row[:, None])
+
+    # + v_j exp(z_ij - c_j), which takes the place of the cosines
+    cosines.sub_(col_lse.top)
+    torch.addcmul(-col_lse.rest, cosines, scale, out=cosines).exp_()
+    grad.addcmul_(cosines, weights.column)
+    grad.masked_fill_(dropped, 0)
+
+    # -w_i at the positive, where this block holds it
+    inside = (target >= 0) & (target < len(d))
+    column = target.long().clamp(0, len(d) - 1)[:, None]  # (n, 1)
+    kept = grad.gather(1, column)
+    return grad.scatter_(1, column, torch.where(inside[:, None], -weights.positive[:, None], kept))
 
 
-LSE, GRAD = (
-    {"triton": _lse_triton, "torch": _lse_torch},
-    {"triton": _grad_triton, "torch": _grad_torch},
-)
+def _dropped_torch(cosines, masks):
+    """Mark the scores that are not negatives, as _dropped does: (n, m) cosines -> bool."""
+    dropped = masks.positive_id[:, None] == masks.candidate_id
+    dropped.logical_or_(cosines > masks.threshold[:, None])
+    return dropped.logical_or_(masks.candidate_id < 0)
 
 
-def _addmm(out, a, b, beta=1):
-    """out = beta * out + a @ b, summed in out's dtype (fp32 for half inputs); with out=, autocast leaves it alone."""
-    if out.is_cuda and b.dtype != out.dtype:
-        return torch.addmm(out, a.to(b.dtype), b, beta=beta, out_dtype=out.dtype, out=out)
-    return torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, out=out)
-
-
-def _merge(*parts, scale):
-    """Partial (top, rest) of the same n sums, each (2, n) -> theirs together (2, n)."""
-    top, rest = torch.stack(parts, 1)
-    return torch.stack([top.amax(0), (rest + (top - top.amax(0)) * scale).logsumexp(0)])
-
-
-def _blocks(q, d, impl):
-    """Blocks of rows x columns, row by row, with a workspace for one of them: bounded, whatever N and M are."""
-    copies, dtype = (
-        (1, q.dtype) if impl == "triton" else (2, SUM_TYPE[q.dtype])
-    )  # G alone; the twin's scores and G, in fp32
-    size = (
-        int((WORKSPACE / copies / dtype.itemsize) ** 0.5) // 256 * 256 if q.is_cuda else CPU_BLOCK
-    )
-    work = q.new_empty(copies, min(size, len(q)), min(size, -(-len(d) // 16) * 16), dtype=dtype)
-    rows, cols = ([slice(i, min(i + size, len(x))) for i in range(0, len(x), size)] for x in (q, d))
-    return [(i, j, work) for i in rows for j in cols]
+LSE = {"triton": _lse_triton, "torch": _lse_torch}
+GRAD = {"triton": _grad_triton, "torch": _grad_torch}
 
 
 class _InfoNCE(torch.autograd.Function):
-    """(N,) losses of this process's rows. With world > 1, d is this rank's equal part of the candidates, ids are everyone's."""
+    """Compute the losses of this process's rows, (N,), block by block.
+
+    With world > 1, d is this rank's part of the candidates, of equal length on all ranks, while
+    target and ids are about the candidates of all ranks in rank order.
+    """
 
     @staticmethod
     def forward(ctx, q, d, scale, target, ids, margin, symmetric, impl, world):
-        ctx.options = symmetric, impl, world, scale.dtype
+        scale_type = scale.dtype
         scale = scale.detach().to(SUM_TYPE[q.dtype])
-        d = _collective("all_gather", d) if world > 1 else d
-        t, ignored = target.clamp(min=0), target < 0
-        own, rows = (
-            ids[t],
-            zip(q.split(2048), t.split(2048), strict=True),
-        )  # a few at a time: no wide copy of q and d
-        positive = torch.cat([(x.double() * d[at].double()).sum(1) for x, at in rows]).to(
-            scale.dtype
-        )
-        bound = (positive + (torch.inf if margin is None else margin)).masked_fill(
-            ignored, -torch.inf
-        )
-        row, col = (
-            torch.stack([scale.new_full((len(x),), a) for a in (LOWEST, -torch.inf)])
-            for x in (q, d)
-        )
-        for i, j, work in _blocks(q, d, impl):
-            row_ij, col_ij = LSE[impl](q[i], d[j], scale, own[i], bound[i], ids[j], work)
-            row[:, i], col[:, j] = (
-                _merge(row[:, i], row_ij, scale=scale),
-                _merge(col[:, j], col_ij, scale=scale),
-            )
-        if world > 1:  # each rank has seen its own rows of every column
-            col = _merge(*_collective("all_gather", col).view(world, 2, -1), scale=scale)
-        over = torch.stack(
-            [(x[0] - positive) * scale + x[1] for x in (row, col[:, t])]
-        )  # r_i - z_it(i), c_t(i) - z_it(i)
-        row = _merge(row, torch.stack([positive, torch.zeros_like(positive)]), scale=scale)  # L_i
-        ctx.save_for_backward(q, d, scale, target, ids, own, bound, row, col, over)
-        loss = torch.logaddexp(
-            over, torch.zeros_like(over)
-        )  # softplus, without its shortcut above 20
-        return (loss.mean(0) if symmetric else loss[0]).masked_fill(ignored, 0)
+        if world > 1:
+            d = _all_gather(d)  # (M, D) of all ranks
+
+        ignored = target < 0  # (N,)
+        column = target.clamp(min=0)  # (N,)
+        positive = _positive_cosines(q, d, column).to(scale.dtype)  # (N,)
+        threshold = positive + (torch.inf if margin is None else margin)
+        masks = Masks(ids[column], threshold.masked_fill(ignored, -torch.inf), ids)
+
+        row_lse = LogSum.empty(len(q), scale)
+        col_lse = LogSum.empty(len(d), scale)
+        row_blocks, col_blocks, workspace = _blocks(q, d, impl)
+        for rows in row_blocks:
+            for cols in col_blocks:
+                block_masks = masks.block(rows, cols)
+                in_rows, in_cols = LSE[impl](q[rows], d[cols], scale, block_masks, workspace)
+                row_lse.add_block(rows, in_rows, scale)
+                col_lse.add_block(cols, in_cols, scale)
+
+        if world > 1:
+            # Each rank has seen its own rows of every column: add the ranks' sums together.
+            parts = _all_gather(torch.stack(col_lse)).view(world, 2, -1)
+            col_lse = LogSum.merge(parts[:, 0], parts[:, 1], scale)
+
+        # The two directions' log-odds of a negative: r_i - z_it(i) and c_t(i) - z_it(i)
+        row_odds = row_lse.minus_logit(positive, scale)
+        col_odds = col_lse.block(column).minus_logit(positive, scale)
+        log_odds = torch.stack([row_odds, col_odds])  # (2, N)
+        # L_i: the positive's own logit joins the negatives'
+        full_lse = row_lse.including(LogSum(positive, torch.zeros_like(positive)), scale)
+
+        ctx.options = symmetric, impl, world, scale_type
+        ctx.save_for_backward(q, d, scale, target, *masks, *full_lse, *col_lse, log_odds)
+
+        # softplus; F.softplus takes a shortcut above 20
+        losses = torch.logaddexp(log_odds, torch.zeros_like(log_odds))  # (2, N)
+        loss = losses.mean(0) if symmetric else losses[0]
+        return loss.masked_fill(ignored, 0)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, upstream):
-        q, d, scale, target, ids, own, bound, row, col, over = ctx.saved_tensors
         symmetric, impl, world, scale_type = ctx.options
+        q, d, scale, target, *saved, log_odds = ctx.saved_tensors
+        masks = Masks(*saved[0:3])
+        full_lse = LogSum(*saved[3:5])  # (N,) L_i
+        col_lse = LogSum(*saved[5:7])  # (M,) c_j
         need_q, need_d, need_scale = ctx.needs_input_grad[:3]
-        u = upstream.to(over.dtype).masked_fill(target < 0, 0) * (0.5 if symmetric else 1)
-        back = u * over[1].sigmoid() * symmetric
-        w = u * over[0].sigmoid() + back
-        v = torch.zeros_like(col[0]).index_put_(
-            (target.clamp(min=0),), back, accumulate=True
-        )  # index_add_ has no fixed order
-        if world > 1:  # a column has one owner: an exact sum
-            dist.all_reduce(v)
-        # In half precision weights of 1/N would vanish: G holds them relative to the largest, the fp32 sums are multiplied.
-        largest = torch.cat([u, w, v, v.new_full((1,), torch.finfo(v.dtype).tiny)]).abs().amax()
-        factor = torch.ldexp(
-            torch.ones_like(scale), largest.frexp().exponent
-        )  # a power of two: costs no rounding
-        by_row, by_col = (
-            (own, bound, target.int(), *row, u / factor, w / factor),
-            (ids, *col, v / factor),
-        )
-        dq, dd = (
-            q.new_empty(q.shape) if need_q else None,
-            scale.new_zeros(d.shape) if need_d else None,
-        )
+
+        row_weight = upstream.to(scale.dtype).masked_fill(target < 0, 0)  # (N,) u_i
+        if symmetric:
+            row_weight = row_weight * 0.5
+        positive_weight = row_weight * log_odds[0].sigmoid()  # (N,) w_i
+        col_weight = torch.zeros_like(col_lse.top)  # (M,) v_j
+        if symmetric:
+            reverse = row_weight * log_odds[1].sigmoid()  # (N,)
+            positive_weight = positive_weight + reverse
+            # index_add_ would be shorter, but has no fixed order on a GPU.
+            col_weight.index_put_((target.clamp(min=0),), reverse, accumulate=True)
+        if world > 1:
+            # Exact, in any order: a column is the positive of one rank's rows only.
+            dist.all_reduce(col_weight)
+
+        # Weights of 1 / N would vanish in half precision. So G holds them divided by the power of
+        # two above the largest weight, and the fp32 sums are multiplied by it again. A power of two
+        # costs no rounding.
+        tiny = scale.new_full((1,), torch.finfo(scale.dtype).tiny)
+        largest = torch.cat([row_weight, positive_weight, col_weight, tiny]).abs().amax()
+        factor = torch.ldexp(torch.ones_like(scale), largest.frexp().exponent)
+        weights = Weights(row_weight / factor, positive_weight / factor, col_weight / factor)
+
+        dq = q.new_empty(q.shape) if need_q else None  # (N, D)
+        dd = scale.new_zeros(d.shape) if need_d else None  # (M, D), of all ranks
         dscale = torch.zeros_like(scale)
-        for i, j, work in _blocks(q, d, impl):
-            if j.start == 0:
-                sums = scale.new_zeros(i.stop - i.start, q.shape[1])
-            G = GRAD[impl](
-                q[i], d[j], scale, *(x[i] for x in by_row), *(x[j] for x in by_col), j.start, work
-            )
-            if need_q or need_scale:
-                _addmm(sums, G, d[j])
-            if need_d:
-                _addmm(dd[j], G.T, q[i])
-            if (
-                j.stop == len(d) and need_scale
-            ):  # a few rows at a time: no fp32 copy of a whole block
-                dscale += (
-                    sum(
-                        (x * y).sum()
-                        for x, y in zip(q[i].split(2048), sums.split(2048), strict=True)
-                    )
-                    * factor
-                )
-            if j.stop == len(d) and need_q:
-                dq[i] = sums.mul_(factor * scale)
+        row_blocks, col_blocks, workspace = _blocks(q, d, impl)
+        for rows in row_blocks:
+            q_block = q[rows]  # (n, D)
+            sums = scale.new_zeros(q_block.shape)  # (n, D): G d of the block's rows
+
+            for cols in col_blocks:
+                grad = GRAD[impl](
+                    q_block,
+                    d[cols],
+                    scale,
+                    masks.block(rows, cols),
+                    (target[rows] - cols.start).int(),
+                    full_lse.block(rows),
+                    col_lse.block(cols),
+                    weights.block(rows, cols),
+                    workspace,
+                )  # (n, m)
+                if need_q or need_scale:
+                    _matmul(sums, grad, d[cols], add=True)
+                if need_d:
+                    _matmul(dd[cols], grad.T, q_block, add=True)
+
+            if need_scale:
+                dscale += _sum_of_products(q_block, sums) * factor
+            if need_q:
+                dq[rows] = sums.mul_(factor * scale)
+
         if need_d:
             dd.mul_(factor * scale)
-            dd = (_collective("reduce_scatter", dd) if world > 1 else dd).to(d.dtype)
-        return dq, dd, dscale.to(scale_type) if need_scale else None, *[None] * 6
+            if world > 1:
+                dd = _reduce_scatter(dd)  # this rank's candidates again
+            dd = dd.to(d.dtype)
+        dscale = dscale.to(scale_type) if need_scale else None
+        return dq, dd, dscale, *[None] * 6
 
 
-def _collective(kind, x):
-    """all_gather: every rank's rows (equally many), in rank order. reduce_scatter: this rank's rows of the sum over ranks."""
-    world = dist.get_world_size()
-    out = x.new_empty(len(x) * world if kind == "all_gather" else len(x) // world, *x.shape[1:])
-    older = (
-        dist.all_gather_into_tensor if kind == "all_gather" else dist.reduce_scatter_tensor
-    )  # names before torch 2.13
-    getattr(dist, f"{kind}_single", older)(out, x.contiguous())
+def _blocks(q, d, impl):
+    """Cut rows and columns into blocks -> (row slices, column slices, workspace for one block).
+
+    The workspace is bounded for any N and M: see WORKSPACE and CPU_BLOCK.
+    """
+    if impl == "triton":
+        layers = 1  # G, in the inputs' dtype
+        dtype = q.dtype
+    else:
+        layers = 2  # cosines and G, in the dtype of the sums
+        dtype = SUM_TYPE[q.dtype]
+
+    size = CPU_BLOCK
+    if q.is_cuda:
+        size = int((WORKSPACE / layers / dtype.itemsize) ** 0.5) // 256 * 256
+    height = min(size, len(q))
+    width = min(size, (len(d) + 15) // 16 * 16)  # rows of G begin on multiples of 16 elements
+    workspace = q.new_empty(layers, height, width, dtype=dtype)
+
+    row_blocks = [slice(i, min(i + size, len(q))) for i in range(0, len(q), size)]
+    col_blocks = [slice(j, min(j + size, len(d))) for j in range(0, len(d), size)]
+    return row_blocks, col_blocks, workspace
+
+
+def _positive_cosines(q, d, column):
+    """Return q_i . d_column(i) in fp64, (N,), a few rows at a time: no wide copy of q and d."""
+    chunks = zip(q.split(ROWS_AT_ONCE), column.split(ROWS_AT_ONCE), strict=True)
+    return torch.cat([(rows.double() * d[at].double()).sum(1) for rows, at in chunks])
+
+
+def _sum_of_products(x, y):
+    """Return sum(x * y), a few rows at a time: no product of a whole block."""
+    total = y.new_zeros(())
+    for x_rows, y_rows in zip(x.split(ROWS_AT_ONCE), y.split(ROWS_AT_ONCE), strict=True):
+        total += (x_rows * y_rows).sum()
+    return total
+
+
+def _matmul(out, a, b, add=False):
+    """Compute out = a @ b, or out += a @ b, summed in out's dtype (fp32 for half inputs).
+
+    autocast leaves a call with out= alone.
+    """
+    beta = int(add)
+    if out.is_cuda and b.dtype != out.dtype:
+        torch.addmm(out, a.to(b.dtype), b, beta=beta, out_dtype=out.dtype, out=out)
+    else:
+        torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, out=out)
+
+
+def _all_gather(x):
+    """Concatenate all ranks' x (n, ...), n the same on each, in rank order -> (world * n, ...)."""
+    out = x.new_empty(len(x) * dist.get_world_size(), *x.shape[1:])
+    if hasattr(dist, "all_gather_single"):  # its name since torch 2.13
+        dist.all_gather_single(out, x.contiguous())
+    else:
+        dist.all_gather_into_tensor(out, x.contiguous())
+    return out
+
+
+def _reduce_scatter(x):
+    """Sum x (world * n, ...) over the ranks and return this rank's rows of the sum, (n, ...)."""
+    out = x.new_empty(len(x) // dist.get_world_size(), *x.shape[1:])
+    if hasattr(dist, "reduce_scatter_single"):  # its name since torch 2.13
+        dist.reduce_scatter_single(out, x.contiguous())
+    else:
+        dist.reduce_scatter_tensor(out, x.contiguous())
     return out
 
 
 def _dense(ids):
-    """int64 content ids -> int32 from 0, equal where they were equal, -1 for NO_ID. unique() would wait for the GPU."""
+    """Number int64 content ids from 0 -> int32, equal where they were equal, -1 for NO_ID.
+
+    unique() would do this, but waits for the GPU.
+    """
     order = ids.argsort()
-    new = ids[order].diff(prepend=ids[order[:1]]) != 0
-    dense = torch.empty_like(ids, dtype=torch.int32).scatter_(
-        0, order, new.cumsum(0, dtype=torch.int32)
-    )
+    in_order = ids[order]
+    is_new = in_order.diff(prepend=in_order[:1]) != 0
+    number = is_new.cumsum(0, dtype=torch.int32)
+    dense = torch.empty_like(ids, dtype=torch.int32).scatter_(0, order, number)
     return dense.masked_fill_(ids == NO_ID, -1)
 
 
-def _check(vectors, indices, scale, margin, impl):
-    """vectors {name: (rows, D)}, indices {name: (int64 or None, length)}. Returns scale as a tensor and the chosen impl."""
+# Checks of a caller's arguments. Values on a GPU are checked only with INFONCE_DEBUG=1.
+
+
+def _describe(vectors):
+    """Write the shapes, dtypes and devices of {name: tensor} into one line for error messages."""
+    return ", ".join(f"{name} {tuple(x.shape)} {x.dtype} {x.device}" for name, x in vectors.items())
+
+
+def _check(vectors, indices, margin):
+    """Raise ValueError unless the arguments fit each other.
+
+    vectors: {name: tensor}, all (rows, D). indices: {name: (tensor or None, length)}.
+    """
     q = vectors["q"]
-    shapes = ", ".join(
-        f"{name} {tuple(x.shape)} {x.dtype} {x.device}" for name, x in vectors.items()
-    )
     for name, x in vectors.items():
-        alike = (
-            x.ndim == 2
-            and x.shape[1] == q.shape[-1] > 0
-            and (x.dtype, x.device) == (q.dtype, q.device)
-        )
-        if not alike or x.dtype not in SUM_TYPE:
+        same_kind = x.dtype == q.dtype and x.device == q.device
+        same_width = x.ndim == 2 and x.shape[1] == q.shape[-1] > 0
+        if not (same_kind and same_width and x.dtype in SUM_TYPE):
             raise ValueError(
-                f"{name}: must be (rows, D > 0), one D, device and dtype of {list(SUM_TYPE)} for all: {shapes}"
+                f"{name}: expected (rows, D > 0), the same D, device and dtype for all, the dtype "
+                f"one of {list(SUM_TYPE)}; got {_describe(vectors)}"
             )
         if DEBUG and not x.isfinite().all():
-            raise ValueError(
-                f"{name}: NaN or inf in rows {(~x.isfinite().all(1)).nonzero().flatten()[:8].tolist()}: {shapes}"
-            )
+            rows = (~x.isfinite().all(1)).nonzero().flatten()[:8].tolist()
+            raise ValueError(f"{name}: NaN or inf in rows {rows}; got {_describe(vectors)}")
+
     for name, (x, length) in indices.items():
-        if x is not None and (
-            x.shape != (length,) or x.dtype != torch.int64 or x.device != q.device
-        ):
+        if x is None:
+            continue
+        if x.shape != (length,) or x.dtype != torch.int64 or x.device != q.device:
             raise ValueError(
-                f"{name}: ({length},) int64 on {q.device}, not {tuple(x.shape)} {x.dtype} {x.device}: {shapes}"
+                f"{name}: expected ({length},) int64 on {q.device}, got {tuple(x.shape)} "
+                f"{x.dtype} {x.device}, beside {_describe(vectors)}"
             )
+
+    # NaN is not >= 0 either
     if margin is not None and not margin >= 0:
-        raise ValueError(f"margin={margin}: a cosine difference >= 0, or None")
+        raise ValueError(f"margin={margin}: expected a cosine difference >= 0, or None")
+
+
+def _scale_tensor(scale, q):
+    """Return scale as a 0-dim tensor beside q. Raises ValueError where it cannot be 1 / tau."""
     if not isinstance(scale, torch.Tensor):
         if not 0 < scale < float("inf"):
-            raise ValueError(f"scale={scale}: 1 / tau, a finite number > 0")
-        scale = torch.full((), scale, dtype=SUM_TYPE[q.dtype], device=q.device)
-    if (
-        scale.ndim != 0
-        or not scale.is_floating_point()
-        or scale.device != q.device
-        or (DEBUG and not scale > 0)
-    ):
+            raise ValueError(f"scale={scale}: expected 1 / tau, a finite number > 0")
+        return torch.full((), scale, dtype=SUM_TYPE[q.dtype], device=q.device)
+
+    fits = scale.ndim == 0 and scale.is_floating_point() and scale.device == q.device
+    if not fits or (DEBUG and not scale > 0):
         raise ValueError(
-            f"scale: a 0-dim float tensor > 0 on {q.device}, not {tuple(scale.shape)} {scale.dtype} {scale.device}"
+            f"scale: expected a 0-dim float tensor > 0 on {q.device}, got {tuple(scale.shape)} "
+            f"{scale.dtype} {scale.device}"
         )
-    able = triton is not None and (q.is_cuda or INTERPRET) and q.dtype != torch.float64
+    return scale
+
+
+def _choose_impl(impl, vectors):
+    """Return "triton" or "torch" for the caller's impl. Raises ValueError if it cannot run here."""
+    q = vectors["q"]
+    device_runs_triton = triton is not None and (q.is_cuda or INTERPRET)
+    triton_fits = device_runs_triton and q.dtype != torch.float64
     if impl == "auto":
-        impl = "triton" if able and q.is_cuda else "torch"
-        os.environ.get("RANK", "0") == "0" and _say_once(
-            f"infonce: impl='auto' chose {impl!r} for {q.dtype} on {q.device.type}"
-        )
-    if impl not in ("triton", "torch") or (impl == "triton" and not able):
+        impl = "triton" if triton_fits and q.is_cuda else "torch"
+        if os.environ.get("RANK", "0") == "0":
+            _say_once(f"infonce: impl='auto' chose {impl!r} for {q.dtype} on {q.device.type}")
+
+    if impl not in ("triton", "torch") or (impl == "triton" and not triton_fits):
         raise ValueError(
-            f"impl={impl!r}: 'auto', 'torch', or 'triton' (a GPU or TRITON_INTERPRET=1; no fp64): {shapes}"
+            f"impl={impl!r}: expected 'auto', 'torch', or 'triton' (which needs a GPU or "
+            f"TRITON_INTERPRET=1, and has no fp64); got {_describe(vectors)}"
         )
-    return scale, impl
+    return impl
+
+
+@functools.cache
+def _say_once(text):
+    """Print a line to stderr the first time it comes up in this process."""
+    print(text, file=sys.stderr)
 
 
 def info_nce(
@@ -530,98 +893,135 @@ def info_nce(
     reduction="mean",
     impl="auto",
 ):
-    """InfoNCE of N queries against M candidates without their N x M similarities (paper Eq. (1); mathematics: top of the file).
+    """Compute InfoNCE of N queries against M candidates without their N x M similarities.
 
-    q, d       (N, D), (M, D) unit rows, any strides, one of fp32, bf16, fp16 (fp64: the twin only); scale = 1 / tau, a float
-               or a 0-dim tensor. All three carry gradient if asked.
-    target     (N,) int64, row i's positive is d[target[i]], default i; -1 ignores the row in both directions.
-    ids        (M,) int64 content ids, > -2**63: a candidate with the positive's id is not a negative.
-    margin     cosine >= 0: s_ij > s_i,target + margin is taken for a false negative and dropped (threshold detached).
-    symmetric  mean of query -> all candidates and positive -> all queries, under the same masks; else the first alone.
-    reduction  "mean" over the rows not ignored, a 0-dim loss in nats; or "none", (N,). fp32 (fp64 for fp64 inputs).
-    impl       "triton", "torch" (same blocks and memory bound, any device) or "auto": triton on a GPU. Says once what it chose.
+    The paper's Eq. (1); the mathematics stands at the top of the file.
 
-    Raises ValueError for what does not fit; what lies on a GPU (target's values, a tensor scale, NaN rows) is checked only with
-    INFONCE_DEBUG=1, for that would wait for it. Extra memory: WORKSPACE, fp32 sums for d and a block of q. Deterministic.
+    q          (N, D) unit rows, any strides, fp32, bf16 or fp16 (fp64: the twin only)
+    d          (M, D) unit rows, like q
+    scale      1 / tau, a float or a 0-dim tensor; q, d and scale carry gradient if asked
+    target     (N,) int64: row i's positive is d[target[i]], by default d[i]; -1 ignores the row in
+               both directions
+    ids        (M,) int64 content ids > -2**63: a candidate with the positive's id is not a negative
+    margin     cosine >= 0: candidates with s_ij > s_i,target + margin are taken for false negatives
+               and dropped; no gradient flows through the threshold
+    symmetric  mean of two directions under the same masks: query to all candidates, and positive
+               to all queries; else the first alone
+    reduction  "mean" over the rows not ignored, or "none"
+    impl       "triton"; "torch", the same blocks and memory bound on any device; "auto": triton on
+               a GPU, else torch, and says its choice once
+
+    Returns the loss in nats, 0-dim for "mean" and (N,) for "none", fp32 (fp64 for fp64 inputs).
+    Raises ValueError for arguments that do not fit. Values on a GPU (target, a tensor scale, NaN
+    rows) are checked only with INFONCE_DEBUG=1, because the check would wait for the GPU.
+    Extra memory: WORKSPACE, fp32 sums for d and for a block of q. Deterministic.
     """
-    scale, impl = _check(
-        {"q": q, "d": d}, {"target": (target, len(q)), "ids": (ids, len(d))}, scale, margin, impl
-    )
+    vectors = {"q": q, "d": d}
+    _check(vectors, {"target": (target, len(q)), "ids": (ids, len(d))}, margin)
+    scale = _scale_tensor(scale, q)
+    impl = _choose_impl(impl, vectors)
+
     if len(q) == 0 or len(d) == 0 or (target is None and len(q) > len(d)):
         raise ValueError(
-            f"q, d: rows needed, and a positive for each (target=None): q {tuple(q.shape)}, d {tuple(d.shape)}"
+            f"q, d: expected rows, and without a target at least as many in d as in q; "
+            f"got q {tuple(q.shape)}, d {tuple(d.shape)}"
         )
     if reduction not in ("mean", "none"):
-        raise ValueError(f"reduction={reduction!r}: 'mean' or 'none'")
-    if (
-        target is not None
-        and (DEBUG or not q.is_cuda)
-        and not ((target >= -1) & (target < len(d))).all()
-    ):
-        raise ValueError(
-            f"target: {target.min()} .. {target.max()}, allowed -1 .. {len(d) - 1} for d {tuple(d.shape)}"
-        )
-    target = torch.arange(len(q), device=q.device) if target is None else target
-    ids = torch.arange(len(d), device=q.device, dtype=torch.int32) if ids is None else _dense(ids)
+        raise ValueError(f"reduction={reduction!r}: expected 'mean' or 'none'")
+    if target is not None and (DEBUG or not q.is_cuda):
+        if not ((target >= -1) & (target < len(d))).all():
+            raise ValueError(
+                f"target: {target.min()} to {target.max()}, allowed are -1 to {len(d) - 1} for "
+                f"d {tuple(d.shape)}"
+            )
+
+    if target is None:
+        target = torch.arange(len(q), device=q.device)
+    if ids is None:
+        ids = torch.arange(len(d), device=q.device, dtype=torch.int32)
+    else:
+        ids = _dense(ids)
     loss = _InfoNCE.apply(q, d, scale, target, ids, margin, symmetric, impl, 1)
-    return loss if reduction == "none" else loss.sum() / (target >= 0).sum().clamp(min=1)
+    if reduction == "none":
+        return loss
+    return loss.sum() / (target >= 0).sum().clamp(min=1)
+
+
+class _RankShape(NamedTuple):
+    """The numbers that the ranks tell each other about their rows."""
+
+    queries: int  # N
+    candidates: int  # N + K
+    dim: int  # D
+    dtype: int  # index in SUM_TYPE
+    has_ids: int
 
 
 def info_nce_dist(
     q, p, scale, *, n=None, p_ids=None, n_ids=None, margin=None, symmetric=True, impl="auto"
 ):
-    """This rank's share of the global mean loss: shares, and all gradients, SUM over the ranks to the one-process result.
+    """Compute this rank's share of the global mean loss; every rank's p and n are candidates.
 
-    q, p (N, D) this rank's queries and their positives, n (K, D) or None its hard negatives, p_ids (N,), n_ids (K,) content
-    ids. N and K may differ between ranks, and be 0. Every rank's p and n are candidates of every query. # PAPER:
-    Eq. (1) names a row's own hard negatives alone, and no masks; the released forward has all of these. The rest as info_nce.
-    q, p, n and scale carry gradient: on each rank its part of the gradient of the *global* mean (its rows' losses over all
-    ranks' rows), so all-reduce with SUM, never average. What other ranks' queries say about p and n comes home in one
-    reduce-scatter; queries never travel. Every rank must call backward. One host sync, for the row counts; none on one rank.
+    Shares, and all gradients, SUM over the ranks to the result of one process: all-reduce them with
+    SUM, never average. # PAPER: Eq. (1) names a row's own hard negatives alone, and no masks; the
+    released forward has all of these.
+
+    q       (N, D) this rank's queries
+    p       (N, D) their positives
+    n       (K, D) this rank's hard negatives, or None; N and K may differ between ranks, and be 0
+    p_ids   (N,) int64 content ids of p
+    n_ids   (K,) int64 content ids of n
+    The other arguments, and the errors, are info_nce's.
+
+    q, p, n and scale carry gradient: each rank gets its part of the gradient of the *global* mean
+    (the losses of its rows, over the number of all ranks' rows). The part of p's and n's gradient
+    that comes from other ranks' queries arrives in one reduce-scatter; queries never travel. Every
+    rank must call backward. With several ranks the host waits once, for the row counts.
     """
-    n = p[:0] if n is None else n
-    n_ids = p_ids[:0] if p_ids is not None and n_ids is None and len(n) == 0 else n_ids
-    scale, impl = _check(
-        {"q": q, "p": p, "n": n},
-        {"p_ids": (p_ids, len(p)), "n_ids": (n_ids, len(n))},
-        scale,
-        margin,
-        impl,
-    )
+    if n is None:
+        n = p[:0]
+    if n_ids is None and p_ids is not None and len(n) == 0:
+        n_ids = p_ids[:0]
+
+    vectors = {"q": q, "p": p, "n": n}
+    _check(vectors, {"p_ids": (p_ids, len(p)), "n_ids": (n_ids, len(n))}, margin)
+    scale = _scale_tensor(scale, q)
+    impl = _choose_impl(impl, vectors)
     if len(p) != len(q) or (p_ids is None) != (n_ids is None):
         raise ValueError(
-            f"p, n_ids: one p per q, ids for p and n or for neither: q {tuple(q.shape)}, p {tuple(p.shape)}"
+            f"p, n_ids: expected one p per q, and ids for both p and n or for neither; "
+            f"got q {tuple(q.shape)}, p {tuple(p.shape)}"
         )
-    d, ids = torch.cat([p, n]), None if p_ids is None else torch.cat([p_ids, n_ids])
-    world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    counts, rank = (
-        [[len(q), len(d), q.shape[1], list(SUM_TYPE).index(q.dtype), int(ids is not None)]],
-        0,
-    )
+
+    # The ranks may differ in their numbers of rows, and must agree on all else.
+    world = 1
+    rank = 0
+    if dist.is_available() and dist.is_initialized():
+        world = dist.get_world_size()
+        rank = dist.get_rank()
+    dtype = list(SUM_TYPE).index(q.dtype)
+    mine = _RankShape(len(q), len(p) + len(n), q.shape[1], dtype, int(p_ids is not None))
+    shapes = [mine]
     if world > 1:
-        counts, rank = (
-            _collective("all_gather", torch.tensor(counts, device=q.device)).tolist(),
-            dist.get_rank(),
-        )
-    if any(x[2:] != counts[0][2:] for x in counts) or sum(x[0] for x in counts) == 0:
+        gathered = _all_gather(torch.tensor([mine], device=q.device))  # (world, 5)
+        shapes = [_RankShape(*row) for row in gathered.tolist()]  # waits for the GPU
+    total = sum(shape.queries for shape in shapes)
+    if total == 0 or any(shape[2:] != mine[2:] for shape in shapes):
         raise ValueError(
-            f"q, p, n: need rows, one D, one dtype, ids or none; [N, N + K, D, dtype, ids] by rank: {counts}"
+            f"q, p, n: expected rows, one D, one dtype, and ids everywhere or nowhere; "
+            f"got [N, N + K, D, dtype, ids] by rank: {[list(shape) for shape in shapes]}"
         )
-    most = max(
-        x[1] for x in counts
-    )  # each rank's columns: its p, its n, and padding, since gloo gathers equal sizes only
-    first = torch.arange(rank * most, rank * most + len(d), device=q.device)
-    ids = F.pad(first if ids is None else ids, (0, most - len(d)), value=NO_ID)
-    ids = _dense(_collective("all_gather", ids) if world > 1 else ids)
-    loss = _InfoNCE.apply(
-        q,
-        F.pad(d, (0, 0, 0, most - len(d))),
-        scale,
-        first[: len(q)],
-        ids,
-        margin,
-        symmetric,
-        impl,
-        world,
-    )
-    return loss.sum() / sum(x[0] for x in counts)
+
+    # Each rank's candidates: its p, its n, and padding, since gloo gathers equal sizes only.
+    longest = max(shape.candidates for shape in shapes)
+    padding = longest - mine.candidates
+    d = F.pad(torch.cat([p, n]), (0, 0, 0, padding))  # (longest, D)
+    numbers = torch.arange(rank * longest, rank * longest + mine.candidates, device=q.device)
+    target = numbers[: len(q)]  # (N,)
+    ids = numbers if p_ids is None else torch.cat([p_ids, n_ids])
+    ids = F.pad(ids, (0, padding), value=NO_ID)  # (longest,)
+    if world > 1:
+        ids = _all_gather(ids)  # (world * longest,)
+
+    loss = _InfoNCE.apply(q, d, scale, target, _dense(ids), margin, symmetric, impl, world)
+    return loss.sum() / total

@@ -130,13 +130,13 @@ def one_dimensional(model):
 
 def one_early(model):
     """Pool the token before the last one."""
-    pool = model.last_token_pool
+    pool = model.POOLINGS["last_token"]
 
     def early(hidden, mask):
         last = mask.shape[1] - 1 - mask.flip(1).argmax(1)
         return pool(hidden, mask.scatter(1, last[:, None], 0))
 
-    model.last_token_pool = early
+    model.POOLINGS["last_token"] = early
 
 
 DEFECTS = {"1d": one_dimensional, "early": one_early}

@@ -1,7 +1,7 @@
-"""States to resume training from as if nothing had happened, random states, and signals that ask a run to stop.
+"""States to resume training from, random states, and signals that ask a run to stop.
 
-    <out>/state/step-N/tensors.safetensors    LoRA weights, AdamW's moments, each rank's random state
-    <out>/state/step-N/facts.json             step, epoch, curriculum state, flags, position in the log
+    <out>/state/step-N/tensors.safetensors    LoRA weights, AdamW's moments, ranks' random states
+    <out>/state/step-N/facts.json             step, epoch and how it began, flags, log position
 
 A state is written beside its place, synced and renamed, so a folder with this name is complete.
 """
@@ -20,7 +20,7 @@ received_signals = []  # signal numbers that asked this process to stop
 
 
 def install_signal_handlers():
-    """On SIGTERM or SIGINT, finish the current step, save and exit with 128 + the signal's number."""
+    """Note SIGTERM and SIGINT; train.py then finishes its step, saves, exits with 128 + number."""
 
     def remember(number, frame):
         received_signals.append(number)
@@ -47,7 +47,8 @@ def set_rng_state(device, state):
 def save_state(folder, optimizer, rng, facts, keep):
     """Write folder/step-N and delete all but the newest `keep` states.
 
-    optimizer: its parameters and their moments are saved; rng (world, n) uint8; facts: a dict with "step".
+    optimizer: its parameters and their moments are saved; rng (world, n) uint8; facts: a dict with
+    "step".
     """
     tensors = {"rng": rng}
     for i, p in enumerate(optimizer.param_groups[0]["params"]):
@@ -75,8 +76,9 @@ def save_state(folder, optimizer, rng, facts, keep):
 def newest_state(folder, config):
     """Find the newest complete state -> (its folder, its facts), or (None, None) if there is none.
 
-    config: this run's flags. Raises ValueError naming every flag that the state was not made with (those in
-    MAY_CHANGE excepted): one with another value, one that is new since then, one that no longer exists.
+    config: this run's flags. Raises ValueError naming every flag that the state was not made with
+    (those in MAY_CHANGE excepted): one with another value, one that is new since then, one that no
+    longer exists.
     """
     states = sorted(folder.glob("step-*"))
     if not states:
@@ -103,7 +105,7 @@ def newest_state(folder, config):
 
 
 def load_state(folder, optimizer):
-    """Restore weights and optimiser from a state's folder -> every rank's random state (world, n) uint8."""
+    """Restore weights and optimiser from a state -> each rank's random state (world, n) uint8."""
     path = folder / "tensors.safetensors"
     try:
         tensors = load_file(path)

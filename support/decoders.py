@@ -4,8 +4,13 @@
     for key, result in pool.map(keys):
         if isinstance(result, Failed): print(result.reason)
 
-decord and FFmpeg are C code: a damaged clip can crash the process or never return. Either costs that one item here.
-Why not torch's DataLoader: a crashed or hung worker ends the training process, and there is no time limit per item.
+decord and FFmpeg are C code: a damaged clip can crash the process or never return. Either costs
+that one item here.
+
+Why not torch's DataLoader: a crashed or hung worker ends the training process, and there is no time
+limit per item. Why not pebble.ProcessPool (tried, see NOTES.md): its workers share one pipe, so a
+worker killed at the wrong moment ends the pool, and a large result keeps the other workers waiting,
+which counts against their time limits.
 """
 
 import collections
@@ -43,7 +48,10 @@ class TensorPickler(pickle.Pickler):
 
 
 def dumps(value):
-    """Pickle to bytes. Not multiprocessing's own way: tensors in shared memory would die with the worker."""
+    """Pickle to bytes.
+
+    Not multiprocessing's own way, in which tensors lie in shared memory and die with the worker.
+    """
     buffer = io.BytesIO()
     TensorPickler(buffer, pickle.HIGHEST_PROTOCOL).dump(value)
     return buffer.getvalue()
@@ -52,29 +60,35 @@ def dumps(value):
 def serve(pipe, parents_end, decode):
     """Run in a worker process: receive keys, send decode(key), until the parent closes the pipe."""
     parents_end.close()  # an open copy in this process would hide the parent's death
+
     # A worker that hangs in C outlives its parent otherwise, and keeps a dead rank's GPU memory.
+    # (To Linux the parent is the thread that forked: workers end with DecoderPool.map's threads.)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    # Own session: a SIGTERM to the process group must not kill decoders, since the parent finishes its step first.
+    # Own session: a SIGTERM to the process group must not kill decoders, since the parent finishes
+    # its step first.
     os.setsid()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the parent's handler is not this process's
     torch.set_num_threads(1)
+
     with contextlib.suppress(EOFError, BrokenPipeError):
         while True:
             pipe.send_bytes(dumps(decode(pipe.recv())))
 
 
 class Worker:
-    """One process that calls decode(key). It is replaced when it crashes or exceeds its time limit."""
+    """One process that calls decode(key), replaced when it crashes or exceeds its time limit."""
 
-    def __init__(self, decode, seconds, fork_lock):
+    def __init__(self, decode, describe, seconds, fork_lock):
         self.decode = decode
+        self.describe = describe
         self.seconds = seconds
         self.fork_lock = fork_lock
         self.process = None
 
     def start(self):
-        fork = multiprocessing.get_context("fork")  # what `decode` refers to need not be pickled
-        # fork() copies locks in their current state, so never fork while another thread runs the model.
+        # A forked process has everything that `decode` refers to: nothing need be pickled. It also
+        # has copies of all locks in their current state: never fork while a thread runs the model.
+        fork = multiprocessing.get_context("fork")
         with self.fork_lock:
             self.pipe, workers_end = fork.Pipe()
             self.process = fork.Process(
@@ -87,6 +101,7 @@ class Worker:
         """Return decode(key), or Failed if the process died or took too long."""
         if self.process is None:
             self.start()
+
         try:
             self.pipe.send(key)
             if self.pipe.poll(self.seconds):
@@ -94,20 +109,22 @@ class Worker:
             reason = f"not decoded within {self.seconds:g} s"
         except (EOFError, OSError):
             reason = "its decoder crashed"
+
         self.process.kill()  # code that hangs in C ends only with its process
         self.process = None
-        return Failed(reason)
+        return Failed(f"{self.describe(key)}: {reason}")
 
 
 class DecoderPool:
     """Call decode(key) in worker processes, ahead of the caller and in order.
 
-    decode      returns anything that pickles; a ValueError or FileNotFoundError becomes Failed with its message, any
-                other exception Failed with describe(key) before it (a decoder may raise anything over a damaged file).
-    describe    key -> str that names the item; a crash or time-out gives Failed("<name>: its decoder crashed").
-    workers     processes; 0 decodes in this process, without a time limit.
-    seconds     time limit of one item.
-    fork_lock   held by the caller while it runs the model, so that no process is forked meanwhile.
+    decode     key -> anything that pickles. A ValueError or FileNotFoundError becomes Failed with
+               its message, any other exception Failed with describe(key) before it: a decoder may
+               raise anything over a damaged file.
+    describe   key -> str that names the item; a crash gives Failed("<name>: its decoder crashed").
+    workers    processes; 0 decodes in this process, without a time limit.
+    seconds    time limit of one item.
+    fork_lock  held by the caller while it runs the model, so that no process is forked meanwhile.
     """
 
     def __init__(self, decode, describe=str, *, workers=0, seconds=60.0, fork_lock=None):
@@ -132,17 +149,17 @@ class DecoderPool:
         if not self.workers:
             return self.decode_here(key)
         if not hasattr(self.thread, "worker"):
-            self.thread.worker = Worker(self.decode_here, self.seconds, self.fork_lock)
-        result = self.thread.worker(key)
-        if isinstance(result, Failed) and self.thread.worker.process is None:
-            return Failed(f"{self.describe(key)}: {result.reason}")
-        return result
+            self.thread.worker = Worker(
+                self.decode_here, self.describe, self.seconds, self.fork_lock
+            )
+        return self.thread.worker(key)
 
     def map(self, keys, ahead=0, lend_threads=False):
-        """Yield (key, decode(key) or Failed) in the order of keys, which may be an endless iterator.
+        """Yield (key, decode(key) or Failed) in the order of keys, perhaps an endless iterator.
 
-        ahead: how many items to decode before they are asked for, at least; lend_threads: until the end, torch uses
-        a thread less here for each worker (for callers that wait for their decoders, not for training).
+        ahead: the least number of items to decode before they are asked for. lend_threads: until
+        the end, torch in this process uses one thread less for each worker; for callers that wait
+        for their decoders, not for training.
         """
         if not self.workers:
             for key in keys:
@@ -153,6 +170,8 @@ class DecoderPool:
         threads_before = torch.get_num_threads()
         if lend_threads:
             torch.set_num_threads(max(1, threads_before - self.workers))
+
+        # Submitted as results are taken, because keys may have no end.
         tasks = ((key, executor.submit(self, key)) for key in keys)
         waiting = collections.deque(itertools.islice(tasks, max(ahead, 32 * self.workers)))
         try:

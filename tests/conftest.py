@@ -1,5 +1,6 @@
 """Shared fixtures: a tiny random Qwen2.5-VL in Hugging Face layout and a few real media files."""
 
+import json
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -9,6 +10,7 @@ import av  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from PIL import Image  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
 from transformers import (  # noqa: E402
     PreTrainedTokenizerFast,
@@ -30,66 +32,83 @@ SPECIAL = [
     "<|image_pad|>",
     "<|video_pad|>",
 ]
-# Qwen2.5-VL's own turn layout, restated: content parts in the order given, generation prompt on request, no <|endoftext|>.
+# Qwen2.5-VL's own turn layout, restated: content parts in the order given, a generation prompt on
+# request, no <|endoftext|>.
 QWEN_TEMPLATE = (
-    "{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system\n"
-    "You are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ m.role }}\n"
+    "{% for m in messages %}{% if loop.first and m.role != 'system' %}"
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    "<|im_start|>{{ m.role }}\n"
     "{% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content %}"
-    "{% if c.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% elif c.type == 'video' %}"
-    "<|vision_start|><|video_pad|><|vision_end|>{% else %}{{ c.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if c.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif c.type == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
+    "{% else %}{{ c.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
-def write_tiny(folder, seed=0, tokens_per_second=2):
-    """Save a random Qwen2.5-VL (64 wide, 2 + 2 layers) with a byte-level tokenizer, as transformers saves the real one."""
+def byte_tokenizer():
+    """A tokenizer of single bytes and Qwen's special tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(
-        [],
-        trainers.BpeTrainer(special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False),
+    trainer = trainers.BpeTrainer(
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
-    tokenizer = PreTrainedTokenizerFast(
+    tokenizer.train_from_iterator([], trainer)
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>"
     )
+
+
+def tiny_config(tokenizer, tokens_per_second):
+    """Qwen2.5-VL 64 wide, with two layers in each tower."""
     ids = dict(zip(SPECIAL, tokenizer.convert_tokens_to_ids(SPECIAL), strict=True))
-    config = Qwen2_5_VLConfig(
-        vision_config=dict(
-            depth=2,
-            hidden_size=32,
-            intermediate_size=48,
-            num_heads=2,
-            out_hidden_size=64,
-            fullatt_block_indexes=[1],
-            tokens_per_second=tokens_per_second,
-        ),
-        text_config=dict(
-            vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            bos_token_id=ids["<|endoftext|>"],
-            eos_token_id=ids["<|im_end|>"],
-            rope_parameters={"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4},
-        ),
+    vision = dict(
+        depth=2,
+        hidden_size=32,
+        intermediate_size=48,
+        num_heads=2,
+        out_hidden_size=64,
+        fullatt_block_indexes=[1],
+        tokens_per_second=tokens_per_second,
+    )
+
+    text = dict(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=ids["<|endoftext|>"],
+        eos_token_id=ids["<|im_end|>"],
+        rope_parameters={"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4},
+    )
+
+    return Qwen2_5_VLConfig(
+        vision_config=vision,
+        text_config=text,
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],
         vision_start_token_id=ids["<|vision_start|>"],
         vision_end_token_id=ids["<|vision_end|>"],
         tie_word_embeddings=True,
     )
+
+
+def write_tiny(folder, seed=0, tokens_per_second=2):
+    """Save a random tiny Qwen2.5-VL with a byte tokenizer, as transformers saves a real one."""
+    tokenizer = byte_tokenizer()
     torch.manual_seed(seed)
-    model = Qwen2_5_VLForConditionalGeneration(config)
-    with (
-        torch.no_grad()
-    ):  # larger than transformers' 0.02, so that inputs show in the outputs; biases too
+    model = Qwen2_5_VLForConditionalGeneration(tiny_config(tokenizer, tokens_per_second))
+    # Larger than transformers' 0.02, so that inputs show in the outputs; biases, too.
+    with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.05)
     model.save_pretrained(folder)
+
     size = {"shortest_edge": 4 * 28 * 28, "longest_edge": 256 * 28 * 28}
     processor = Qwen2_5_VLProcessor(
         Qwen2VLImageProcessor(size=dict(size)),
@@ -105,12 +124,12 @@ def write_video(path, frames, fps=8, codec="libx264", **options):
     """Write uint8 frames (F, H, W, 3) as a real video file; H and W even."""
     with av.open(str(path), "w") as file:
         stream = file.add_stream(codec, rate=fps, options={"crf": "1", **options})
-        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
+        stream.height = frames.shape[1]
+        stream.width = frames.shape[2]
+        stream.pix_fmt = "yuv420p"
         for frame in frames:
-            for packet in stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")):
-                file.mux(packet)
-        for packet in stream.encode():
-            file.mux(packet)
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        file.mux(stream.encode())  # the frames that the encoder still holds
     return str(path)
 
 
@@ -132,14 +151,17 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def media(tmp_path_factory):
-    """A folder with a.mp4 ... d.mp4 (16 frames, 8 fps), wide.mp4, short.mp4 (3 frames), i.png, wide.png, frames/ (10 files)."""
-    from PIL import Image
+    """A folder of media.
 
+    a.mp4 ... d.mp4 (16 frames, 8 fps), wide.mp4 (20 frames, 5 fps), short.mp4 (3 frames), i.png,
+    wide.png, frames/ (10 files).
+    """
     folder = tmp_path_factory.mktemp("media")
     for seed, name in enumerate("abcd"):
         write_video(folder / f"{name}.mp4", moving_square(seed=seed))
     write_video(folder / "wide.mp4", moving_square(20, 84, 168, seed=9), fps=5)
     write_video(folder / "short.mp4", moving_square(3, seed=8))
+
     Image.fromarray(moving_square(1, 70, 90, seed=5)[0]).save(folder / "i.png")
     Image.fromarray(moving_square(1, 60, 300, seed=6)[0]).save(folder / "wide.png")
     (folder / "frames").mkdir()
@@ -149,10 +171,11 @@ def media(tmp_path_factory):
 
 
 def write_mixture(media):
-    """Write a mixture of three sources over the media folder; 7 and 5 rows at batch 4 leave batches of 3 and of 1. -> its path"""
-    import json
+    """Write a mixture of three sources over the media folder -> its path.
 
-    words = [
+    7 and 5 rows at batch 4 leave batches of 3 and of 1.
+    """
+    texts = [
         "red ball",
         "blue square rolls",
         "a green one",
@@ -161,28 +184,30 @@ def write_mixture(media):
         "the camera pans left",
         "snow",
     ]
-    names = "abcd"
-    rows = {
-        "t2v": [
-            {
-                "query": {"text": w},
-                "positive": {"video": f"{names[i % 4]}.mp4"},
-                "negatives": [{"video": f"{names[(i + 1) % 4]}.mp4"}],
-                "id": str(i),
-            }
-            for i, w in enumerate(words)
-        ],
-        "ti2v": [
-            {
-                "query": {"text": w, "image": {"video": f"{names[i % 4]}.mp4", "time": 0.3 * i}},
-                "positive": {"video": {"path": f"{names[(i + 2) % 4]}.mp4", "start": 0.1 * i}},
-            }
-            for i, w in enumerate(words[:5])
-        ],
-        "t2t": [{"query": {"text": w}, "positive": {"text": w[::-1]}} for w in words],
-    }
+
+    clips = ["a.mp4", "b.mp4", "c.mp4", "d.mp4"]
+    rows = {"t2v": [], "ti2v": [], "t2t": []}
+    for i, text in enumerate(texts):
+        t2v = {
+            "query": {"text": text},
+            "positive": {"video": clips[i % 4]},
+            "negatives": [{"video": clips[(i + 1) % 4]}],
+            "id": str(i),
+        }
+        ti2v = {
+            "query": {"text": text, "image": {"video": clips[i % 4], "time": 0.3 * i}},
+            "positive": {"video": {"path": clips[(i + 2) % 4], "start": 0.1 * i}},
+        }
+
+        rows["t2v"].append(t2v)
+        rows["t2t"].append({"query": {"text": text}, "positive": {"text": text[::-1]}})
+        if i < 5:
+            rows["ti2v"].append(ti2v)
+
     for name, lines in rows.items():
-        (media / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (media / f"{name}.jsonl").write_text(text)
+
     mixture = [
         {
             "name": "t2v",

@@ -1,4 +1,4 @@
-"""state.py, and every way a run of train.py may stop: signals, a dead rank, NaN; and what it goes on from."""
+"""support/checkpoint.py, and every way a run may stop (signals, a dead rank, NaN) and resume."""
 
 import contextlib
 import json
@@ -16,12 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_train import ROOT, flags_for, go, launch, run, steps_of, weights
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from extras import pyramid
-from support import flops
 
 RECORD = Path(__file__).with_name(
     "test_train.py"
@@ -30,7 +27,7 @@ RECORD = Path(__file__).with_name(
 
 @pytest.fixture(scope="module")
 def uninterrupted(tiny, mixture, tmp_path_factory):
-    """A run of 9 steps over 3 epochs on 2 ranks, pyramid and dropout on; its flags as a function of out."""
+    """A run of 9 steps over 3 epochs on 2 ranks, pyramid and dropout on -> (out, flags(out))."""
     out = tmp_path_factory.mktemp("whole") / "run"
 
     def flags(out):
@@ -38,14 +35,7 @@ def uninterrupted(tiny, mixture, tmp_path_factory):
             tiny,
             mixture,
             out,
-            "--steps",
-            "9",
-            "--probe-pairs",
-            "4",
-            "--save-every",
-            "2",
-            "--lr",
-            "0.01",
+            *"--steps 9 --probe-pairs 4 --save-every 2 --lr 0.01".split(),
         )
 
     done = run(*launch(2), RECORD, out.parent / "seen.pt", *flags(out))
@@ -55,7 +45,7 @@ def uninterrupted(tiny, mixture, tmp_path_factory):
 
 
 def resumes(uninterrupted, out, fate):
-    """Run with a signal, check how it ended, resume, compare with the run that nothing happened to."""
+    """Run with a signal, check the end, resume, and compare with the run without a signal."""
     whole, flags = uninterrupted
     began = time.time()
     done = run(*launch(2), RECORD, out.parent / "seen.pt", *flags(out), FATE=fate)
@@ -83,12 +73,7 @@ def test_one_of_three_ranks_dies_and_the_others_end_within_a_minute_over_a_check
         tiny,
         mixture,
         tmp_path / "run",
-        "--steps",
-        "9",
-        "--schedule",
-        "uniform",
-        "--save-every",
-        "1",
+        *"--steps 9 --schedule uniform --save-every 1".split(),
     )
     began = time.time()
     done = run(*launch(3), RECORD, tmp_path / "seen.pt", *flags, FATE="9 2 4")
@@ -123,7 +108,7 @@ def start(command, out, step, **env):
 
 
 @pytest.mark.slow
-def test_sigterm_to_torchrun_finishes_the_step_with_the_clips_it_needs_and_the_run_resumes_bit_for_bit(
+def test_sigterm_to_torchrun_finishes_the_step_with_its_clips_and_resumes_bit_for_bit(
     tiny, mixture, tmp_path
 ):
     def command(name):
@@ -135,18 +120,9 @@ def test_sigterm_to_torchrun_finishes_the_step_with_the_clips_it_needs_and_the_r
                 tiny,
                 mixture,
                 tmp_path / name,
-                "--steps",
-                "12",
-                "--epochs",
-                "1",
-                "--schedule",
-                "uniform",
-                "--workers",
-                "1",
-                "--features",
+                *"--steps 12 --epochs 1 --schedule uniform --workers 1 --features".split(),
                 "",
-                "--resume",
-                "auto",
+                *"--resume auto".split(),
             ),
         ]
 
@@ -192,16 +168,7 @@ def test_killed_outright_at_ten_random_moments_two_ranks_end_as_if_nothing_had_b
                 tiny,
                 mixture,
                 tmp_path / name,
-                "--steps",
-                "30",
-                "--probe-pairs",
-                "4",
-                "--save-every",
-                "1",
-                "--lr",
-                "0.01",
-                "--resume",
-                "auto",
+                *"--steps 30 --probe-pairs 4 --save-every 1 --lr 0.01 --resume auto".split(),
             ),
         ]
 
@@ -244,14 +211,7 @@ def test_resuming_with_other_settings_is_an_error_and_an_unfinished_state_is_not
         tiny,
         mixture,
         tmp_path,
-        "--steps",
-        "4",
-        "--schedule",
-        "uniform",
-        "--save-every",
-        "1",
-        "--keep",
-        "2",
+        *"--steps 4 --schedule uniform --save-every 1 --keep 2".split(),
     )
     go(*flags)
     assert sorted(p.name for p in (tmp_path / "state").iterdir()) == [
@@ -278,6 +238,19 @@ def test_resuming_with_other_settings_is_an_error_and_an_unfinished_state_is_not
     assert all(torch.equal(before[k], v) for k, v in weights(tmp_path).items())
 
 
+def test_a_flag_that_was_renamed_or_added_since_the_state_is_named(tiny, mixture, tmp_path):
+    flags = flags_for(tiny, mixture, tmp_path, "--steps", "2", "--schedule", "uniform")
+    go(*flags)
+    path = tmp_path / "state" / "step-00000002" / "facts.json"
+    facts = json.loads(path.read_text())
+    facts["config"]["learning_rate"] = facts["config"].pop("lr")
+    path.write_text(json.dumps(facts))
+    with pytest.raises(
+        ValueError, match="other settings.*'learning_rate': .*'lr': .'no such flag'"
+    ):
+        go(*flags, "--resume", "auto")
+
+
 def test_a_nan_loss_stops_with_its_rows_and_keeps_the_last_checkpoint(tiny, mixture, tmp_path):
     go(*flags_for(tiny, mixture, tmp_path, "--steps", "2"))
     (tmp_path / "state").rename(
@@ -292,14 +265,7 @@ def test_a_nan_loss_stops_with_its_rows_and_keeps_the_last_checkpoint(tiny, mixt
                 tiny,
                 mixture,
                 tmp_path,
-                "--steps",
-                "4",
-                "--lr",
-                "1e30",
-                "--warmup",
-                "0",
-                "--epochs",
-                "1",
+                *"--steps 4 --lr 1e30 --warmup 0 --epochs 1".split(),
             )
         )
     assert before == {
@@ -326,42 +292,3 @@ def test_the_walk_up_the_pyramid_is_drawn_from_the_log(uninterrupted, tmp_path, 
         assert "log.jsonl: not a log of this train.py" in pyramid.main(
             [str(tmp_path / "log.jsonl")]
         )
-
-
-@pytest.mark.parametrize(
-    "item",
-    [
-        {"text": "a text, and no more than that"},
-        {"image": "wide.png", "text": "look"},
-        {"video": "wide.mp4"},
-        {"video": "a.mp4", "text": "at night"},
-    ],
-)
-def test_a_step_needs_the_multiply_adds_that_torch_counts(tiny, media, item):
-    gve = train.GVE.from_pretrained(tiny, lora={"lora_dropout": 0.0}).train()
-    batch = train.Collator(gve.processor)(
-        [{k: str(media / v) if k != "text" else v for k, v in item.items()}]
-    )
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        gve(batch).sum().backward()
-    tokens, layers, heads, width = batch["input_ids"].numel(), 2, 4, 16
-    hidden = (
-        3 * tokens * (tokens - 1) * layers * heads * width
-    )  # torch also multiplies what causality hides
-    assert 2 * (flops.multiply_adds(gve)(batch) + hidden) == pytest.approx(
-        counter.get_total_flops(), rel=1e-3
-    )
-
-
-def test_peaks_are_those_of_known_gpus_in_bfloat16(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
-    cuda = torch.device("cuda", 0)
-    assert (
-        flops.peak_flops(cuda, "bfloat16") == 989e12 and flops.peak_flops(cuda, "float32") is None
-    )
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 PCIe")
-    assert (
-        flops.peak_flops(cuda, "bfloat16")
-        is flops.peak_flops(torch.device("cpu"), "bfloat16")
-        is None
-    )

@@ -1,4 +1,4 @@
-"""extras/convert.py: a small file of each upstream format, and what data.Source reads from the result."""
+"""extras/convert.py: a small file of each upstream format; data.Source reads the result."""
 
 import io
 import json
@@ -29,8 +29,22 @@ def write(path, content):
     return path
 
 
+def command(*words):
+    """Run extras/convert.py as a user does."""
+    return subprocess.run(
+        [sys.executable, "extras/convert.py", *map(str, words)],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
 def run(tmp_path, name, source, *flags, media=()):
-    """Convert, put files where media are named, and read what training would: [query, positive, *negatives] per row."""
+    """Convert, put files where media are named, and read what training would.
+
+    Returns [query, positive, *negatives] per row.
+    """
     for file in media:
         write(tmp_path / file, "not decoded here")
     convert.main([name, str(source), str(tmp_path / "out.jsonl"), *flags])
@@ -115,16 +129,17 @@ def test_unite(tmp_path):
 
 def test_webvid_drops_captions_of_several_videos_over_all_partitions(tmp_path, capsys):
     head = "videoid,contentUrl,duration,page_dir,name\n"
-    write(
-        tmp_path / "up" / "0000.csv",
-        head + '21179416,https://x/21179416-preview.mp4,PT00H00M11S,006001_006050,"Aerial, '
-        'at ""dawn"""\n5629184,https://x/y,PT00H00M29S,071501_071550,Sunset\n',
+    first = (
+        "21179416,https://x/21179416-preview.mp4,PT00H00M11S,006001_006050,"
+        '"Aerial, at ""dawn"""\n'
+        "5629184,https://x/y,PT00H00M29S,071501_071550,Sunset\n"
     )
-    write(
-        tmp_path / "up" / "0001.csv",
-        head + "7,https://x/z,PT00H00M05S,000001_000050,Sunset\n"
-        "8,https://x/s,PT00H00M01S,000001_000050,Snow falls\n",
+    second = (
+        "7,https://x/z,PT00H00M05S,000001_000050,Sunset\n"
+        "8,https://x/s,PT00H00M01S,000001_000050,Snow falls\n"
     )
+    write(tmp_path / "up" / "0000.csv", head + first)
+    write(tmp_path / "up" / "0001.csv", head + second)
     media = ["clips/006001_006050/21179416.mp4", "clips/000001_000050/8.mp4"]
     got = run(tmp_path, "webvid", tmp_path / "up", "--media", "clips", media=media)
     assert got == [
@@ -157,11 +172,11 @@ def test_vast_draws_one_vision_caption_under_the_seed(tmp_path):
         for seed in "001":
             got = run(tmp_path, "vast", source, "--seed", seed, media=media)
             assert [p["video"] for _, p in got] == media
-            assert all(
-                q["text"] in row["vision_cap"] for (q, _), row in zip(got, rows, strict=True)
-            )
+            for (query, _), row in zip(got, rows, strict=True):
+                assert query["text"] in row["vision_cap"]
             assert read.setdefault(seed, got) == got
-    assert read["0"] != read["1"] and len({q["text"].split()[1] for q, _ in read["0"]}) == 3
+    assert read["0"] != read["1"]
+    assert len({query["text"].split()[1] for query, _ in read["0"]}) == 3
 
 
 def test_llava_hound(tmp_path):
@@ -171,30 +186,27 @@ def test_llava_hound(tmp_path):
         {"from": "gpt", "value": "no"},
     ]
     rows = [
-        {"id": f"k{i}", "video": f"k{i}", "conversations": turns[:n]} for i, n in enumerate((3, 1))
+        {"id": "k0", "video": "k0", "conversations": turns},
+        {"id": "k1", "video": "k1", "conversations": turns[:1]},
     ]
-    media = ["train_300k/k0/f.jpg"]
     source = write(tmp_path / "up.jsonl", rows)
-    assert run(tmp_path, "llava-hound", source, "--media", "train_300k", media=media) == [
-        [{"text": "A man runs."}, {"video": "train_300k/k0"}]
-    ]
-    assert run(tmp_path, "llava-hound", source, "--media", "train_300k", "--fps", "2")[0][1] == {
-        "video": {"path": "train_300k/k0", "fps": 2.0}
-    }
+    words = ("llava-hound", source, "--media", "train_300k")
+    got = run(tmp_path, *words, media=["train_300k/k0/f.jpg"])
+    assert got == [[{"text": "A man runs."}, {"video": "train_300k/k0"}]]
+
+    ((_, positive),) = run(tmp_path, *words, "--fps", "2")
+    assert positive == {"video": {"path": "train_300k/k0", "fps": 2.0}}
 
 
 def test_megapairs(tmp_path):
-    rows = [
-        {
-            "q_img": "a.jpg",
-            "q_text": ["make it red", "make it red"],
-            "t_img": "b.jpg",
-            "hns": ["a.jpg", "c.jpg"],
-        }
-    ]
-    got = run(
-        tmp_path, "megapairs", write(tmp_path / "up.jsonl", rows), media=["a.jpg", "b.jpg", "c.jpg"]
-    )
+    row = {
+        "q_img": "a.jpg",
+        "q_text": ["make it red", "make it red"],
+        "t_img": "b.jpg",
+        "hns": ["a.jpg", "c.jpg"],
+    }
+    source = write(tmp_path / "up.jsonl", [row])
+    got = run(tmp_path, "megapairs", source, media=["a.jpg", "b.jpg", "c.jpg"])
     assert got == [
         [
             {"image": "a.jpg", "text": "make it red"},
@@ -203,8 +215,11 @@ def test_megapairs(tmp_path):
             {"image": "c.jpg"},
         ]
     ]
-    run(tmp_path, "megapairs", tmp_path / "up.jsonl", "--negatives", "1")
+
+    run(tmp_path, "megapairs", source, "--negatives", "1")
     assert len(json.loads((tmp_path / "out.jsonl").read_text())["negatives"]) == 1
+    run(tmp_path, "megapairs", source, "--negatives", "0")
+    assert "negatives" not in json.loads((tmp_path / "out.jsonl").read_text())
 
 
 def write_tar(path, members):
@@ -218,15 +233,9 @@ def write_tar(path, members):
 
 
 def test_pe_video(tmp_path):
-    write_tar(
-        tmp_path / "up" / "0.tar",
-        {
-            "158873272.mp4": b"x",
-            "158873272.json": json.dumps(
-                {"human_caption": "A paper flower.", "model_caption": "no", "keywords": ["no"]}
-            ).encode(),
-        },
-    )
+    row = {"human_caption": "A paper flower.", "model_caption": "no", "keywords": ["no"]}
+    members = {"158873272.mp4": b"x", "158873272.json": json.dumps(row).encode()}
+    write_tar(tmp_path / "up" / "0.tar", members)
     got = run(tmp_path, "pe-video", tmp_path / "up", "--media", "v", media=["v/158873272.mp4"])
     assert got == [[{"text": "A paper flower."}, {"video": "v/158873272.mp4"}]]
 
@@ -247,18 +256,17 @@ def test_ms_marco_in_its_three_forms_gives_the_same_rows(tmp_path):
     assert run(tmp_path, "triples", tmp_path / "t.tsv") == expected + [
         [{"text": 'an "odd'}, {"text": "p"}, {"text": "n"}]
     ]
+
     folder = tmp_path / "beir"
-    write(
-        folder / "corpus.jsonl",
-        [
-            {"_id": str(i), "title": t, "text": x}
-            for i, t, x in ((1, "T", "one"), (2, "", "two"), (3, "", "three"), (4, "", "unjudged"))
-        ],
-    )
-    write(
-        folder / "queries.jsonl",
-        [{"_id": "1", "text": "who?"}, {"_id": "9", "text": "of another split"}],
-    )
+    corpus = [
+        {"_id": "1", "title": "T", "text": "one"},
+        {"_id": "2", "title": "", "text": "two"},
+        {"_id": "3", "title": "", "text": "three"},
+        {"_id": "4", "title": "", "text": "unjudged"},
+    ]
+    queries = [{"_id": "1", "text": "who?"}, {"_id": "9", "text": "of another split"}]
+    write(folder / "corpus.jsonl", corpus)
+    write(folder / "queries.jsonl", queries)
     write(folder / "qrels" / "train.tsv", "query-id\tcorpus-id\tscore\n1\t1\t1\n1\t2\t0\n1\t3\t0\n")
     assert run(tmp_path, "beir", folder) == expected
     write(folder / "qrels" / "train.tsv", "query-id\tcorpus-id\tscore\n1\t7\t1\n")
@@ -267,7 +275,7 @@ def test_ms_marco_in_its_three_forms_gives_the_same_rows(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, file, content, message",
+    "name, file_name, content, message",
     [
         (
             "vast",
@@ -282,31 +290,18 @@ def test_ms_marco_in_its_three_forms_gives_the_same_rows(tmp_path):
     ],
 )
 def test_a_wrong_file_is_named_with_its_row_and_keys_and_makes_no_training_file(
-    tmp_path, name, file, content, message
+    tmp_path, name, file_name, content, message
 ):
-    path = tmp_path / file
+    path = tmp_path / file_name
     path.write_text(content if isinstance(content, str) else json.dumps(content))
-    done = subprocess.run(
-        [sys.executable, "extras/convert.py", name, str(path), str(tmp_path / "out.jsonl")],
-        cwd=REPO,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert (
-        done.returncode == 1 and message in done.stderr and not (tmp_path / "out.jsonl").exists()
-    ), done.stderr
+    done = command(name, path, tmp_path / "out.jsonl")
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert [file.name for file in tmp_path.iterdir()] == [file_name], "no training file, no part"
 
 
 def test_help_lists_every_format():
-    done = subprocess.run(
-        [sys.executable, "extras/convert.py", "--help"],
-        cwd=REPO,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert (
-        all(f"  {name} " in done.stdout for name in convert.CONVERTERS)
-        and "q_img, q_text (list)" in done.stdout
-    )
+    shown = command("--help").stdout
+    for name in convert.CONVERTERS:
+        assert f"  {name} " in shown
+    assert "q_img, q_text (list)" in shown

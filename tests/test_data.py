@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 
 import numpy as np
 import pytest
@@ -20,7 +19,6 @@ from data import (
     micro_batches,
     resolve,
 )
-from extras.check_data import check
 from support.media import MediaError, load_image, load_video, sample_indices
 
 
@@ -401,43 +399,3 @@ def test_decoders_ahead_of_training_leave_it_its_threads(collate, mixture, monke
     assert set(said) == {3}
     pixels = [batch.positive.micro_batches[0]["pixel_values_videos"] for batch in (apart, inline)]
     assert torch.equal(*pixels)
-
-
-# extras/check_data.py
-
-
-def test_check_lists_every_bad_row_with_file_and_line(media, mixture, tmp_path):
-    assert list(check(mixture)) == []
-    (media / "broken.mp4").write_bytes(b"no")
-    a = {"text": "a"}
-    rows = [
-        {"query": a, "positive": {"video": "a.mp4"}},
-        {"query": a, "positive": {"video": "broken.mp4"}},
-        {"query": a, "positive": {"text": "b"}, "negatives": 3},
-        {"query": a, "positive": {"video": "../x.mp4"}},
-        {"query": a, "positives": {"video": "a.mp4"}},
-        {"query": {}, "positive": {"video": "a.mp4"}},
-        {"query": a, "positive": {"text": "b"}, "negatives": [{"image": "no.png"}]},
-    ]
-    (media / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n{broken\n")
-    bad = list(check(media / "rows.jsonl"))
-    lines = [reason.split("rows.jsonl:")[1].split(":")[0] for reason in bad]
-    assert lines == ["2", "3", "4", "5", "6", "7", "8"], bad
-    assert "negatives must be a list of items, got 3" in bad[1]
-
-
-def test_check_survives_what_kills_its_decoder(media, mixture, monkeypatch):
-    rows = []
-    for c in "abcd":
-        positive = {"video": f"{c}.mp4"}
-        rows.append({"query": {"text": c}, "positive": positive, "negatives": None})
-    (media / "deadly.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert list(check(media / "deadly.jsonl", workers=2)) == []  # null: no negatives
-
-    def deadly(video):
-        if "b.mp4" in video:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    monkeypatch.setattr("extras.check_data.load_video", deadly)
-    (bad,) = check(media / "deadly.jsonl", workers=2)
-    assert bad.endswith("deadly.jsonl:2: its decoder crashed")

@@ -34,7 +34,7 @@ def new_name(name):
 
 
 def lay_out(source, folder, tensors, layout, shards=1):
-    """Write a checkpoint folder: the source's processor, a remote-code class, tensors in shards."""
+    """Write a checkpoint folder: the source's processor, a remote-code class, sharded tensors."""
     folder.mkdir()
     for file in Path(source).iterdir():
         if file.suffix != ".safetensors" and file.name != "model.safetensors.index.json":
@@ -70,8 +70,8 @@ def tensors(tiny):
     return loaded
 
 
-# Qwen2.5-VL-3B-Instruct's config.json as released (flat, before 4.52), with 1 of its 36 layers and 2
-# of its vision tower's 32.
+# Qwen2.5-VL-3B-Instruct's config.json as released (flat, before 4.52), with 1 of its 36 layers and
+# 2 of its vision tower's 32.
 CONFIG_3B = {
     "attention_dropout": 0.0,
     "bos_token_id": 151643,

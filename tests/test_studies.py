@@ -107,27 +107,28 @@ def test_verdicts_by_hand():
 
 
 def test_defects_do_what_they_say(monkeypatch):
-    for name, old in (("last_token_pool", model.last_token_pool), ("GVE", type("GVE", (), {}))):
-        monkeypatch.setattr(model, name, old)  # given back afterwards
+    # Given back afterwards.
+    monkeypatch.setitem(model.POOLINGS, "last_token", model.last_token_pool)
+    monkeypatch.setattr(model, "GVE", type("GVE", (), {}))
     study.one_early(model)
     hidden, left, right = (
         torch.arange(8.0).view(1, 4, 2),
         torch.tensor([[0, 1, 1, 1]]),
         torch.tensor([[1, 1, 1, 0]]),
     )
-    assert model.last_token_pool(hidden, left).tolist() == [[4, 5]] and model.last_token_pool(
-        hidden, right
-    ).tolist() == [[2, 3]]
+    pool = model.POOLINGS["last_token"]
+    assert pool(hidden, left).tolist() == [[4, 5]]
+    assert pool(hidden, right).tolist() == [[2, 3]]
     study.one_dimensional(model)
     assert model.GVE.positions(None, {"attention_mask": left}).tolist() == [[[0, 0, 1, 2]]] * 3
 
 
 def test_a_script_runs_with_the_defect_in_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(model, "last_token_pool", model.last_token_pool)
+    monkeypatch.setitem(model.POOLINGS, "last_token", model.last_token_pool)
     monkeypatch.setattr(study.sys, "argv", [])
     (tmp_path / "script.py").write_text(
-        "import sys\nfrom model import last_token_pool\nimport torch\n"
-        "pooled = last_token_pool(torch.arange(6.).view(1, 3, 2), torch.ones(1, 3).long())\n"
+        "import sys\nfrom model import POOLINGS\nimport torch\n"
+        "pooled = POOLINGS['last_token'](torch.arange(6.).view(1, 3, 2), torch.ones(1, 3).long())\n"
         "open(sys.argv[1], 'w').write(str(pooled.tolist()))\n"
     )
     study.broken("early", str(tmp_path / "script.py"), str(tmp_path / "out"))

@@ -1,0 +1,172 @@
+"""train.py's plain loss, against a loop over pairs in float64, over ranks, against the kernel."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+import torch.nn.functional as F
+
+from kernels.infonce import info_nce_dist
+from train import contrastive_loss, gather_rows, use_fused
+
+TAU = 0.03
+ROWS = (4, 0, 3)  # queries of each rank: one rank has none
+NEGATIVES = (2, 5, 0)  # and one has no hard negatives
+
+
+def unit(n, dim, generator):
+    return F.normalize(torch.randn(n, dim, generator=generator, dtype=torch.float64), dim=1)
+
+
+def make_case(rows, negatives, seed=0):
+    """Return q, p, n and their content ids; ids repeat, a negative scores above its positive."""
+    generator = torch.Generator().manual_seed(seed)
+    q = unit(rows, 6, generator)
+    p = F.normalize(q + 0.7 * unit(rows, 6, generator), dim=1)
+    n = unit(negatives, 6, generator)
+    if negatives and rows:
+        n[0] = q[0]  # a false negative: above the positive by more than the margin
+    p_ids = torch.randint(0, 5, (rows,), generator=generator)
+    n_ids = torch.randint(0, 9, (negatives,), generator=generator)
+    return q, p, n, p_ids, n_ids
+
+
+def loop_loss(q, p, n, p_ids, n_ids, margin, symmetric):
+    """The mean loss, written as sums over pairs: the independent definition."""
+    candidates = torch.cat([p, n])
+    ids = torch.cat([p_ids, n_ids]).tolist()
+
+    def is_negative(i, j):
+        """Is candidate j a negative of query i?"""
+        if ids[j] == ids[i]:
+            return False
+        above = float((q[i] @ candidates[j] - q[i] @ p[i]).detach())
+        return margin is None or above <= margin
+
+    total = 0.0
+    for i in range(len(q)):
+        own = torch.exp(q[i] @ p[i] / TAU)
+        others = 0.0
+        for j in range(len(candidates)):
+            if is_negative(i, j):
+                others = others + torch.exp(q[i] @ candidates[j] / TAU)
+        loss = torch.log(own + others) - torch.log(own)
+        if symmetric:
+            others = 0.0
+            for k in range(len(q)):
+                if is_negative(k, i):
+                    others = others + torch.exp(q[k] @ p[i] / TAU)
+            loss = (loss + torch.log(own + others) - torch.log(own)) / 2
+        total = total + loss
+    return total / len(q)
+
+
+def loss_and_gradients(loss, q, p, n, *rest):
+    leaves = [x.clone().requires_grad_() for x in (q, p, n)]
+    value = loss(*leaves, *rest)
+    value.backward()
+    gradients = [torch.zeros_like(x) if x.grad is None else x.grad for x in leaves]
+    return [value.detach(), *gradients]
+
+
+CASES = list(itertools.product((0, 6), (None, 0.1, 0.0), (True, False)))
+
+
+@pytest.mark.parametrize(("negatives", "margin", "symmetric"), CASES)
+def test_the_plain_loss_is_the_sum_over_pairs(negatives, margin, symmetric):
+    case = make_case(7, negatives)
+
+    def plain(*x):
+        return contrastive_loss(*x, tau=TAU, margin=margin, symmetric=symmetric)
+
+    def loop(*x):
+        return loop_loss(*x, margin, symmetric)
+
+    ours = loss_and_gradients(plain, *case)
+    expected = loss_and_gradients(loop, *case)
+    for name, a, b in zip(("loss", "dq", "dp", "dn"), ours, expected, strict=True):
+        if b.numel():
+            error = (a - b).abs().max() / b.abs().max().clamp(min=1e-12)
+            assert error < 1e-9, f"{name}: relative error {error:.1e}"
+
+
+def test_the_masks_matter_in_these_cases():
+    """A test of masks that masks nothing cannot fail: every mask changes the loss."""
+    q, p, n, p_ids, n_ids = make_case(7, 6)
+    values = [
+        contrastive_loss(q, p, n, p_ids, n_ids, tau=TAU, margin=0.1),
+        contrastive_loss(q, p, n, p_ids, n_ids, tau=TAU),
+        contrastive_loss(q, p, n, torch.arange(7), torch.arange(7, 13), tau=TAU, margin=0.1),
+        contrastive_loss(q, p, n, p_ids, n_ids, tau=TAU, margin=0.1, symmetric=False),
+    ]
+    assert len({round(float(value), 6) for value in values}) == 4
+
+
+def check_ranks(rank, folder):
+    """On one of three ranks: shares and gradients add up to those of one process."""
+    world = len(ROWS)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/init", rank=rank, world_size=world
+    )
+    whole = make_case(sum(ROWS), sum(NEGATIVES))
+
+    def mine(x, sizes):
+        return x.split(list(sizes))[rank].clone()
+
+    sizes = (ROWS, ROWS, NEGATIVES, ROWS, NEGATIVES)
+    own = [mine(x, size) for x, size in zip(whole, sizes, strict=True)]
+    for dtype, margin, symmetric in itertools.product(
+        (torch.float64, torch.float32, torch.bfloat16), (None, 0.1), (True, False)
+    ):
+
+        def loop(*x, margin=margin, symmetric=symmetric):
+            return loop_loss(*x, margin, symmetric)
+
+        def plain(*x, margin=margin, symmetric=symmetric):
+            return contrastive_loss(*x, tau=TAU, margin=margin, symmetric=symmetric)
+
+        def fused(q, p, n, p_ids, n_ids, margin=margin, symmetric=symmetric):
+            return info_nce_dist(
+                q, p, 1 / TAU, n=n, p_ids=p_ids, n_ids=n_ids, margin=margin, symmetric=symmetric
+            )
+
+        rounded = [x.to(dtype) if x.is_floating_point() else x for x in own]
+        exact = [x.to(dtype).double() if x.is_floating_point() else x for x in whole]
+        loss, *gradients = loss_and_gradients(loop, *exact)
+        expected = [loss, *(mine(g, s) for g, s in zip(gradients, sizes, strict=False))]
+        # A gradient in bfloat16 has three digits.
+        tolerance = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 1e-2}[dtype]
+        for way in (plain, fused):
+            share, *gradients = loss_and_gradients(way, *rounded)
+            total = share.double()
+            dist.all_reduce(total)
+            for name, a, b in zip(
+                ("loss", "dq", "dp", "dn"), [total, *gradients], expected, strict=True
+            ):
+                if b.numel():
+                    error = (a.double() - b).abs().max() / b.abs().max().clamp(min=1e-2)
+                    case = f"{way.__name__} {dtype} margin {margin} symmetric {symmetric}"
+                    assert error < tolerance, f"rank {rank}, {case}: {name} off by {error:.1e}"
+    dist.destroy_process_group()
+
+
+def test_shares_and_gradients_of_three_uneven_ranks_sum_to_one_process_plain_and_fused(tmp_path):
+    torch.multiprocessing.start_processes(
+        check_ranks, (str(tmp_path),), nprocs=len(ROWS), start_method="fork"
+    )
+
+
+def test_on_one_process_gathering_changes_nothing():
+    rows = torch.randn(3, 2)
+    assert gather_rows(rows) is rows
+
+
+def test_auto_takes_the_kernel_for_large_batches_only():
+    assert use_fused("on", 2, 0) and not use_fused("off", 10**6, 2)
+    assert not use_fused("auto", 64, 2) and use_fused("auto", 8192, 0)
+    sizes = [2**k for k in range(4, 15)]
+    chosen = [use_fused("auto", size, 1) for size in sizes]
+    assert chosen == sorted(chosen) and math.isfinite(sum(chosen))
