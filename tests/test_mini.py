@@ -212,7 +212,7 @@ def test_temporal_queries_have_near_twins_in_their_corpus(sets):
 
 
 def test_training_has_every_task_and_hard_negatives_that_the_query_does_not_fit(groups, rows):
-    tasks = {bench.SOURCES[name][0] for name in rows}
+    tasks = {bench.SOURCES[name].task for name in rows}
     assert tasks == {"T2T", "T2I", "TI2I", "T2V", "I2V", "V2V", "TI2V", "TV2V"}
     assert {train.LEVEL[task] for task in tasks} == {1, 2, 3, 4}
     videos = {v["id"]: v for vs in groups.values() for v in vs}
@@ -237,7 +237,7 @@ def test_files_are_accepted_by_the_readers_and_rendering_twice_is_a_no_op(
     def cut(corpus, queries):
         whole = [q for q in queries if set(q[1]) | set(q[2] or ()) <= kept and q[0].get("text")]
         return [v for v in corpus if v["id"] in kept], whole[:3] or [
-            ({"text": "a star"}, [corpus[0]["id"]], None)
+            bench.Query({"text": "a star"}, [corpus[0]["id"]], None)
         ]
 
     small = {name: cut(*pair) for name, pair in sets.items()}
@@ -261,7 +261,7 @@ def test_files_are_accepted_by_the_readers_and_rendering_twice_is_a_no_op(
 
 
 def test_our_patches_are_those_of_transformers_processor():
-    from mini.__main__ import build_processor, patches
+    from mini.pretrain import build_processor, patches
 
     frames = world.render_scene(world.sample_scene(random.Random(3), test=False))[:8]
     made = build_processor(["a b"] * 9).video_processor(
@@ -292,6 +292,6 @@ def test_base_and_prober_fit_into_four_megabytes():
     reason="mini/base is not there: python -m mini pretrain",
 )
 def test_base_names_colour_shape_and_motion_of_every_object():
-    from mini.__main__ import caption_accuracy
+    from mini.pretrain import caption_accuracy
 
     assert caption_accuracy(ROOT / "mini/base", n=100, show=0) >= 0.8
