@@ -22,7 +22,6 @@ import collections
 import dataclasses
 import functools
 import hashlib
-import itertools
 import json
 import multiprocessing
 import random
@@ -69,6 +68,8 @@ GROUPS = {
 
 @dataclasses.dataclass(frozen=True)
 class TrainingSource:
+    """The entry of a mixture, without the rows."""
+
     task: str
     negatives: int  # hard negatives per row
     instruction: str  # in the spirit of Table 5's, but none of its strings
@@ -162,16 +163,20 @@ def families(rng, name, n, size, kinds, test, star=False):
     events = 0.7 if "order" in kinds else 0.35
     for number in range(n):
         family_id = f"{name}-{number:03}"
-        scene = world.sample_scene(rng, test, rng.choice((2, 2, 3)), events)
+        count = rng.choice((2, 2, 3))
+        scene = world.sample_scene(rng, test, count, events)
         family = [{"id": f"{family_id}-0", "family": family_id, "scenes": [scene]}]
+
         while len(family) < size:
             parent = family[0] if star else rng.choice(family)
-            made = world.change(parent["scenes"][0], rng.choice(kinds), rng, test)
+            kind = rng.choice(kinds)
+            made = world.change(parent["scenes"][0], kind, rng, test)
             if made is None:
                 continue
             twin, difference = made
             if any(same_graph(twin, video["scenes"][0]) for video in family):
                 continue
+
             family.append(
                 {
                     "id": f"{family_id}-{len(family)}",
@@ -222,9 +227,10 @@ def singles(rng, name, n, test, scenes):
         graphs = []
         for _ in range(scenes):
             if scenes == 1:
-                graphs.append(world.sample_scene(rng, test))
+                scene = world.sample_scene(rng, test)
             else:
-                graphs.append(world.sample_scene(rng, test, rng.choice((1, 2)), events=0))
+                scene = world.sample_scene(rng, test, rng.choice((1, 2)), events=0)
+            graphs.append(scene)
         videos.append({"id": video_id, "family": video_id, "scenes": graphs})
     return videos
 
@@ -260,7 +266,8 @@ def all_videos(seed=SEED):
             else:
                 groups[name] = singles(rng, name, n, test, size)
             if kind == "long":
-                groups[f"{side}-retold"] = retold(rng, groups[name][: 50 if test else n])
+                retold_of = 50 if test else n
+                groups[f"{side}-retold"] = retold(rng, groups[name][:retold_of])
     return groups
 
 
@@ -268,6 +275,7 @@ def all_videos(seed=SEED):
 
 
 def path_of(video, up):
+    """Return the path of a video's file."""
     return f"{up}/videos/{video['id']}.mp4"
 
 
@@ -287,8 +295,8 @@ def frame_item(video, rng, up):
 def clip_item(video, i, up):
     """Return the i-th scene of a long video as a window of it."""
     seconds = world.FRAMES / world.FPS
-    window = {"path": path_of(video, up), "start": i * seconds, "end": (i + 1) * seconds}
-    return {"video": window}
+    start = i * seconds
+    return {"video": {"path": path_of(video, up), "start": start, "end": start + seconds}}
 
 
 # mini-UVRB
@@ -355,7 +363,8 @@ def moments(videos, n, rng, medium):
     """
     by_id = {video["id"]: video for video in videos}
     queries = []
-    for target in rng.sample([video for video in videos if "parent" in video], n):
+    targets = [video for video in videos if "parent" in video]
+    for target in rng.sample(targets, n):
         reference = by_id[target["parent"]]
         text, claim = world.composed(target["scenes"][0], target["change"], rng)
         others = [v for v in videos if v not in (target, reference)]
@@ -365,8 +374,10 @@ def moments(videos, n, rng, medium):
         siblings = rng.sample(siblings, min(4, len(siblings)))
         news = news_of(claim)
         alike = [v for v in others if v["family"] != family and world.satisfies(v, news)]
-        pool = [target] + siblings + rng.sample(alike, min(4, len(alike)))
-        pool += rng.sample([v for v in others if v not in pool], 10 - len(pool))
+        alike = rng.sample(alike, min(4, len(alike)))
+        pool = [target, *siblings, *alike]
+        rest = [v for v in others if v not in pool]
+        pool += rng.sample(rest, 10 - len(pool))
 
         right = [v["id"] for v in pool if world.satisfies(v, claim)]
         wrong = [v["id"] for v in pool if v["id"] not in right]
@@ -392,19 +403,23 @@ def benchmark(groups, seed=SEED):
     for video, twin in zip(long, groups["test-retold"], strict=False):
         long_twins += [video, twin]
 
-    shuffled = {form: functools.partial(form, shuffle=True) for form in world.VIDEO_STYLES.values()}
-    spatial = functools.partial(world.spatial, shuffle=True)
+    def shuffled(form):
+        return functools.partial(form, shuffle=True)
+
     recipes = {
-        "MSRVTT": Recipe(general, shuffled[world.concise], 200, 2),
+        # coarse
+        "MSRVTT": Recipe(general, shuffled(world.concise), 200, 2),
         "DiDeMo": Recipe(general, world.paragraph, 200, 2),
-        "CRB-G": Recipe(general, shuffled[world.rich], 200, 2),
-        "CRB-S": Recipe(looks, spatial, 200, 2),
+        "CRB-G": Recipe(general, shuffled(world.rich), 200, 2),
+        # fine: spatial, temporal, partially relevant
+        "CRB-S": Recipe(looks, shuffled(world.spatial), 200, 2),
         "VDC-O": Recipe(looks, world.main_object, 200, 1),
         "CRB-T": Recipe(motions, world.temporal, 200, 2),
         "CMRB": Recipe(cameras + general[:8], world.camera, 150, 10),
         "DREAM-E": Recipe(general, world.partial, 250, 1),
         "LoVR-TH": Recipe(general, world.theme, 200, 10),
-        "PEV-K": Recipe(general, shuffled[world.keywords], 200, 2),
+        "PEV-K": Recipe(general, shuffled(world.keywords), 200, 2),
+        # long context
         "LoVR-V": Recipe(long_twins, world.story, 100, 2),
         "VDC-D": Recipe(looks, world.detail, 200, 2),
     }
@@ -422,8 +437,13 @@ def benchmark(groups, seed=SEED):
 
     # Pixels, not claims: a frame or a window belongs to the one video from which it was cut.
     rng = random.Random(f"{seed}/VIS")
-    frames = [Query(frame_item(v, rng, "../.."), [v["id"]], None) for v in general]
-    clips = [Query(clip_item(v, rng.randrange(4), "../.."), [v["id"]], None) for v in long]
+    frames = []
+    for video in general:
+        frames.append(Query(frame_item(video, rng, "../.."), [video["id"]], None))
+    clips = []
+    for video in long:
+        window = clip_item(video, rng.randrange(4), "../..")
+        clips.append(Query(window, [video["id"]], None))
     sets["MSRVTT-I2V"] = general, frames
     sets["LoVR-C2V"] = long, clips
     return {name: sets[name] for name in DATASETS}
@@ -507,7 +527,7 @@ class TrainingRows:
         wrong = [v for v in self.family[target["family"]] if not world.satisfies(v, claim)]
         videos = [self.video(v) for v in wrong]
 
-        # A frame shows neither motion nor camera.
+        # No frame shows motion or camera, so an image cannot be the answer.
         if target["change"]["kind"] not in ("motion", "camera"):
             query = {"text": text, **self.frame(reference)}
             positive = self.frame(target)
@@ -530,9 +550,13 @@ def training(groups, seed=SEED):
     rng = random.Random(f"{seed}/training")
     made = TrainingRows(groups, rng)
     clips = made.clips
-    general, motions, looks, cameras, mixed = (groups[f"train-{kind}"] for kind in "gtscx")
+    general = groups["train-g"]
+    motions = groups["train-t"]
+    looks = groups["train-s"]
+    cameras = groups["train-c"]
+    mixed = groups["train-x"]
 
-    # Text and image (the pyramid's first level)
+    # Texts and images: the first levels of the pyramid
     for video in rng.sample(clips, 800):
         made.paraphrase(video)
     for video in rng.sample(clips, 600):
@@ -607,20 +631,17 @@ def write_benchmark(folder, sets):
     sizes = {}
     for name, (corpus, queries) in sets.items():
         jsonl = folder / name / "jsonl"
-        write_lines(
-            jsonl / "corpus.jsonl",
-            [{"id": video["id"], "video": path_of(video, "../..")} for video in corpus],
-        )
-        write_lines(
-            jsonl / "queries.jsonl",
-            [{"id": f"q{i}", **query.row} for i, query in enumerate(queries)],
-        )
+        videos = [{"id": video["id"], **video_item(video, "../..")} for video in corpus]
+        rows = []
         instances = []
         for i, query in enumerate(queries):
+            rows.append({"id": f"q{i}", **query.row})
             instance = {"qid": f"q{i}", "pos": query.positives}
             if query.negatives:
                 instance["neg"] = query.negatives
             instances.append(instance)
+        write_lines(jsonl / "corpus.jsonl", videos)
+        write_lines(jsonl / "queries.jsonl", rows)
         write_lines(jsonl / "instances.jsonl", instances)
 
         ranked = 10 if queries[0].negatives else len(corpus)
@@ -681,7 +702,9 @@ def write(out, seed=SEED, workers=None):
         stamp.unlink()
 
     groups = all_videos(seed)
-    videos = list(itertools.chain.from_iterable(groups.values()))
+    videos = []
+    for group in groups.values():
+        videos += group
     render_all(out, videos, "rendering", workers)
     write_lines(out / "scenes.jsonl", videos)
     sets = benchmark(groups, seed)
@@ -771,8 +794,8 @@ def at_rest(scene):
 
 
 def is_at_rest(scene):
-    still = all(o["motion"] == ["still"] for o in scene["objects"])
-    return still and scene["camera"] == ["static"]
+    """Say whether nothing moves in a scene, camera included."""
+    return scene == at_rest(scene)
 
 
 def wrong_caption(scene, rng):
@@ -810,7 +833,8 @@ def raw_videos(seed, n, faults):
             video["scenes"] = [at_rest(scene) for scene in video["scenes"]]
         elif all(map(is_at_rest, video["scenes"])):
             video["fault"] = "static"  # by chance
-        video["text"] = " ".join([weak_caption(scene, rng) for scene in video["scenes"]])
+        captions = [weak_caption(scene, rng) for scene in video["scenes"]]
+        video["text"] = " ".join(captions)
     for i, video in enumerate(videos):
         if video.get("fault") == "boilerplate":
             video["text"] = EMPTY_TEXTS[i % len(EMPTY_TEXTS)]
@@ -846,12 +870,14 @@ def raw(out, seed=SEED, n=12, faults=20):
             mp4 = (out / path_of({"id": video["of"]}, ".")).read_bytes()
             write_video(path, encode_again(mp4) if video["fault"] == "again" else mp4)
         elif video.get("fault") == "broken":
-            write_video(path, damage(path.read_bytes(), DAMAGES[i % len(DAMAGES)]))
+            kind = DAMAGES[i % len(DAMAGES)]
+            write_video(path, damage(path.read_bytes(), kind))
 
     captions = []
     truth = []
     for video in videos:
-        captions.append({"id": video["id"], "video": path_of(video, "."), "text": video["text"]})
+        item = video_item(video, ".")
+        captions.append({"id": video["id"], **item, "text": video["text"]})
         keys = [key for key in ("id", "scenes", "fault", "of", "text") if key in video]
         truth.append(world.pick(video, *keys))
     write_lines(out / "captions.jsonl", captions)

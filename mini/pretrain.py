@@ -17,7 +17,6 @@ import multiprocessing
 import os
 import random
 import shutil
-import string
 import tempfile
 import zlib
 from pathlib import Path
@@ -73,7 +72,9 @@ VIDEO_FRAMES = 8
 VIDEO_GRIDS = VIDEO_FRAMES // PATCH_FRAMES
 SECONDS_PER_GRID = world.FRAMES / world.FPS / VIDEO_GRIDS
 WIDTH = 128  # D
-TOKENS_PER_SECOND = 2
+TOKENS_PER_SECOND = 2  # M-RoPE's unit of time, as in the real models
+MAX_TOKENS = 32768
+VOCABULARY = 1100  # without the special tokens
 
 # Qwen's special tokens, in the order of their ids.
 SPECIAL = [
@@ -110,31 +111,37 @@ HEAD = SYSTEM_START + DEFAULT_INSTRUCTION + TURN_END + USER_START
 TAIL = TURN_END + ANSWER_START
 
 
-def chat_template():
-    """Write the chat template of Qwen2.5-VL-Instruct from the prompt's pieces in data.py."""
-    turn_start, turn_newline = USER_START.split("user")
-    block_start, block_end = VISION_BLOCK["image"].split("image")
+def make_chat_template():
+    """Write the chat template of Qwen2.5-VL-Instruct from data.py's pieces of the prompt.
+
+    The user turn has its parts in the order given, and only a generation prompt at its end.
+    """
+    before_role, after_role = USER_START.split("user")
+    before_kind, after_kind = VISION_BLOCK["image"].split("image")
     pieces = {
-        "default_system": SYSTEM_START + DEFAULT_INSTRUCTION + TURN_END,
-        "turn_start": turn_start,
-        "newline": turn_newline,
-        "turn_end": TURN_END,
-        "answer_start": ANSWER_START,
-        "block_start": block_start,
-        "block_end": block_end,
-        "for_part": "for part in message.content",
+        "DEFAULT_SYSTEM": SYSTEM_START + DEFAULT_INSTRUCTION + TURN_END,
+        "BEFORE_ROLE": before_role,
+        "AFTER_ROLE": after_role,
+        "BEFORE_KIND": before_kind,
+        "AFTER_KIND": after_kind,
+        "TURN_END": TURN_END,
+        "ANSWER_START": ANSWER_START,
     }
-    template = string.Template("""{%- if messages[0].role != 'system' %}
-{{- '$default_system' }}{%- endif %}
-{%- for message in messages %}{{- '$turn_start' + message.role + '$newline' }}
-{%- if message.content is string %}{{- message.content }}{%- else %}{%- $for_part %}
-{%- if part.type == 'text' %}{{- part.text }}{%- else %}
-{{- '$block_start' + part.type + '$block_end' }}{%- endif %}
-{%- endfor %}{%- endif %}{{- '$turn_end' }}{%- endfor %}
-{%- if add_generation_prompt %}{{- '$answer_start' }}{%- endif %}""")
-    # In Jinja's strings a line break is written as \n.
-    escaped = {name: text.replace("\n", "\\n") for name, text in pieces.items()}
-    return template.substitute(escaped)
+    template = (
+        "{%- if messages[0].role != 'system' %}\n"
+        "{{- DEFAULT_SYSTEM }}{%- endif %}\n"
+        "{%- for message in messages %}{{- BEFORE_ROLE + message.role + AFTER_ROLE }}\n"
+        "{%- if message.content is string %}{{- message.content }}{%- else %}"
+        "{%- for part in message.content %}\n"
+        "{%- if part.type == 'text' %}{{- part.text }}{%- else %}\n"
+        "{{- BEFORE_KIND + part.type + AFTER_KIND }}{%- endif %}\n"
+        "{%- endfor %}{%- endif %}{{- TURN_END }}{%- endfor %}\n"
+        "{%- if add_generation_prompt %}{{- ANSWER_START }}{%- endif %}"
+    )
+    for name, text in pieces.items():
+        literal = "'" + text.replace("\n", r"\n") + "'"
+        template = template.replace(name, literal)
+    return template
 
 
 def build_processor(texts):
@@ -144,7 +151,7 @@ def build_processor(texts):
     learner = Tokenizer(models.BPE())
     learner.pre_tokenizer = pre_tokenizers.Sequence([pieces, letters])
     trainer = trainers.BpeTrainer(
-        vocab_size=1100, initial_alphabet=letters.alphabet(), show_progress=False
+        vocab_size=VOCABULARY, initial_alphabet=letters.alphabet(), show_progress=False
     )
     learner.train_from_iterator(texts, trainer)
 
@@ -152,7 +159,7 @@ def build_processor(texts):
     tokenizer = Qwen2Tokenizer(
         vocab=learnt["vocab"],
         merges=[tuple(merge) for merge in learnt["merges"]],
-        model_max_length=32768,
+        model_max_length=MAX_TOKENS,
         padding_side="left",
         extra_special_tokens=SPECIAL,
     )
@@ -162,7 +169,7 @@ def build_processor(texts):
     }
     images = Qwen2VLImageProcessor(size=dict(size))
     videos = Qwen2VLVideoProcessor(size=dict(size))
-    return Qwen2_5_VLProcessor(images, tokenizer, videos, chat_template=chat_template())
+    return Qwen2_5_VLProcessor(images, tokenizer, videos, chat_template=make_chat_template())
 
 
 def build_model(tokenizer):
@@ -172,21 +179,25 @@ def build_model(tokenizer):
     sections would leave the model blind to left and right.
     """
     ids = dict(zip(SPECIAL, tokenizer.convert_tokens_to_ids(SPECIAL), strict=True))
+    rotary = {"rope_type": "default", "mrope_section": [2, 4, 10], "rope_theta": 100.0}
     text = dict(
         vocab_size=len(tokenizer),
         hidden_size=WIDTH,
         intermediate_size=3 * WIDTH,
+        # Four layers, with four heads of 32 channels that share two heads of keys and values.
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=32768,
-        rope_parameters={"rope_type": "default", "mrope_section": [2, 4, 10], "rope_theta": 100.0},
+        max_position_embeddings=MAX_TOKENS,
+        rope_parameters=rotary,
         initializer_range=0.05,
         bos_token_id=ids[END],
         eos_token_id=ids[STOP],
         pad_token_id=ids[END],
         tie_word_embeddings=True,
     )
+
+    # Two of the four vision blocks attend within windows of 8 x 8 patches, larger than a frame.
     vision = dict(
         depth=4,
         hidden_size=96,
@@ -201,6 +212,7 @@ def build_model(tokenizer):
         fullatt_block_indexes=[1, 3],
         initializer_range=0.05,
     )
+
     config = Qwen2_5_VLConfig(
         text_config=text,
         vision_config=vision,
@@ -383,7 +395,8 @@ def query_example(task, i, pool, rng):
     kind, _, medium = task.partition(" ")
     if kind == "json":
         medium = rng.choice(("video", "image"))
-    media = [Medium(medium, i - 1, rng.choice(world.VISIBLE)), Medium("video", i, 0)]
+    reference = Medium(medium, i - 1, rng.choice(world.VISIBLE))
+    media = [reference, Medium("video", i, 0)]
 
     request = rng.choice(ASK["query"])
     query, _ = world.composed(pool[i].scene, pool[i].difference, rng)
@@ -506,13 +519,15 @@ def sight_of(scene):
     tracks = np.zeros((len(places), world.FRAMES, TRACK), np.float32)
     for o, (centre, radius, visible) in zip(scene["objects"], world.tracks(scene), strict=True):
         place = places.index(o["place"])
-        classes[place] = [1 + names.index(o[key]) for key, names in CLASSES.items()]
+        for column, (key, names) in enumerate(CLASSES.items()):
+            classes[place, column] = 1 + names.index(o[key])
         offset = (centre - world.PLACES[o["place"]]) / 7
         columns = [offset, radius[:, None] / 7 - 1, visible[:, None]]
         tracks[place] = np.concatenate(columns, 1)
 
-    camera = (world.camera_path(scene) / (16, 16, 0.5)).astype(np.float32)
-    return Sight(classes, tracks, camera, list(world.THEMES).index(scene["theme"]))
+    camera = world.camera_path(scene) / (16, 16, 0.5)
+    theme = list(world.THEMES).index(scene["theme"])
+    return Sight(classes, tracks, camera.astype(np.float32), theme)
 
 
 class SightLoss:
@@ -558,7 +573,10 @@ class SightLoss:
 
         camera_step = (self.camera[scenes, g] - self.camera[scenes, f]) * 4
         true_camera = torch.cat([self.camera[scenes, f], camera_step], 1)  # (B, 6)
-        camera_error = ((camera - true_camera.repeat_interleave(FRAME_TOKENS, 0)) ** 2).mean()
+        true_camera = true_camera.repeat_interleave(FRAME_TOKENS, 0)  # (B * 4, 6)
+        camera_error = ((camera - true_camera) ** 2).mean()
+
+        # Steps, in columns 4 to 6, count once more.
         loss = loss + 4 * error.mean() + 12 * error[:, 4:7].mean() + 20 * camera_error
 
         log = []
@@ -566,7 +584,8 @@ class SightLoss:
         for k, p in enumerate(logits):
             right = p.argmax(1) == true_class[:, k]
             log.append(right[is_object].float().mean().item())
-        unexplained = error[:, 4:6].sum() / (true_track[:, 4:6] ** 2 * weight[:, 4:6]).sum()
+        size_of_steps = (true_track[:, 4:6] ** 2 * weight[:, 4:6]).sum()
+        unexplained = error[:, 4:6].sum() / size_of_steps
         return loss, [*log, unexplained.item(), camera_error.item()]
 
 
@@ -622,6 +641,7 @@ def learn_to_describe(model, clips, pool, collate, rng, steps, lr, easy=0.2, bat
     """
     eyes = list(model.model.visual.parameters())
     rest = [p for name, p in model.named_parameters() if ".visual." not in name]
+    # The vision tower has seen its scenes already: it learns at less than a third of the rate.
     optimizer = torch.optim.AdamW(
         [{"params": eyes, "share": 0.3}, {"params": rest, "share": 1.0}],
         betas=(0.9, 0.98),

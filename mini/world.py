@@ -132,7 +132,9 @@ def sample_scene(rng, test, count=None, events=0.35):
         colours = rng.sample(list(COLOURS), count)
         shapes = rng.sample(SHAPES, count)
         places = sorted(rng.sample(range(len(PLACES)), count))
-        objects = [{"colour": c, "shape": s} for c, s in zip(colours, shapes, strict=True)]
+        objects = []
+        for colour, shape in zip(colours, shapes, strict=True):
+            objects.append({"colour": colour, "shape": shape})
         if held_out(objects) == test:
             break
 
@@ -163,8 +165,8 @@ def change(scene, kind, rng, test):
 
     Returns (twin, {"kind", "object", "to"}), or None if this kind cannot apply to this scene.
     """
-    twin = {**scene, "objects": [dict(o) for o in scene["objects"]], "seed": rng.getrandbits(32)}
-    objects = twin["objects"]
+    objects = [dict(o) for o in scene["objects"]]
+    twin = {**scene, "objects": objects, "seed": rng.getrandbits(32)}
     changed = objects[rng.randrange(len(objects))]
 
     if kind == "motion":
@@ -183,9 +185,11 @@ def change(scene, kind, rng, test):
     elif kind == "colour":
         changed = recolour(changed, objects, rng, test)
     elif kind == "camera":
-        twin["camera"] = other_moves(rng, CAMERAS, scene["camera"], rng.random() < 0.3)
+        two = rng.random() < 0.3
+        twin["camera"] = other_moves(rng, CAMERAS, scene["camera"], two)
     elif kind == "theme":
-        twin["theme"] = rng.choice([theme for theme in THEMES if theme != scene["theme"]])
+        others = [theme for theme in THEMES if theme != scene["theme"]]
+        twin["theme"] = rng.choice(others)
 
     if changed is None:
         return None
@@ -208,9 +212,11 @@ def exchange_motions(objects):
 
     Returns the first, or None if that would change nothing.
     """
-    if len(objects) < 2 or objects[0]["motion"] == objects[1]["motion"]:
+    if len(objects) < 2:
         return None
     first, second = objects[:2]
+    if first["motion"] == second["motion"]:
+        return None
     first["motion"], second["motion"] = second["motion"], first["motion"]
     return first
 
@@ -233,7 +239,8 @@ def recolour(changed, objects, rng, test):
     taken = [o["colour"] for o in objects]
     free = []
     for colour in COLOURS:
-        if colour not in taken and held_out([{**changed, "colour": colour}, *others]) == test:
+        recoloured = {**changed, "colour": colour}
+        if colour not in taken and held_out([recoloured, *others]) == test:
             free.append(colour)
     if not free:
         return None
@@ -268,7 +275,12 @@ GROUND_SIZE = 96  # pixels per side of the background, which repeats beyond its 
 LANDMARK_RADIUS = 12
 
 RADII = {"small": 6.0, "big": 9.0}
-DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+DIRECTIONS = {
+    "left": (-1, 0),
+    "right": (1, 0),
+    "up": (0, -1),
+    "down": (0, 1),
+}
 LOOP_RADIUS = 7
 GROWTH = 0.95  # change of the radius' logarithm over a motion
 
@@ -339,8 +351,11 @@ def track(o, offset):
         elif motion == "blink":
             visible[span] = span // 2 % 2 == 0
 
-    centre = PLACES[o["place"]] + centred(np.cumsum(steps, 0)) + offset
-    radius = RADII[o["size"]] * np.exp(centred(np.cumsum(growth)))
+    # The middle of its range is the place, and the size, that captions state.
+    path = centred(np.cumsum(steps, 0))
+    centre = PLACES[o["place"]] + path + offset
+    log_scale = centred(np.cumsum(growth))
+    radius = RADII[o["size"]] * np.exp(log_scale)
     return centre, radius, visible
 
 
@@ -355,7 +370,10 @@ def tracks(scene):
 def camera_path(scene):
     """Return the camera's view (F, 3), centred on zero: pixels right and down, log of the zoom."""
     moves = scene["camera"]
-    steps = [CAMERA_STEPS[moves[frame * len(moves) // FRAMES]] for frame in range(FRAMES)]
+    steps = []
+    for frame in range(FRAMES):
+        move = moves[frame * len(moves) // FRAMES]  # of two moves, each has half of the frames
+        steps.append(CAMERA_STEPS[move])
     return centred(np.cumsum(steps, 0))
 
 
@@ -374,7 +392,9 @@ def background(scene):
         dx = abs(x - mark_x)
         dy = abs(y - mark_y)
         # The shorter way around: a mark at one edge goes on at the other.
-        distance = np.hypot(np.minimum(dx, GROUND_SIZE - dx), np.minimum(dy, GROUND_SIZE - dy))
+        dx = np.minimum(dx, GROUND_SIZE - dx)
+        dy = np.minimum(dy, GROUND_SIZE - dy)
+        distance = np.hypot(dx, dy)
         marks = np.maximum(marks, np.clip(ground.radius + 0.5 - distance, 0, 1))
 
     landmark_x, landmark_y = GROUND_SIZE // 2 + rng.uniform(-3, 3, 2)
@@ -382,7 +402,9 @@ def background(scene):
     landmark = np.clip((LANDMARK_RADIUS - distance) / 2, 0, 1)
 
     cover = np.maximum(marks * 0.5, landmark)[..., None]  # (96, 96, 1)
-    return np.array(ground.colour) * (1 - cover) + np.array(ground.mark_colour) * cover
+    colour = np.array(ground.colour)
+    mark_colour = np.array(ground.mark_colour)
+    return colour * (1 - cover) + mark_colour * cover
 
 
 def look_up(texture, u, v):
@@ -405,7 +427,8 @@ def paint(image, o, x, y, radius):
     distance = shape_distance(o["shape"], x, y, radius)
 
     # A dark rim, so that no colour melts into its theme.
-    image = image * (1 - 0.75 * np.clip(1.7 - distance, 0, 1)[..., None])
+    rim = np.clip(1.7 - distance, 0, 1)[..., None]
+    image = image * (1 - 0.75 * rim)
 
     colour = np.array(COLOURS[o["colour"]], float)
     if o["texture"] == "striped":
@@ -470,8 +493,16 @@ def relations(a, b):
     """List the relations in which place a stands to place b."""
     ax, ay = PLACES[a]
     bx, by = PLACES[b]
-    true = {"left of": ax < bx, "right of": ax > bx, "above": ay < by, "below": ay > by}
-    return [relation for relation, is_true in true.items() if is_true]
+    true = []
+    if ax < bx:
+        true.append("left of")
+    if ax > bx:
+        true.append("right of")
+    if ay < by:
+        true.append("above")
+    if ay > by:
+        true.append("below")
+    return true
 
 
 def moves_hold(claimed, actual):
@@ -503,20 +534,25 @@ def holds(scene, claim):
     """
     if claim.get("theme", scene["theme"]) != scene["theme"]:
         return False
-    if claim.get("count", len(scene["objects"])) != len(scene["objects"]):
+    count = len(scene["objects"])
+    if claim.get("count", count) != count:
         return False
     if "camera" in claim and not moves_hold(claim["camera"], scene["camera"]):
         return False
 
     wanted = claim.get("objects", [])
     for chosen in itertools.permutations(scene["objects"], len(wanted)):
-        places = [o["place"] for o in chosen]
-        if all(map(object_fits, wanted, chosen)) and all(
-            relation in relations(places[i], places[j])
-            for i, relation, j in claim.get("relations", [])
-        ):
+        if all(map(object_fits, wanted, chosen)) and relations_hold(claim, chosen):
             return True
     return False
+
+
+def relations_hold(claim, chosen):
+    """Say whether the objects chosen for a claim's objects stand in the claimed relations."""
+    for i, relation, j in claim.get("relations", []):
+        if relation not in relations(chosen[i]["place"], chosen[j]["place"]):
+            return False
+    return True
 
 
 def satisfies(video, claim):
@@ -526,7 +562,8 @@ def satisfies(video, claim):
     """
     scenes = video["scenes"]
     if "scenes" in claim:
-        return len(claim["scenes"]) == len(scenes) and all(map(holds, scenes, claim["scenes"]))
+        claims = claim["scenes"]
+        return len(claims) == len(scenes) and all(map(holds, scenes, claims))
     return any(holds(scene, claim) for scene in scenes)
 
 
@@ -540,8 +577,12 @@ def noun_phrase(o, rng=None, keys=("colour", "shape"), article="a"):
     """
     words = []
     for key in LOOKS:
-        if key in keys:
-            words.append(rng.choice(SIZES[o[key]]) if key == "size" else o[key])
+        if key not in keys:
+            continue
+        word = o[key]
+        if key == "size":
+            word = rng.choice(SIZES[word])
+        words.append(word)
     if article == "a" and words[0][0] in "aeiou":
         article = "an"
     return " ".join([article, *words])
@@ -557,14 +598,17 @@ def moves_phrase(moves, table, rng):
 
 
 def motion_phrase(o, rng):
+    """Say how an object moves."""
     return moves_phrase(o["motion"], MOTIONS, rng)
 
 
 def camera_phrase(moves, rng):
+    """Say how the camera moves, as a clause: "the view zooms in"."""
     return rng.choice(("the camera ", "the view ")) + moves_phrase(moves, CAMERAS, rng)
 
 
 def theme_phrase(theme, rng):
+    """Say where a scene plays: "in the snow"."""
     return rng.choice(THEMES[theme])
 
 
@@ -582,11 +626,24 @@ def enumerate_words(parts):
 
 
 def relation_sentence(o, relation, other):
+    """State a relation of an object to another one, which is given as a phrase."""
     return sentence("the", o["shape"], "is", relation, other)
 
 
 def pick(mapping, *keys):
+    """Return the part of a dict with these keys, in this order."""
     return {key: mapping[key] for key in keys}
+
+
+def facts_of(objects, *keys):
+    """Return the objects of a claim: of each, the properties that a caption states."""
+    return [pick(o, *keys) for o in objects]
+
+
+def name_shapes(objects):
+    """Name objects by their shapes: "a star and a ring"."""
+    names = [noun_phrase(o, keys=("shape",)) for o in objects]
+    return enumerate_words(names)
 
 
 def objects_of(scene, rng, shuffle):
@@ -604,10 +661,13 @@ def concise(scene, rng, shuffle=False):
     objects = objects_of(scene, rng, shuffle)
     events = [noun_phrase(o) + " " + motion_phrase(o, rng) for o in objects]
     body = enumerate_words(events)
-    claim = {"objects": [pick(o, "colour", "shape", "motion") for o in objects]}
+    claim = {"objects": facts_of(objects, "colour", "shape", "motion")}
+
+    # Both are drawn even if there is no room for them.
     theme = theme_phrase(scene["theme"], rng)
     camera = camera_phrase(scene["camera"], rng)
 
+    # At most 25 words: the theme goes in if it fits, and always if the text is short without it.
     tail = ""
     theme_fits = len((body + theme).split()) <= 24
     if theme_fits and (len(body.split()) < 10 or rng.random() < 0.5):
@@ -622,13 +682,15 @@ def concise(scene, rng, shuffle=False):
 def spatial(scene, rng, shuffle=False):
     """Looks, places and relations of all objects, and the theme; no motion."""
     objects = objects_of(scene, rng, shuffle)
-    looks = [pick(o, "colour", "shape", "size", "texture", "place") for o in objects]
+    looks = facts_of(objects, "colour", "shape", "size", "texture", "place")
     claim = {"theme": scene["theme"], "objects": looks, "relations": []}
 
     parts = []
     for o in objects:
         opening = rng.choice(("there is", "one sees"))
-        parts.append(sentence(opening, noun_phrase(o, rng, LOOKS), "in the", o["place"]))
+        name = noun_phrase(o, rng, LOOKS)
+        parts.append(sentence(opening, name, "in the", o["place"]))
+    # Each object to the next one that is named.
     for i in range(len(objects) - 1):
         o = objects[i]
         following = objects[i + 1]
@@ -645,28 +707,31 @@ def temporal(scene, rng, shuffle=True):
     parts = []
     for o in objects:
         article = rng.choice(("a", "the"))
-        parts.append(sentence(noun_phrase(o, article=article), motion_phrase(o, rng)))
+        name = noun_phrase(o, article=article)
+        parts.append(sentence(name, motion_phrase(o, rng)))
     opening = rng.choice(("meanwhile,", "during this,"))
     parts.append(sentence(opening, camera_phrase(scene["camera"], rng)))
 
-    facts = [pick(o, "colour", "shape", "motion") for o in objects]
+    facts = facts_of(objects, "colour", "shape", "motion")
     return " ".join(parts), {"objects": facts, "camera": scene["camera"]}
 
 
 def rich(scene, rng, shuffle=False):
     """Up to 60 words: looks, places and motions of all objects, theme and camera."""
     objects = objects_of(scene, rng, shuffle)
+    # Three objects leave no room for textures.
     keys = LOOKS if len(objects) < 3 else ("size", "colour", "shape")
     parts = []
     for o in objects:
         name = noun_phrase(o, rng, keys)
         parts.append(sentence(name, "in the", o["place"], motion_phrase(o, rng)))
     claim = {
-        "objects": [pick(o, *keys, "place", "motion") for o in objects],
+        "objects": facts_of(objects, *keys, "place", "motion"),
         "theme": scene["theme"],
         "camera": scene["camera"],
     }
 
+    # One relation, if there is room for it within 60 words.
     if len(objects) == 2:
         first, second = objects
         relation = rng.choice(relations(first["place"], second["place"]))
@@ -682,12 +747,11 @@ def abstract(scene, rng, shuffle=False):
     """The gist: theme, number of objects, shapes and camera; no colours."""
     count = ("one thing", "two things", "three things")[len(scene["objects"]) - 1]
     place = theme_phrase(scene["theme"], rng)
-    names = [noun_phrase(o, keys=("shape",)) for o in objects_of(scene, rng, shuffle)]
+    shapes = name_shapes(objects_of(scene, rng, shuffle))
     opening = rng.choice(("a quiet story", "a short study", "a little play"))
     preposition = rng.choice((" about ", " of "))
 
     start = sentence(opening + preposition + count, place)
-    shapes = enumerate_words(names)
     end = sentence("its theme is", shapes, "while", camera_phrase(scene["camera"], rng))
     # theme() also draws a text that nobody reads; the rendered worlds depend on those draws.
     _, claim = theme(scene, rng)
@@ -696,7 +760,7 @@ def abstract(scene, rng, shuffle=False):
 
 def theme(scene, rng):
     """The theme alone: place and light, and the shapes that the scene is about."""
-    names = [noun_phrase(o, keys=("shape",)) for o in objects_of(scene, rng, shuffle=True)]
+    shapes = name_shapes(objects_of(scene, rng, shuffle=True))
     forms = (
         "the theme is {shapes} {place}",
         "a scene {place} with the theme {shapes}",
@@ -704,24 +768,25 @@ def theme(scene, rng):
     )
     form = rng.choice(forms)
     place = theme_phrase(scene["theme"], rng)
-    text = sentence(form.format(shapes=enumerate_words(names), place=place))
+    text = sentence(form.format(shapes=shapes, place=place))
     return text, {
         "theme": scene["theme"],
         "count": len(scene["objects"]),
-        "objects": [pick(o, "shape") for o in scene["objects"]],
+        "objects": facts_of(scene["objects"], "shape"),
     }
 
 
 def keywords(scene, rng, shuffle=False, still=False):
     """3 to 30 words, separated by commas: theme, objects and, unless still, motions and camera."""
     objects = objects_of(scene, rng, shuffle)
-    facts = [pick(o, "colour", "shape") for o in objects]
+    facts = facts_of(objects, "colour", "shape")
     claim = {"theme": scene["theme"], "objects": facts}
     words = [scene["theme"]]
     words += [o["colour"] + " " + o["shape"] for o in objects]
     if still:
         return ", ".join(words), claim
 
+    # Of two moves the first alone: a claim of one move holds wherever it occurs.
     for o, fact in zip(objects, facts, strict=True):
         fact["motion"] = o["motion"][:1]
         words.append(o["shape"] + " " + motion_phrase(fact, rng))
@@ -734,7 +799,8 @@ def partial(scene, rng, shuffle=False):
     """One event of several: a single motion of a single object."""
     o = rng.choice(scene["objects"])
     keys = rng.choice((("colour", "shape"), ("size", "colour", "shape")))
-    event = {**pick(o, *keys), "motion": [rng.choice(o["motion"])]}
+    event = pick(o, *keys)
+    event["motion"] = [rng.choice(o["motion"])]
     opening = rng.choice(("", "at one moment", "somewhere"))
     text = sentence(opening, noun_phrase(o, rng, keys), motion_phrase(event, rng))
     return text, {"objects": [event]}
@@ -756,7 +822,7 @@ def camera(scene, rng):
     return moves + " " + subject, {
         "camera": scene["camera"],
         "theme": scene["theme"],
-        "objects": [pick(o, "colour", "shape")],
+        "objects": facts_of([o], "colour", "shape"),
     }
 
 
@@ -785,7 +851,9 @@ def detail(scene, rng):
     # In the order of spatial(), to which the relations refer.
     by_colour = {o["colour"]: o for o in scene["objects"]}
     claim["objects"] = [by_colour[o["colour"]] for o in claim["objects"]]
-    return " ".join(parts), {**claim, "camera": scene["camera"], "count": len(by_colour)}
+    claim["camera"] = scene["camera"]
+    claim["count"] = len(scene["objects"])
+    return " ".join(parts), claim
 
 
 def story(video, rng):
@@ -803,7 +871,7 @@ def story(video, rng):
             parts.append(sentence(name, "in the", o["place"], motion_phrase(o, rng)))
         parts.append(sentence(camera_phrase(scene["camera"], rng)))
 
-        facts = [pick(o, *keys, "place", "motion") for o in objects]
+        facts = facts_of(objects, *keys, "place", "motion")
         claims.append({**pick(scene, "theme", "camera"), "objects": facts})
     return " ".join(parts), {"scenes": claims}
 
@@ -813,22 +881,25 @@ def snapshot(scene, rng, shuffle=False):
     objects = objects_of(scene, rng, shuffle)
     theme = theme_phrase(scene["theme"], rng)
     names = enumerate_words([noun_phrase(o) + " in the " + o["place"] for o in objects])
-    facts = [pick(o, "colour", "shape", "place") for o in objects]
-    return sentence("a picture", theme, "with", names), {"theme": scene["theme"], "objects": facts}
+    text = sentence("a picture", theme, "with", names)
+    facts = facts_of(objects, "colour", "shape", "place")
+    return text, {"theme": scene["theme"], "objects": facts}
 
 
 def minimal(scene, rng, shuffle=False):
     """One frame: a single object and its place."""
     o = rng.choice(scene["objects"])
     text = sentence(noun_phrase(o), "in the", o["place"])
-    return text, {"objects": [pick(o, "colour", "shape", "place")]}
+    return text, {"objects": facts_of([o], "colour", "shape", "place")}
 
 
 def still_theme(scene, rng, shuffle=False):
+    """A frame's theme alone, always in random order."""
     return theme(scene, rng)
 
 
 def still_keywords(scene, rng, shuffle=False):
+    """A frame's keywords: no motion, no camera."""
     return keywords(scene, rng, shuffle, still=True)
 
 
@@ -870,7 +941,7 @@ def composed(twin, difference, rng):
     else:  # colour, texture
         news = the_object + " is " + to
 
-    claim = {"objects": [pick(o, "colour", "shape") for o in twin["objects"]]}
+    claim = {"objects": facts_of(twin["objects"], "colour", "shape")}
     if kind in ("camera", "theme"):
         claim[kind] = to
     else:
