@@ -74,7 +74,7 @@ SECONDS_PER_GRID = world.FRAMES / world.FPS / VIDEO_GRIDS
 WIDTH = 128  # D
 TOKENS_PER_SECOND = 2  # M-RoPE's unit of time, as in the real models
 MAX_TOKENS = 32768
-VOCABULARY = 1100  # without the special tokens
+VOCABULARY = 1100  # at most, without the special tokens
 
 # Qwen's special tokens, in the order of their ids.
 SPECIAL = [
