@@ -180,7 +180,7 @@ def one_dimensional():
 
 def one_early():
     """Pool the token before the last one."""
-    pool = model.last_token_pool
+    pool = model.POOLINGS["last_token"]
 
     def pool_early(hidden, mask):
         last = mask.shape[1] - 1 - mask.flip(1).argmax(1)

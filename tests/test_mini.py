@@ -209,7 +209,7 @@ def test_datasets_have_their_sizes_lengths_and_number_of_positives(sets):
 
 
 def test_temporal_queries_have_near_twins_in_their_corpus(sets):
-    """Most right answers of CRB-T, CRB-S and CMRB stand beside wrong clips with the same objects."""
+    """Most right answers of three datasets stand beside wrong clips with the same objects."""
     for name in ("CRB-T", "CRB-S", "CMRB"):
         corpus, queries = sets[name]
         things = {video["id"]: names_of(video["scenes"][0]) for video in corpus}

@@ -111,7 +111,8 @@ def test_verdicts_by_hand():
 
 
 def test_defects_do_what_they_say(monkeypatch):
-    monkeypatch.setattr(model, "POOLINGS", dict(model.POOLINGS))  # given back afterwards
+    # Given back afterwards.
+    monkeypatch.setitem(model.POOLINGS, "last_token", model.last_token_pool)
     monkeypatch.setattr(model, "GVE", type("GVE", (), {}))
     hidden = torch.arange(8.0).view(1, 4, 2)
     left = torch.tensor([[0, 1, 1, 1]])
@@ -125,7 +126,7 @@ def test_defects_do_what_they_say(monkeypatch):
 
 
 def test_a_script_runs_with_the_defect_in_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(model, "POOLINGS", dict(model.POOLINGS))
+    monkeypatch.setitem(model.POOLINGS, "last_token", model.last_token_pool)
     monkeypatch.setattr(study.sys, "argv", [])
     (tmp_path / "script.py").write_text(
         "import sys\nimport model\nimport torch\npool = model.POOLINGS['last_token']\n"
