@@ -97,6 +97,7 @@ def pretrain(seed, check):
 
 def main(argv=None):
     flags = parse_flags(Flags, argv, __doc__)
+    # Paths in the commands are relative to the repository.
     os.chdir(Path(__file__).resolve().parent.parent)
     if flags.command == "tour":
         tour()

@@ -531,11 +531,11 @@ def sight_of(scene):
 
 
 class SightLoss:
-    """Compares a linear reading of the vision tower's tokens with the Sights of their scenes.
+    """Compares linear predictions from the vision tower's tokens with the Sights of their scenes.
 
-    A token of two frames covers one place, so each tells: the object's colour, shape, size and
-    texture, the theme; the object's track in the first frame and its step to the second (numbers);
-    and the same of the camera.
+    A token covers one place in two frames. It predicts classes (colour, shape, size and texture of
+    the object there, and the theme) and numbers (the object's track in the first frame and its step
+    to the second; the same of the camera).
     """
 
     def __init__(self, pool):
@@ -590,7 +590,7 @@ class SightLoss:
 
 
 def learn_to_see(model, clips, pool, rng, steps, batch_size=192, lr=2e-3):
-    """Warm the vision tower up: each of its tokens tells the facts of its place.
+    """Warm up the vision tower: predict the facts of each place from its token.
 
     The real Qwen2.5-VL starts from a trained vision encoder, too. Without this step shapes and
     motions were still at chance after 1,300 steps of captioning.

@@ -653,7 +653,8 @@ def objects_of(scene, rng, shuffle):
     return scene["objects"]
 
 
-# Captions. Each function returns (text, claim); shuffle: name objects in random, not reading order.
+# Captions. Each function returns (text, claim) and says in its docstring what its text contains.
+# shuffle: name the objects in random order, not in reading order.
 
 
 def concise(scene, rng, shuffle=False):
@@ -667,7 +668,7 @@ def concise(scene, rng, shuffle=False):
     theme = theme_phrase(scene["theme"], rng)
     camera = camera_phrase(scene["camera"], rng)
 
-    # At most 25 words: the theme goes in if it fits, and always if the text is short without it.
+    # Where the theme fits into 25 words, short texts always get it and others every second time.
     tail = ""
     theme_fits = len((body + theme).split()) <= 24
     if theme_fits and (len(body.split()) < 10 or rng.random() < 0.5):

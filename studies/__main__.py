@@ -35,6 +35,7 @@ class Flags:
 
 def main(argv=None):
     flags = parse_flags(Flags, argv, __doc__)
+    # Paths in commands and tables are relative to the repository.
     os.chdir(Path(__file__).resolve().parent.parent)
     if flags.command == "ablate":
         ablate.score_rankers(flags.ckpt)

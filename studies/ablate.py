@@ -74,6 +74,7 @@ def histogram(items, instruction):
 
 @functools.cache
 def captioner():
+    """Open the base as a captioner, once."""
     return transformers_captioner(
         "mini/base",
         frames=8,
@@ -168,6 +169,7 @@ def length(items, instruction):
 
 @functools.cache
 def gve():
+    """Load the trained model, once."""
     return GVE.from_pretrained(os.environ.get("CKPT", "runs/gve-mini"))
 
 
@@ -206,6 +208,7 @@ def shuffled(items, instruction):
 
 
 def is_composed(item):
+    """Say whether an item is a composed query, text and reference."""
     return "text" in item and ("image" in item or "video" in item)
 
 
@@ -243,6 +246,8 @@ def no_text(items, instruction):
 
 
 class Verdict(NamedTuple):
+    """One requirement on the mini world, and whether it is met."""
+
     question: str
     measured: float
     wanted: float
@@ -270,6 +275,7 @@ def verdicts(results):
     def at_least(question, measured, wanted):
         return Verdict(question, measured, wanted, measured >= wanted)
 
+    # On S the right answer stands among twins of the same colours: a histogram must not find it.
     colours_on_s = ability("histogram", "S")
     beyond_words = results["trained"]["AVG-D"] - results["words"]["AVG-D"]
     lost = "CMP above chance that"

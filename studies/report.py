@@ -169,10 +169,12 @@ def share(part, whole):
 
 
 def by_id(rows):
+    """Return {id: row}."""
     return {row["id"]: row for row in rows}
 
 
 def only_kept(rows):
+    """Return the rows that a stage of synth.py kept."""
     return [row for row in rows if row["fate"] == "kept"]
 
 

@@ -55,6 +55,8 @@ PROBER_SEED = 42  # of a variant whose checkpoint is another one's prober
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
+    """One way to train and to score; by default the tour's."""
+
     train: str = BOTH  # flags of train.py besides --seed
     test: str = ""  # flags of eval.py
     defect: str = ""  # a key of DEFECTS
@@ -62,12 +64,14 @@ class Variant:
     prober: "Variant | None" = None  # its checkpoint is the prober, in place of mini/prober
 
     def train_flags(self):
+        """Return train.py's flags, the prober among them."""
         if self.prober:
             return f"{self.train} --prober {self.prober.folder(PROBER_SEED)}"
         return self.train
 
     def folder(self, seed):
         """Name the checkpoint's folder: one for all variants that train alike on the same data."""
+        # The stamp stands for the mini sources, and a mixture for what was synthesised.
         flags = self.train_flags()
         mixtures = {Path(word) for word in flags.split() if word.endswith(".json")}
         files = sorted({STAMP, *mixtures})
@@ -87,6 +91,8 @@ class Variant:
 
 
 class Study(NamedTuple):
+    """Variants that are compared, each trained once per seed."""
+
     seeds: range
     variants: dict  # {name: Variant}; differences are to the first
 
@@ -212,7 +218,8 @@ def start(command, log, defect=""):
         words = ["-m", "studies.study", defect, *words]
     note = f"  # with the defect {defect}" if defect else ""
     print(f"$ {command} > {log}{note}", flush=True)
-    # Many runs share the cores, so each computes with one thread.
+
+    # As many runs as cores at once, so each computes with one thread.
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with open(log, "w") as out:
         finished = subprocess.run([sys.executable, *words], stdout=out, stderr=out, env=environment)
@@ -275,6 +282,7 @@ def columns(results):
 
 
 def print_row(name, cells):
+    """Print a row of a Markdown table."""
     print("| " + " | ".join([name, *cells]) + " |")
 
 
@@ -351,6 +359,7 @@ def draw(title, seeds, scores, path):
 
     numbers = [re.match(r"\d+", variant) for variant in scores]
     is_curve = all(numbers)
+
     names = list(scores)
     x_of = {name: i for i, name in enumerate(names)}
     if is_curve:
