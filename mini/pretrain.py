@@ -127,6 +127,7 @@ def make_chat_template():
         "TURN_END": TURN_END,
         "ANSWER_START": ANSWER_START,
     }
+    # Unlike model.py's: parts in the order given, and no pooled token at the end.
     template = (
         "{%- if messages[0].role != 'system' %}\n"
         "{{- DEFAULT_SYSTEM }}{%- endif %}\n"
