@@ -1,13 +1,22 @@
-"""The rendered world: scene graphs, their pixels, and the texts that are true of them (DESIGN.md section 4).
+"""The rendered world: scene graphs, their pixels, and captions that are true of them.
 
-A *video* is {"id", "scenes": [scene, ...]}, a *scene* {"theme", "camera": [move] or [first, then], "objects": [...], "seed"},
-an *object* {"colour", "shape", "size", "texture", "place", "motion": [motion] or [first, then]}; no two objects of a scene share
-colour, shape or place. There is no global state: the same `random.Random` gives the same scene, the same scene the same pixels.
+A *video* is {"id", "scenes": [scene, ...]}.
+A *scene* is {"theme", "camera": moves, "objects": [object, ...], "seed"}.
+An *object* is {"colour", "shape", "size", "texture", "place", "motion": moves}.
+*Moves* are a list of one move, or of two in the order in which they happen. No two objects of a
+scene share a colour, a shape or a place.
 
-A *caption* is (text, claim). The claim is the part of a scene graph that the text states; `holds(scene, claim)` says whether any
-other scene satisfies it, so relevance is computed and never guessed. Legend: F = 16 frames, S = 56 pixels.
+A *caption* is (text, claim). The claim is the part of a scene graph that the text states, and
+`holds(scene, claim)` says whether any other scene satisfies it: relevance is computed, not guessed.
+
+There is no global state. The same `random.Random` gives the same scene, the same scene the same
+pixels. So the order in which the functions below draw random numbers is part of the data: a draw
+more or less, or two in another order, is another world.
+
+Legend: F = 16 frames of a scene, S = 56 pixels per side.
 """
 
+import dataclasses
 import io
 import itertools
 import zlib
@@ -15,7 +24,10 @@ import zlib
 import av
 import numpy as np
 
-SIZE, FPS, FRAMES = 56, 8, 16  # pixels per side, frames per second, frames of one scene
+SIZE = 56  # S, pixels per side
+FPS = 8
+FRAMES = 16  # F: a scene lasts two seconds
+
 COLOURS = {
     "red": (225, 25, 35),
     "orange": (255, 135, 0),
@@ -27,14 +39,21 @@ COLOURS = {
     "white": (250, 250, 250),
 }
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "star")
+TEXTURES = ("plain", "striped")
+LOOKS = ("size", "texture", "colour", "shape")  # the order in which a noun phrase names them
+
+# Each place's centre (x, y) in pixels, in reading order.
 PLACES = {
     "top left": (15, 15),
     "top right": (41, 15),
     "bottom left": (15, 41),
     "bottom right": (41, 41),
-}  # in reading order
+}
+
+# For sizes, motions, camera moves and themes: every phrase that a text may use.
+# The first motion and the first camera move are rest.
 SIZES = {"small": ("small", "little"), "big": ("big", "large")}
-MOTIONS = {  # and every way a text may say it
+MOTIONS = {
     "still": ("stays still", "does not move", "rests in place"),
     "left": ("moves left", "slides to the left", "goes left"),
     "right": ("moves right", "slides to the right", "goes right"),
@@ -54,76 +73,80 @@ CAMERAS = {
     "zoom in": ("zooms in", "comes closer"),
     "zoom out": ("zooms out", "backs away"),
 }
-THEMES = {  # colours of the ground and of its marks, number of marks, their radius in pixels, words
-    "night": ((16, 18, 48), (150, 150, 110), 50, 1.6, ("at night", "under a dark night sky")),
-    "sunset": ((150, 75, 60), (205, 125, 80), 22, 5.0, ("at sunset", "in the glow of a sunset")),
-    "forest": ((30, 62, 34), (14, 34, 18), 34, 3.6, ("in a forest", "among the trees of a forest")),
-    "snow": ((150, 160, 172), (205, 210, 218), 44, 2.2, ("in the snow", "on a day of winter snow")),
-    "desert": ((172, 140, 92), (130, 100, 58), 26, 4.4, ("in a desert", "on the sand of a desert")),
-    "ocean": (
-        (22, 78, 112),
-        (60, 128, 156),
-        32,
-        3.2,
-        ("in the ocean", "under the water of the ocean"),
-    ),
-    "city": ((72, 72, 80), (122, 120, 104), 40, 2.6, ("in a city", "on the streets of a city")),
-    "meadow": (
-        (104, 132, 66),
-        (150, 168, 90),
-        40,
-        2.6,
-        ("on a meadow", "on the grass of a meadow"),
-    ),
+THEMES = {
+    "night": ("at night", "under a dark night sky"),
+    "sunset": ("at sunset", "in the glow of a sunset"),
+    "forest": ("in a forest", "among the trees of a forest"),
+    "snow": ("in the snow", "on a day of winter snow"),
+    "desert": ("in a desert", "on the sand of a desert"),
+    "ocean": ("in the ocean", "under the water of the ocean"),
+    "city": ("in a city", "on the streets of a city"),
+    "meadow": ("on a meadow", "on the grass of a meadow"),
 }
-VISIBLE = (0, 1, 4, 5, 8, 9, 12, 13)  # frames in which even a blinking object is shown
+
+# Frames in which even a blinking object is visible.
+VISIBLE = (0, 1, 4, 5, 8, 9, 12, 13)
 
 
 # Scenes
 
 
 def held_out(objects):
-    """Say whether a set of objects (by colour and shape) is on the test side: a third of all sets, never in training."""
-    return (
-        zlib.crc32(",".join(sorted(o["colour"] + " " + o["shape"] for o in objects)).encode()) % 3
-        == 0
-    )
+    """Say whether a set of objects, by colour and shape, belongs to the test side.
+
+    A third of all sets does; training scenes never show one of those.
+    """
+    names = sorted(o["colour"] + " " + o["shape"] for o in objects)
+    return zlib.crc32(",".join(names).encode()) % 3 == 0
 
 
 def sample_moves(rng, table, two):
-    """Draw one move, or two different ones in order; the first of the table, rest, only stands alone."""
-    return rng.sample(list(table)[1:], 2) if two else [rng.choice(list(table))]
+    """Draw one move of a table, or two different ones in order.
+
+    Rest, the first entry of the table, never is one of two.
+    """
+    if two:
+        return rng.sample(list(table)[1:], 2)
+    return [rng.choice(list(table))]
 
 
 def other_moves(rng, table, old, two):
     """Draw moves of which none is among the old ones."""
-    while set(moves := sample_moves(rng, table, two)) & set(old):
-        pass
-    return moves
+    while True:
+        moves = sample_moves(rng, table, two)
+        if set(moves).isdisjoint(old):
+            return moves
 
 
 def sample_scene(rng, test, count=None, events=0.35):
-    """Draw a scene of `count` objects (default 1-3, mostly 2) on the test or training side; `events`: chance of two motions."""
-    n = count or rng.choices((1, 2, 3), (2, 6, 2))[0]
+    """Draw a scene.
+
+    test    whether its set of objects must be held out or must not be.
+    count   number of objects; by default 1 to 3, mostly 2.
+    events  probability that an object has two motions.
+    """
+    if count is None:
+        count = rng.choices((1, 2, 3), (2, 6, 2))[0]
+
     while True:
-        colours, shapes, places = (
-            rng.sample(list(COLOURS), n),
-            rng.sample(SHAPES, n),
-            sorted(rng.sample(range(4), n)),
-        )
-        objects = [{"colour": c, "shape": s} for c, s in zip(colours, shapes, strict=True)]
+        colours = rng.sample(list(COLOURS), count)
+        shapes = rng.sample(SHAPES, count)
+        places = sorted(rng.sample(range(len(PLACES)), count))
+        objects = []
+        for colour, shape in zip(colours, shapes, strict=True):
+            objects.append({"colour": colour, "shape": shape})
         if held_out(objects) == test:
             break
-    once = rng.randrange(
-        n
-    )  # of three objects only one has two motions: a caption of 25 words must hold them
+
+    # Of three objects only one may have two motions: a caption of 25 words must hold them all.
+    eventful = rng.randrange(count)
     for i, o in enumerate(objects):
-        o.update(
-            size=rng.choice(list(SIZES)),
-            texture=rng.choices(("plain", "striped"), (2, 1))[0],
-            place=list(PLACES)[places[i]],
-            motion=sample_moves(rng, MOTIONS, rng.random() < events and (n < 3 or i == once)),
-        )
+        o["size"] = rng.choice(list(SIZES))
+        o["texture"] = rng.choices(TEXTURES, (2, 1))[0]
+        o["place"] = list(PLACES)[places[i]]
+        two = rng.random() < events and (count < 3 or i == eventful)
+        o["motion"] = sample_moves(rng, MOTIONS, two)
+
     return {
         "theme": rng.choice(list(THEMES)),
         "camera": sample_moves(rng, CAMERAS, rng.random() < 0.15),
@@ -133,550 +156,755 @@ def sample_scene(rng, test, count=None, events=0.35):
 
 
 def change(scene, kind, rng, test):
-    """Make a near-twin, the scene with one thing altered: (twin, {"kind", "object", "to"}); None if the kind cannot apply.
+    """Make a near-twin of a scene, in which one thing is different.
 
-    kinds: motion (an object moves otherwise), order (its two motions swap), exchange (two objects trade motions), place (a move
-    to a free place, or two objects swap), size, texture, colour, camera, theme.
+    kind    motion (an object moves in another way), order (its two motions swap), exchange (two
+            objects trade their motions), place (an object moves to another place, and whoever is
+            there takes the old one), size, texture, colour, camera or theme.
+    test    the side on which a changed colour must leave the set of objects.
+
+    Returns (twin, {"kind", "object", "to"}), or None if this kind cannot apply to this scene.
     """
-    twin = {**scene, "objects": [dict(o) for o in scene["objects"]], "seed": rng.getrandbits(32)}
-    objects, o = twin["objects"], twin["objects"][rng.randrange(len(scene["objects"]))]
+    objects = [dict(o) for o in scene["objects"]]
+    twin = {**scene, "objects": objects, "seed": rng.getrandbits(32)}
+    changed = objects[rng.randrange(len(objects))]
+
     if kind == "motion":
-        o["motion"] = other_moves(rng, MOTIONS, o["motion"], len(o["motion"]) == 2)
+        two = len(changed["motion"]) == 2
+        changed["motion"] = other_moves(rng, MOTIONS, changed["motion"], two)
     elif kind == "order":
-        o = next((p for p in objects if len(p["motion"]) == 2), None)
-        if o is None:
-            return None
-        o["motion"] = o["motion"][::-1]
+        changed = reverse_motions(objects)
     elif kind == "exchange":
-        if len(objects) < 2 or objects[0]["motion"] == objects[1]["motion"]:
-            return None
-        o = objects[0]
-        o["motion"], objects[1]["motion"] = objects[1]["motion"], o["motion"]
+        changed = exchange_motions(objects)
     elif kind == "place":
-        new = rng.choice([p for p in PLACES if p != o["place"]])
-        for p in objects:
-            p["place"] = o["place"] if p["place"] == new else p["place"]
-        o["place"] = new
-    elif kind in ("size", "texture"):
-        o[kind] = {"small": "big", "big": "small", "plain": "striped", "striped": "plain"}[o[kind]]
+        move_away(changed, objects, rng)
+    elif kind == "size":
+        changed["size"] = {"small": "big", "big": "small"}[changed["size"]]
+    elif kind == "texture":
+        changed["texture"] = {"plain": "striped", "striped": "plain"}[changed["texture"]]
     elif kind == "colour":
-        others = [p for p in objects if p is not o]
-        taken = [p["colour"] for p in objects]
-        free = [
-            c for c in COLOURS if c not in taken and held_out([{**o, "colour": c}, *others]) == test
-        ]
-        if not free:
-            return None
-        o["colour"] = rng.choice(free)
+        changed = recolour(changed, objects, rng, test)
     elif kind == "camera":
-        twin["camera"] = other_moves(rng, CAMERAS, scene["camera"], rng.random() < 0.3)
+        two = rng.random() < 0.3
+        twin["camera"] = other_moves(rng, CAMERAS, scene["camera"], two)
     elif kind == "theme":
-        twin["theme"] = rng.choice([t for t in THEMES if t != scene["theme"]])
+        others = [theme for theme in THEMES if theme != scene["theme"]]
+        twin["theme"] = rng.choice(others)
+
+    if changed is None:
+        return None
     key = "motion" if kind in ("order", "exchange") else kind
-    return twin, {
-        "kind": key,
-        "object": o["shape"],
-        "to": twin[key] if key in ("camera", "theme") else o[key],
-    }
+    holder = twin if key in ("camera", "theme") else changed
+    return twin, {"kind": key, "object": changed["shape"], "to": holder[key]}
+
+
+def reverse_motions(objects):
+    """Swap the motions of the first object that has two. Returns it, or None if there is none."""
+    for o in objects:
+        if len(o["motion"]) == 2:
+            o["motion"] = o["motion"][::-1]
+            return o
+    return None
+
+
+def exchange_motions(objects):
+    """Let the first two objects trade their motions.
+
+    Returns the first, or None if that would change nothing.
+    """
+    if len(objects) < 2:
+        return None
+    first, second = objects[:2]
+    if first["motion"] == second["motion"]:
+        return None
+    first["motion"], second["motion"] = second["motion"], first["motion"]
+    return first
+
+
+def move_away(moved, objects, rng):
+    """Move an object to another place, and the object that stands there, if any, to the old one."""
+    place = rng.choice([p for p in PLACES if p != moved["place"]])
+    for o in objects:
+        if o["place"] == place:
+            o["place"] = moved["place"]
+    moved["place"] = place
+
+
+def recolour(changed, objects, rng, test):
+    """Give an object a free colour that keeps the set of objects on its side.
+
+    Returns the object, or None if there is no such colour.
+    """
+    others = [o for o in objects if o is not changed]
+    taken = [o["colour"] for o in objects]
+    free = []
+    for colour in COLOURS:
+        recoloured = {**changed, "colour": colour}
+        if colour not in taken and held_out([recoloured, *others]) == test:
+            free.append(colour)
+    if not free:
+        return None
+    changed["colour"] = rng.choice(free)
+    return changed
 
 
 # Pixels
 
 
+@dataclasses.dataclass(frozen=True)
+class Ground:
+    """The background of a theme: a colour with marks of another colour scattered over it."""
+
+    colour: tuple
+    mark_colour: tuple
+    marks: int  # how many
+    radius: float  # of a mark, in pixels
+
+
+GROUNDS = {
+    "night": Ground((16, 18, 48), (150, 150, 110), 50, 1.6),
+    "sunset": Ground((150, 75, 60), (205, 125, 80), 22, 5.0),
+    "forest": Ground((30, 62, 34), (14, 34, 18), 34, 3.6),
+    "snow": Ground((150, 160, 172), (205, 210, 218), 44, 2.2),
+    "desert": Ground((172, 140, 92), (130, 100, 58), 26, 4.4),
+    "ocean": Ground((22, 78, 112), (60, 128, 156), 32, 3.2),
+    "city": Ground((72, 72, 80), (122, 120, 104), 40, 2.6),
+    "meadow": Ground((104, 132, 66), (150, 168, 90), 40, 2.6),
+}
+GROUND_SIZE = 96  # pixels per side of the background, which repeats beyond its edges
+LANDMARK_RADIUS = 12
+
+RADII = {"small": 6.0, "big": 9.0}
+DIRECTIONS = {
+    "left": (-1, 0),
+    "right": (1, 0),
+    "up": (0, -1),
+    "down": (0, 1),
+}
+LOOP_RADIUS = 7
+GROWTH = 0.95  # change of the radius' logarithm over a motion
+
+# What one frame adds to the camera's view: pixels to the right, pixels down, logarithm of the zoom.
+CAMERA_STEPS = {
+    "static": (0, 0, 0),
+    "pan left": (-2, 0, 0),
+    "pan right": (2, 0, 0),
+    "tilt up": (0, -2, 0),
+    "tilt down": (0, 2, 0),
+    "zoom in": (0, 0, 0.065),
+    "zoom out": (0, 0, -0.065),
+}
+
+
 def shape_distance(shape, x, y, r):
-    """Signed distance (roughly, in pixels) to the outline of a shape of radius r around the origin; x, y (S, S)."""
-    d = np.hypot(x, y)
+    """Return the signed distance in pixels, roughly, to the outline of a shape of radius r.
+
+    x, y (S, S): pixels to the right of and below the shape's centre. Negative inside.
+    """
+    distance = np.hypot(x, y)
     if shape == "circle":
-        return d - r
+        return distance - r
     if shape == "square":
         return np.maximum(abs(x), abs(y)) - 0.86 * r
     if shape == "triangle":
-        return np.maximum(abs(x) * 0.87 - y * 0.5 - 0.55 * r, y - 0.75 * r)
+        sides = abs(x) * 0.87 - y * 0.5 - 0.55 * r
+        base = y - 0.75 * r
+        return np.maximum(sides, base)
     if shape == "cross":
-        return np.minimum(
-            np.maximum(abs(x) - r, abs(y) - 0.33 * r), np.maximum(abs(x) - 0.33 * r, abs(y) - r)
-        )
+        across = np.maximum(abs(x) - r, abs(y) - 0.33 * r)
+        upright = np.maximum(abs(x) - 0.33 * r, abs(y) - r)
+        return np.minimum(across, upright)
     if shape == "ring":
-        return abs(d - 0.75 * r) - 0.28 * r
-    return d - 1.15 * r * (0.66 + 0.34 * np.cos(5 * np.arctan2(x, -y)))  # star
+        return abs(distance - 0.75 * r) - 0.28 * r
+
+    # A star: the outline's radius swings five times around the centre, a point on top.
+    angle = np.arctan2(x, -y)
+    return distance - 1.15 * r * (0.66 + 0.34 * np.cos(5 * angle))
 
 
 def centred(path):
+    """Shift a path (F, ...) so that the middle of its range is zero."""
     return path - (path.max(0) + path.min(0)) / 2
 
 
+def track(o, offset):
+    """Return where an object is: centre (F, 2) in pixels, radius (F,), visible (F,) bool."""
+    steps = np.zeros((FRAMES, 2))
+    growth = np.zeros(FRAMES)
+    visible = np.ones(FRAMES, bool)
+
+    motions = o["motion"]
+    distance = 17 if len(motions) == 1 else 14
+    spans = np.array_split(np.arange(FRAMES), len(motions))
+    for motion, span in zip(motions, spans, strict=True):
+        n = len(span)
+        if motion in DIRECTIONS:
+            steps[span] = np.array(DIRECTIONS[motion]) * distance / n
+        elif motion == "loop":
+            angle = 2 * np.pi * np.arange(n) / n
+            tangent = np.stack([-np.sin(angle), np.cos(angle)], 1)
+            steps[span] = tangent * 2 * np.pi * LOOP_RADIUS / n
+        elif motion == "grow":
+            growth[span] = GROWTH / n
+        elif motion == "shrink":
+            growth[span] = -GROWTH / n
+        elif motion == "blink":
+            visible[span] = span // 2 % 2 == 0
+
+    # The middle of its range is the place, and the size, that captions state.
+    path = centred(np.cumsum(steps, 0))
+    centre = PLACES[o["place"]] + path + offset
+    log_scale = centred(np.cumsum(growth))
+    radius = RADII[o["size"]] * np.exp(log_scale)
+    return centre, radius, visible
+
+
 def tracks(scene):
-    """Where every object is: a list of (centre (F, 2) in pixels, radius (F,), seen (F,) bool)."""
-    jitter, out = (
-        np.random.default_rng(scene["seed"] + 1).uniform(-1.5, 1.5, (len(scene["objects"]), 2)),
-        [],
-    )
-    for o, offset in zip(scene["objects"], jitter, strict=True):
-        steps, grow, seen = np.zeros((FRAMES, 2)), np.zeros(FRAMES), np.ones(FRAMES, bool)
-        for m, span in zip(
-            o["motion"], np.array_split(np.arange(FRAMES), len(o["motion"])), strict=True
-        ):
-            n, angle = len(span), 2 * np.pi * np.arange(len(span)) / len(span)
-            if m in ("left", "right", "up", "down"):
-                way = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}[m]
-                steps[span] = np.array(way) * (17 if len(o["motion"]) == 1 else 14) / n
-            elif m == "loop":
-                steps[span] = np.stack([-np.sin(angle), np.cos(angle)], 1) * 2 * np.pi * 7 / n
-            elif m in ("grow", "shrink"):
-                grow[span] = (1 if m == "grow" else -1) * 0.95 / n
-            elif m == "blink":
-                seen[span] = span // 2 % 2 == 0
-        radius = {"small": 6.0, "big": 9.0}[o["size"]] * np.exp(centred(np.cumsum(grow)))
-        out.append((PLACES[o["place"]] + centred(np.cumsum(steps, 0)) + offset, radius, seen))
-    return out
+    """Return the track of each object of a scene, which stands up to 1.5 pixels off its place."""
+    objects = scene["objects"]
+    jitter = np.random.default_rng(scene["seed"] + 1)
+    offsets = jitter.uniform(-1.5, 1.5, (len(objects), 2))
+    return [track(o, offset) for o, offset in zip(objects, offsets, strict=True)]
 
 
 def camera_path(scene):
-    """Where the camera looks (F, 3): right and down in pixels, and the logarithm of its zoom; zero halfway."""
-    step = {
-        "pan left": (-2, 0, 0),
-        "pan right": (2, 0, 0),
-        "tilt up": (0, -2, 0),
-        "tilt down": (0, 2, 0),
-        "zoom in": (0, 0, 0.065),
-        "zoom out": (0, 0, -0.065),
-        "static": (0, 0, 0),
-    }
-    return centred(
-        np.cumsum(
-            [step[scene["camera"][f * len(scene["camera"]) // FRAMES]] for f in range(FRAMES)], 0
-        )
-    )
+    """Return the camera's view (F, 3), centred on zero: pixels right and down, log of the zoom."""
+    moves = scene["camera"]
+    steps = []
+    for frame in range(FRAMES):
+        move = moves[frame * len(moves) // FRAMES]  # of two moves, each has half of the frames
+        steps.append(CAMERA_STEPS[move])
+    return centred(np.cumsum(steps, 0))
 
 
 def background(scene):
-    """A seamless texture (96, 96, 3): the theme's ground, its marks scattered by the scene's seed, and in the middle a large
-    round landmark (a moon, a hill, a pond) by which one sees the camera move."""
-    ground, mark, n, radius, _ = THEMES[scene["theme"]]
-    rng, (y, x), cover = (
-        np.random.default_rng(scene["seed"]),
-        np.mgrid[:96, :96],
-        np.zeros((96, 96)),
-    )
-    for cx, cy in rng.uniform(0, 96, (n, 2)):
-        dx, dy = abs(x - cx), abs(y - cy)
-        cover = np.maximum(
-            cover,
-            np.clip(
-                radius + 0.5 - np.hypot(np.minimum(dx, 96 - dx), np.minimum(dy, 96 - dy)), 0, 1
-            ),
-        )
-    x0, y0 = 48 + rng.uniform(-3, 3, 2)
-    cover = np.maximum(cover * 0.5, np.clip((12 - np.hypot(x - x0, y - y0)) / 2, 0, 1))[..., None]
-    return np.array(ground) * (1 - cover) + np.array(mark) * cover
+    """Draw a theme's ground (96, 96, 3), float, values 0 to 255, seamless at its edges.
+
+    Marks are scattered by the scene's seed. A large round landmark in the middle (a moon, a hill, a
+    pond) shows how the camera moves.
+    """
+    ground = GROUNDS[scene["theme"]]
+    rng = np.random.default_rng(scene["seed"])
+    y, x = np.mgrid[:GROUND_SIZE, :GROUND_SIZE]
+
+    marks = np.zeros((GROUND_SIZE, GROUND_SIZE))
+    for mark_x, mark_y in rng.uniform(0, GROUND_SIZE, (ground.marks, 2)):
+        dx = abs(x - mark_x)
+        dy = abs(y - mark_y)
+        # The shorter way around: a mark at one edge goes on at the other.
+        dx = np.minimum(dx, GROUND_SIZE - dx)
+        dy = np.minimum(dy, GROUND_SIZE - dy)
+        distance = np.hypot(dx, dy)
+        marks = np.maximum(marks, np.clip(ground.radius + 0.5 - distance, 0, 1))
+
+    landmark_x, landmark_y = GROUND_SIZE // 2 + rng.uniform(-3, 3, 2)
+    distance = np.hypot(x - landmark_x, y - landmark_y)
+    landmark = np.clip((LANDMARK_RADIUS - distance) / 2, 0, 1)
+
+    cover = np.maximum(marks * 0.5, landmark)[..., None]  # (96, 96, 1)
+    colour = np.array(ground.colour)
+    mark_colour = np.array(ground.mark_colour)
+    return colour * (1 - cover) + mark_colour * cover
+
+
+def look_up(texture, u, v):
+    """Read a background at positions u, v (S, S) between its pixels, bilinearly -> (S, S, 3)."""
+    left = np.floor(u).astype(int)
+    top = np.floor(v).astype(int)
+    right_share = (u - left)[..., None]
+    bottom_share = (v - top)[..., None]
+
+    def corner(down, right):
+        return texture[(top + down) % GROUND_SIZE, (left + right) % GROUND_SIZE]
+
+    upper = corner(0, 0) * (1 - right_share) + corner(0, 1) * right_share
+    lower = corner(1, 0) * (1 - right_share) + corner(1, 1) * right_share
+    return upper * (1 - bottom_share) + lower * bottom_share
+
+
+def paint(image, o, x, y, radius):
+    """Return an image (S, S, 3) with an object painted over it; x, y (S, S) from its centre."""
+    distance = shape_distance(o["shape"], x, y, radius)
+
+    # A dark rim, so that no colour melts into its theme.
+    rim = np.clip(1.7 - distance, 0, 1)[..., None]
+    image = image * (1 - 0.75 * rim)
+
+    colour = np.array(COLOURS[o["colour"]], float)
+    if o["texture"] == "striped":
+        stripes = np.sin((x + y) * 1.3) > 0
+        colour = colour * (1 - 0.5 * stripes[..., None])
+    alpha = np.clip(0.5 - distance, 0, 1)[..., None]
+    return image * (1 - alpha) + colour * alpha
 
 
 def render_scene(scene):
-    """Draw a scene: uint8 (F, S, S, 3). The camera moves over the background; objects keep their place on the screen."""
-    (ys, xs), texture, paths, frames = (
-        np.mgrid[:SIZE, :SIZE].astype(np.float64),
-        background(scene),
-        tracks(scene),
-        [],
-    )
-    for f, (right, down, zoom) in enumerate(camera_path(scene)):
-        u, v = (xs - 28) * np.exp(-zoom) + 48 + right, (ys - 28) * np.exp(-zoom) + 48 + down
-        iu, iv = np.floor(u).astype(int), np.floor(v).astype(int)
-        fu, fv = (u - iu)[..., None], (v - iv)[..., None]
-        at = lambda du, dv: texture[(iv + dv) % 96, (iu + du) % 96]  # noqa: E731, B023  used at once
-        image = (at(0, 0) * (1 - fu) + at(1, 0) * fu) * (1 - fv) + (
-            at(0, 1) * (1 - fu) + at(1, 1) * fu
-        ) * fv
-        for o, (centre, radius, seen) in zip(scene["objects"], paths, strict=True):
-            if not seen[f]:
-                continue
-            x, y = xs - centre[f, 0], ys - centre[f, 1]
-            d = shape_distance(o["shape"], x, y, radius[f])
-            image *= (
-                1 - 0.75 * np.clip(1.7 - d, 0, 1)[..., None]
-            )  # a dark rim, so that no colour melts into its theme
-            shade = (
-                1 - 0.5 * (np.sin((x + y) * 1.3) > 0)[..., None] if o["texture"] == "striped" else 1
-            )
-            alpha = np.clip(0.5 - d, 0, 1)[..., None]
-            image = image * (1 - alpha) + np.array(COLOURS[o["colour"]], float) * shade * alpha
+    """Draw a scene: uint8 (F, S, S, 3).
+
+    The camera moves over the background; objects keep their place on the screen.
+    """
+    ys, xs = np.mgrid[:SIZE, :SIZE].astype(np.float64)
+    texture = background(scene)
+    paths = tracks(scene)
+
+    frames = []
+    for frame, (right, down, zoom) in enumerate(camera_path(scene)):
+        u = (xs - SIZE // 2) * np.exp(-zoom) + GROUND_SIZE // 2 + right
+        v = (ys - SIZE // 2) * np.exp(-zoom) + GROUND_SIZE // 2 + down
+        image = look_up(texture, u, v)
+        for o, (centre, radius, visible) in zip(scene["objects"], paths, strict=True):
+            if visible[frame]:
+                x = xs - centre[frame, 0]
+                y = ys - centre[frame, 1]
+                image = paint(image, o, x, y, radius[frame])
         frames.append(image)
     return np.clip(np.stack(frames) + 0.5, 0, 255).astype(np.uint8)
 
 
 def encode_mp4(frames):
-    """H.264 mp4 bytes of uint8 (F, S, S, 3); one thread and no B-frames, so that the same frames give the same bytes."""
-    out = io.BytesIO()
-    with av.open(out, "w", format="mp4") as box:
-        stream = box.add_stream(
-            "libx264",
-            rate=FPS,
-            options={"crf": "14", "preset": "veryfast", "bf": "0", "threads": "1"},
-        )
-        stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
+    """Encode uint8 (n, H, W, 3) as the bytes of an H.264 mp4 file.
+
+    One thread and no B-frames, so that the same frames give the same bytes.
+    """
+    buffer = io.BytesIO()
+    options = {"crf": "14", "preset": "veryfast", "bf": "0", "threads": "1"}
+    with av.open(buffer, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=FPS, options=options)
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
         for frame in frames:
-            box.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        box.mux(stream.encode())
-    return out.getvalue()
+            picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
+    return buffer.getvalue()
 
 
 def decode_mp4(data):
-    """All frames uint8 (F, S, S, 3) of mp4 bytes."""
-    with av.open(io.BytesIO(data)) as box:
-        return np.stack([f.to_ndarray(format="rgb24") for f in box.decode(video=0)])
+    """Decode all frames of an mp4 file's bytes: uint8 (n, H, W, 3)."""
+    with av.open(io.BytesIO(data)) as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    return np.stack(frames)
 
 
 # Truth
 
 
 def relations(a, b):
-    """The relations in which place a stands to place b."""
-    (ax, ay), (bx, by) = PLACES[a], PLACES[b]
-    return [
-        r
-        for r, true in (
-            ("left of", ax < bx),
-            ("right of", ax > bx),
-            ("above", ay < by),
-            ("below", ay > by),
-        )
-        if true
-    ]
+    """List the relations in which place a stands to place b."""
+    ax, ay = PLACES[a]
+    bx, by = PLACES[b]
+    true = []
+    if ax < bx:
+        true.append("left of")
+    if ax > bx:
+        true.append("right of")
+    if ay < by:
+        true.append("above")
+    if ay > by:
+        true.append("below")
+    return true
 
 
-def said(claimed, actual):
-    """One claimed move is true if it occurs ("rises" of what rises and then blinks); two claimed moves must be all, in order."""
-    return claimed[0] in actual if len(claimed) == 1 else claimed == actual
+def moves_hold(claimed, actual):
+    """Say whether claimed moves are true of actual ones.
+
+    One claimed move must occur ("rises", of an object that rises and then blinks); two must be all
+    moves, in order.
+    """
+    if len(claimed) == 1:
+        return claimed[0] in actual
+    return claimed == actual
+
+
+def object_fits(wanted, o):
+    """Say whether an object has all the properties that a claim names."""
+    for key, value in wanted.items():
+        if key == "motion":
+            if not moves_hold(value, o["motion"]):
+                return False
+        elif o[key] != value:
+            return False
+    return True
 
 
 def holds(scene, claim):
-    """Say whether a scene satisfies a claim: theme, camera and count fit, and so does some choice of its objects."""
-    if any(
-        claim.get(k, v) != v
-        for k, v in (("theme", scene["theme"]), ("count", len(scene["objects"])))
-    ):
+    """Say whether a scene satisfies a claim: theme, count and camera, and a choice of its objects.
+
+    A claim's relations are [i, relation, j] between its own i-th and j-th object.
+    """
+    if claim.get("theme", scene["theme"]) != scene["theme"]:
         return False
-    if "camera" in claim and not said(claim["camera"], scene["camera"]):
+    count = len(scene["objects"])
+    if claim.get("count", count) != count:
         return False
+    if "camera" in claim and not moves_hold(claim["camera"], scene["camera"]):
+        return False
+
     wanted = claim.get("objects", [])
-    fits = lambda want, o: all(
-        said(v, o[k]) if k == "motion" else o[k] == v for k, v in want.items()
-    )  # noqa: E731
-    return any(
-        all(map(fits, wanted, chosen))
-        and all(
-            r in relations(chosen[i]["place"], chosen[j]["place"])
-            for i, r, j in claim.get("relations", [])
-        )
-        for chosen in itertools.permutations(scene["objects"], len(wanted))
-    )
+    for chosen in itertools.permutations(scene["objects"], len(wanted)):
+        if all(map(object_fits, wanted, chosen)) and relations_hold(claim, chosen):
+            return True
+    return False
+
+
+def relations_hold(claim, chosen):
+    """Say whether the objects chosen for a claim's objects stand in the claimed relations."""
+    for i, relation, j in claim.get("relations", []):
+        if relation not in relations(chosen[i]["place"], chosen[j]["place"]):
+            return False
+    return True
 
 
 def satisfies(video, claim):
-    """Say whether a video satisfies a claim: {"scenes": [claims]} scene by scene, any other claim in any one of its scenes."""
+    """Say whether a video satisfies a claim.
+
+    {"scenes": [claims]} must hold scene by scene, any other claim in any one of the scenes.
+    """
+    scenes = video["scenes"]
     if "scenes" in claim:
-        return len(claim["scenes"]) == len(video["scenes"]) and all(
-            map(holds, video["scenes"], claim["scenes"])
-        )
-    return any(holds(s, claim) for s in video["scenes"])
+        claims = claim["scenes"]
+        return len(claims) == len(scenes) and all(map(holds, scenes, claims))
+    return any(holds(scene, claim) for scene in scenes)
 
 
-# Words: every function returns (text, claim); `shuffle` names the objects in random instead of reading order
+# Phrases
 
 
-def noun(o, rng=None, keys=("colour", "shape"), article="a"):
-    """Name an object by the keys given: "a little striped red star"."""
-    keys = [k for k in ("size", "texture", "colour", "shape") if k in keys]
-    words = " ".join(rng.choice(SIZES[o[k]]) if k == "size" else o[k] for k in keys)
-    return ("an " if article == "a" and words[0] in "aeiou" else article + " ") + words
+def noun_phrase(o, rng=None, keys=("colour", "shape"), article="a"):
+    """Name an object by some of its LOOKS, as in "a little striped red star".
+
+    Only a size has synonyms, so only a size draws from rng.
+    """
+    words = []
+    for key in LOOKS:
+        if key not in keys:
+            continue
+        word = o[key]
+        if key == "size":
+            word = rng.choice(SIZES[word])
+        words.append(word)
+    if article == "a" and words[0][0] in "aeiou":
+        article = "an"
+    return " ".join([article, *words])
 
 
-def say(moves, table, rng):
-    """Say one move, or two in order: "rises", "first rises, then blinks"."""
-    words = [rng.choice(table[m]) for m in moves]
-    return (
-        words[0]
-        if len(words) == 1
-        else rng.choice(("first {}, then {}", "{} and then {}", "{} before it {}")).format(*words)
-    )
+def moves_phrase(moves, table, rng):
+    """Say one move ("rises") or two in order ("first rises, then blinks")."""
+    words = [rng.choice(table[move]) for move in moves]
+    if len(words) == 1:
+        return words[0]
+    form = rng.choice(("first {}, then {}", "{} and then {}", "{} before it {}"))
+    return form.format(*words)
 
 
-def verb(o, rng):
-    return say(o["motion"], MOTIONS, rng)
+def motion_phrase(o, rng):
+    """Say how an object moves."""
+    return moves_phrase(o["motion"], MOTIONS, rng)
 
 
-def lens(camera, rng):
-    return rng.choice(("the camera ", "the view ")) + say(camera, CAMERAS, rng)
+def camera_phrase(moves, rng):
+    """Say how the camera moves, as a clause: "the view zooms in"."""
+    return rng.choice(("the camera ", "the view ")) + moves_phrase(moves, CAMERAS, rng)
 
 
-def mood(theme, rng):
-    return rng.choice(THEMES[theme][4])
+def theme_phrase(theme, rng):
+    """Say where a scene plays: "in the snow"."""
+    return rng.choice(THEMES[theme])
 
 
 def sentence(*parts):
-    text = " ".join(p for p in parts if p)
+    """Join the parts that are not empty, with a capital letter and a full stop."""
+    text = " ".join(part for part in parts if part)
     return text[0].upper() + text[1:] + "."
 
 
-def listed(parts):
-    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
+def enumerate_words(parts):
+    """Join phrases: "a", "a and b", "a, b and c"."""
+    if len(parts) == 1:
+        return parts[0]
+    return ", ".join(parts[:-1]) + " and " + parts[-1]
 
 
-def only(o, *keys):
-    return {k: o[k] for k in keys}
+def relation_sentence(o, relation, other):
+    """State a relation of an object to another one, which is given as a phrase."""
+    return sentence("the", o["shape"], "is", relation, other)
 
 
-def ordered(scene, rng, shuffle):
-    return rng.sample(scene["objects"], len(scene["objects"])) if shuffle else scene["objects"]
+def pick(mapping, *keys):
+    """Return the part of a dict with these keys, in this order."""
+    return {key: mapping[key] for key in keys}
+
+
+def facts_of(objects, *keys):
+    """Return the objects of a claim: of each, the properties that a caption states."""
+    return [pick(o, *keys) for o in objects]
+
+
+def name_shapes(objects):
+    """Name objects by their shapes: "a star and a ring"."""
+    names = [noun_phrase(o, keys=("shape",)) for o in objects]
+    return enumerate_words(names)
+
+
+def objects_of(scene, rng, shuffle):
+    """Return a scene's objects in random order, or in reading order without a draw."""
+    if shuffle:
+        return rng.sample(scene["objects"], len(scene["objects"]))
+    return scene["objects"]
+
+
+# Captions. Each function returns (text, claim) and says in its docstring what its text contains.
+# shuffle: name the objects in random order, not in reading order.
 
 
 def concise(scene, rng, shuffle=False):
-    """10-25 words: every object's colour, shape and motion, and the theme or the camera where there is room."""
-    objects, tail = ordered(scene, rng, shuffle), ""
-    body = listed([noun(o) + " " + verb(o, rng) for o in objects])
-    claim = {"objects": [only(o, "colour", "shape", "motion") for o in objects]}
-    theme, camera = mood(scene["theme"], rng), lens(scene["camera"], rng)
-    if len((body + theme).split()) <= 24 and (len(body.split()) < 10 or rng.random() < 0.5):
-        tail, claim["theme"] = theme, scene["theme"]
+    """10 to 25 words: colour, shape and motion of all objects; theme or camera where they fit."""
+    objects = objects_of(scene, rng, shuffle)
+    events = [noun_phrase(o) + " " + motion_phrase(o, rng) for o in objects]
+    body = enumerate_words(events)
+    claim = {"objects": facts_of(objects, "colour", "shape", "motion")}
+
+    # Both are drawn even if there is no room for them.
+    theme = theme_phrase(scene["theme"], rng)
+    camera = camera_phrase(scene["camera"], rng)
+
+    # Where the theme fits into 25 words, short texts always get it and others every second time.
+    tail = ""
+    theme_fits = len((body + theme).split()) <= 24
+    if theme_fits and (len(body.split()) < 10 or rng.random() < 0.5):
+        tail = theme
+        claim["theme"] = scene["theme"]
     if len((body + tail).split()) < 10:
-        tail, claim["camera"] = tail + " while " + camera, scene["camera"]
+        tail += " while " + camera
+        claim["camera"] = scene["camera"]
     return sentence(body, tail), claim
 
 
 def spatial(scene, rng, shuffle=False):
-    """What things look like and where: size, texture, colour, shape, place and relations of every object; no motion."""
-    objects = ordered(scene, rng, shuffle)
-    looks = [only(o, "colour", "shape", "size", "texture", "place") for o in objects]
+    """Looks, places and relations of all objects, and the theme; no motion."""
+    objects = objects_of(scene, rng, shuffle)
+    looks = facts_of(objects, "colour", "shape", "size", "texture", "place")
     claim = {"theme": scene["theme"], "objects": looks, "relations": []}
-    parts = [
-        sentence(rng.choice(("there is", "one sees")), noun(o, rng, o), "in the", o["place"])
-        for o in objects
-    ]
-    for i, j in itertools.pairwise(range(len(objects))):
-        claim["relations"].append(
-            [i, rng.choice(relations(objects[i]["place"], objects[j]["place"])), j]
-        )
-        parts.append(
-            sentence(
-                "the",
-                objects[i]["shape"],
-                "is",
-                claim["relations"][-1][1],
-                noun(objects[j], article="the"),
-            )
-        )
-    return " ".join([*parts, sentence("all this is", mood(scene["theme"], rng))]), claim
+
+    parts = []
+    for o in objects:
+        opening = rng.choice(("there is", "one sees"))
+        name = noun_phrase(o, rng, LOOKS)
+        parts.append(sentence(opening, name, "in the", o["place"]))
+    # Each object to the next one that is named.
+    for i in range(len(objects) - 1):
+        o = objects[i]
+        following = objects[i + 1]
+        relation = rng.choice(relations(o["place"], following["place"]))
+        claim["relations"].append([i, relation, i + 1])
+        parts.append(relation_sentence(o, relation, noun_phrase(following, article="the")))
+    parts.append(sentence("all this is", theme_phrase(scene["theme"], rng)))
+    return " ".join(parts), claim
 
 
 def temporal(scene, rng, shuffle=True):
-    """How events unfold: every object's motions in order and the camera; no places."""
-    objects = ordered(scene, rng, shuffle)
-    parts = [sentence(noun(o, article=rng.choice(("a", "the"))), verb(o, rng)) for o in objects]
-    parts.append(sentence(rng.choice(("meanwhile,", "during this,")), lens(scene["camera"], rng)))
-    return " ".join(parts), {
-        "objects": [only(o, "colour", "shape", "motion") for o in objects],
-        "camera": scene["camera"],
-    }
+    """Motions of all objects in order, and the camera; no places."""
+    objects = objects_of(scene, rng, shuffle)
+    parts = []
+    for o in objects:
+        article = rng.choice(("a", "the"))
+        name = noun_phrase(o, article=article)
+        parts.append(sentence(name, motion_phrase(o, rng)))
+    opening = rng.choice(("meanwhile,", "during this,"))
+    parts.append(sentence(opening, camera_phrase(scene["camera"], rng)))
+
+    facts = facts_of(objects, "colour", "shape", "motion")
+    return " ".join(parts), {"objects": facts, "camera": scene["camera"]}
 
 
 def rich(scene, rng, shuffle=False):
-    """Up to 60 words: looks, places and motions of every object, then theme and camera."""
-    objects = ordered(scene, rng, shuffle)
-    keys = (
-        ("size", "texture", "colour", "shape") if len(objects) < 3 else ("size", "colour", "shape")
-    )
-    parts = [sentence(noun(o, rng, keys), "in the", o["place"], verb(o, rng)) for o in objects]
+    """Up to 60 words: looks, places and motions of all objects, theme and camera."""
+    objects = objects_of(scene, rng, shuffle)
+    # Three objects leave no room for textures.
+    keys = LOOKS if len(objects) < 3 else ("size", "colour", "shape")
+    parts = []
+    for o in objects:
+        name = noun_phrase(o, rng, keys)
+        parts.append(sentence(name, "in the", o["place"], motion_phrase(o, rng)))
     claim = {
-        "objects": [only(o, *keys, "place", "motion") for o in objects],
+        "objects": facts_of(objects, *keys, "place", "motion"),
         "theme": scene["theme"],
         "camera": scene["camera"],
     }
+
+    # One relation, if there is room for it within 60 words.
     if len(objects) == 2:
-        claim["relations"] = [
-            [0, rng.choice(relations(objects[0]["place"], objects[1]["place"])), 1]
-        ]
-        parts.append(
-            sentence(
-                "the",
-                objects[0]["shape"],
-                "is",
-                claim["relations"][0][1],
-                "the",
-                objects[1]["shape"],
-            )
-        )
-    return " ".join(
-        [
-            *parts,
-            sentence("it happens", mood(scene["theme"], rng), "and", lens(scene["camera"], rng)),
-        ]
-    ), claim
+        first, second = objects
+        relation = rng.choice(relations(first["place"], second["place"]))
+        claim["relations"] = [[0, relation, 1]]
+        parts.append(relation_sentence(first, relation, "the " + second["shape"]))
+
+    theme = theme_phrase(scene["theme"], rng)
+    parts.append(sentence("it happens", theme, "and", camera_phrase(scene["camera"], rng)))
+    return " ".join(parts), claim
 
 
 def abstract(scene, rng, shuffle=False):
-    """What it is about: the theme, how many things there are, which shapes, what the camera does; no colours."""
-    count, mean = (
-        ("one thing", "two things", "three things")[len(scene["objects"]) - 1],
-        mood(scene["theme"], rng),
-    )
-    shapes = listed([noun(o, keys=("shape",)) for o in ordered(scene, rng, shuffle)])
-    opening = rng.choice(("a quiet story", "a short study", "a little play")) + rng.choice(
-        (" about ", " of ")
-    )
-    return (
-        sentence(opening + count, mean)
-        + " "
-        + sentence("its theme is", shapes, "while", lens(scene["camera"], rng)),
-        {**theme(scene, rng)[1], "camera": scene["camera"]},
-    )
+    """The gist: theme, number of objects, shapes and camera; no colours."""
+    count = ("one thing", "two things", "three things")[len(scene["objects"]) - 1]
+    place = theme_phrase(scene["theme"], rng)
+    shapes = name_shapes(objects_of(scene, rng, shuffle))
+    opening = rng.choice(("a quiet story", "a short study", "a little play"))
+    preposition = rng.choice((" about ", " of "))
+
+    start = sentence(opening + preposition + count, place)
+    end = sentence("its theme is", shapes, "while", camera_phrase(scene["camera"], rng))
+    # theme() also draws a text that nobody reads; the rendered worlds depend on those draws.
+    _, claim = theme(scene, rng)
+    return start + " " + end, {**claim, "camera": scene["camera"]}
 
 
 def theme(scene, rng):
-    """Theme information alone: the place and light, and the shapes it is about."""
-    shapes = listed([noun(o, keys=("shape",)) for o in ordered(scene, rng, True)])
-    text = rng.choice(
-        (
-            "the theme is {s} {m}",
-            "a scene {m} with the theme {s}",
-            "the clip plays {m} and is about {s}",
-        )
+    """The theme alone: place and light, and the shapes that the scene is about."""
+    shapes = name_shapes(objects_of(scene, rng, shuffle=True))
+    forms = (
+        "the theme is {shapes} {place}",
+        "a scene {place} with the theme {shapes}",
+        "the clip plays {place} and is about {shapes}",
     )
-    claim = {
+    form = rng.choice(forms)
+    place = theme_phrase(scene["theme"], rng)
+    text = sentence(form.format(shapes=shapes, place=place))
+    return text, {
         "theme": scene["theme"],
         "count": len(scene["objects"]),
-        "objects": [only(o, "shape") for o in scene["objects"]],
+        "objects": facts_of(scene["objects"], "shape"),
     }
-    return sentence(text.format(s=shapes, m=mood(scene["theme"], rng))), claim
 
 
 def keywords(scene, rng, shuffle=False, still=False):
-    """3-30 words, comma separated: theme and objects; with still=False also one motion of each and the camera's."""
-    objects = ordered(scene, rng, shuffle)
-    words, claim = (
-        [scene["theme"]],
-        {"theme": scene["theme"], "objects": [only(o, "colour", "shape") for o in objects]},
-    )
+    """3 to 30 words, separated by commas: theme, objects and, unless still, motions and camera."""
+    objects = objects_of(scene, rng, shuffle)
+    facts = facts_of(objects, "colour", "shape")
+    claim = {"theme": scene["theme"], "objects": facts}
+    words = [scene["theme"]]
     words += [o["colour"] + " " + o["shape"] for o in objects]
-    if not still:
-        for o, wanted in zip(objects, claim["objects"], strict=True):
-            wanted["motion"] = o["motion"][:1]
-            words.append(o["shape"] + " " + say(wanted["motion"], MOTIONS, rng))
-        claim["camera"] = scene["camera"][:1]
-        words.append("static camera" if scene["camera"] == ["static"] else scene["camera"][0])
+    if still:
+        return ", ".join(words), claim
+
+    # Of two moves the first alone: a claim of one move holds wherever it occurs.
+    for o, fact in zip(objects, facts, strict=True):
+        fact["motion"] = o["motion"][:1]
+        words.append(o["shape"] + " " + motion_phrase(fact, rng))
+    claim["camera"] = scene["camera"][:1]
+    words.append("static camera" if scene["camera"] == ["static"] else scene["camera"][0])
     return ", ".join(words), claim
 
 
 def partial(scene, rng, shuffle=False):
-    """One event of several: a single object's single motion, nothing else."""
-    o, keys = (
-        rng.choice(scene["objects"]),
-        rng.choice((("colour", "shape"), ("size", "colour", "shape"))),
-    )
-    event = {**only(o, *keys), "motion": [rng.choice(o["motion"])]}
-    return sentence(
-        rng.choice(("", "at one moment", "somewhere")), noun(o, rng, keys), verb(event, rng)
-    ), {"objects": [event]}
+    """One event of several: a single motion of a single object."""
+    o = rng.choice(scene["objects"])
+    keys = rng.choice((("colour", "shape"), ("size", "colour", "shape")))
+    event = pick(o, *keys)
+    event["motion"] = [rng.choice(o["motion"])]
+    opening = rng.choice(("", "at one moment", "somewhere"))
+    text = sentence(opening, noun_phrase(o, rng, keys), motion_phrase(event, rng))
+    return text, {"objects": [event]}
 
 
 def main_object(scene, rng):
-    """The first object in reading order, in detail: looks, place, motion."""
+    """Looks, place and motion of the first object in reading order."""
     o = scene["objects"][0]
-    text = (
-        sentence("the main object is", noun(o, rng, o))
-        + " "
-        + sentence("it is in the", o["place"], "and", verb(o, rng))
-    )
-    return text, {"objects": [o]}
+    look = sentence("the main object is", noun_phrase(o, rng, LOOKS))
+    event = sentence("it is in the", o["place"], "and", motion_phrase(o, rng))
+    return look + " " + event, {"objects": [o]}
 
 
 def camera(scene, rng):
-    """What the camera does, over which place and which object."""
-    o, claim = rng.choice(scene["objects"]), {"camera": scene["camera"], "theme": scene["theme"]}
-    text = (
-        sentence(lens(scene["camera"], rng))
-        + " "
-        + sentence("it films", noun(o), mood(scene["theme"], rng))
-    )
-    return text, {**claim, "objects": [only(o, "colour", "shape")]}
+    """The camera's moves, and the place and the object that it films."""
+    o = rng.choice(scene["objects"])
+    moves = sentence(camera_phrase(scene["camera"], rng))
+    subject = sentence("it films", noun_phrase(o), theme_phrase(scene["theme"], rng))
+    return moves + " " + subject, {
+        "camera": scene["camera"],
+        "theme": scene["theme"],
+        "objects": facts_of([o], "colour", "shape"),
+    }
 
 
 def paragraph(scene, rng):
     """Sentences about single events, joined, and the theme (DiDeMo's form)."""
     text, claim = temporal(scene, rng)
-    return text + " " + sentence("it happens", mood(scene["theme"], rng)), {
-        **claim,
-        "theme": scene["theme"],
-    }
+    place = sentence("it happens", theme_phrase(scene["theme"], rng))
+    return text + " " + place, {**claim, "theme": scene["theme"]}
 
 
 def detail(scene, rng):
-    """60-250 words: everything, object by object, then relation by relation, then event by event."""
-    (look, claim), (events, _) = spatial(scene, rng, shuffle=True), temporal(scene, rng)
-    whole = {o["colour"]: o for o in scene["objects"]}
-    lines = [
-        sentence(
-            "this is a video of", ("one object", "two objects", "three objects")[len(whole) - 1]
-        ),
-        look,
-        events,
-    ]
-    lines += [
-        sentence(
-            "looking at",
-            noun(o, article="the"),
-            "again, it is",
-            rng.choice(SIZES[o["size"]]),
-            "and",
-            o["texture"] + ", stays near the",
-            o["place"],
-            "part and",
-            verb(o, rng),
-        )
-        for o in ordered(scene, rng, True)
-    ]
-    lines.append(sentence("the place and the light say that it plays", mood(scene["theme"], rng)))
-    claim["objects"] = [whole[o["colour"]] for o in claim["objects"]]
-    return " ".join(lines), {**claim, "camera": scene["camera"], "count": len(whole)}
+    """60 to 250 words: everything, object by object, relation by relation, event by event."""
+    look, claim = spatial(scene, rng, shuffle=True)
+    events, _ = temporal(scene, rng)
+    count = ("one object", "two objects", "three objects")[len(scene["objects"]) - 1]
+    parts = [sentence("this is a video of", count), look, events]
+
+    for o in objects_of(scene, rng, shuffle=True):
+        opening = f"looking at {noun_phrase(o, article='the')} again, it is"
+        size = rng.choice(SIZES[o["size"]])
+        place = f"{o['texture']}, stays near the {o['place']} part and"
+        parts.append(sentence(opening, size, "and", place, motion_phrase(o, rng)))
+    theme = theme_phrase(scene["theme"], rng)
+    parts.append(sentence("the place and the light say that it plays", theme))
+
+    # In the order of spatial(), to which the relations refer.
+    by_colour = {o["colour"]: o for o in scene["objects"]}
+    claim["objects"] = [by_colour[o["colour"]] for o in claim["objects"]]
+    claim["camera"] = scene["camera"]
+    claim["count"] = len(scene["objects"])
+    return " ".join(parts), claim
 
 
 def story(video, rng):
-    """A long video, up to 250 words: every scene in order, with its theme, objects, motions and camera."""
-    parts, claims, keys = [], [], ("size", "colour", "shape")
-    for start, scene in zip(
-        ("first", "next", "after that", "at the end"), video["scenes"], strict=False
-    ):
-        objects = ordered(scene, rng, True)
-        parts.append(sentence(start + ", the scene is", mood(scene["theme"], rng)))
-        parts += [sentence(noun(o, rng, keys), "in the", o["place"], verb(o, rng)) for o in objects]
-        parts.append(sentence(lens(scene["camera"], rng)))
-        facts = [only(o, *keys, "place", "motion") for o in objects]
-        claims.append({**only(scene, "theme", "camera"), "objects": facts})
+    """A long video in up to 250 words: theme, objects, motions and camera of each scene in turn."""
+    openings = ("first", "next", "after that", "at the end")
+    keys = ("size", "colour", "shape")
+    parts = []
+    claims = []
+    for opening, scene in zip(openings, video["scenes"], strict=False):
+        objects = objects_of(scene, rng, shuffle=True)
+        place = theme_phrase(scene["theme"], rng)
+        parts.append(sentence(opening + ", the scene is", place))
+        for o in objects:
+            name = noun_phrase(o, rng, keys)
+            parts.append(sentence(name, "in the", o["place"], motion_phrase(o, rng)))
+        parts.append(sentence(camera_phrase(scene["camera"], rng)))
+
+        facts = facts_of(objects, *keys, "place", "motion")
+        claims.append({**pick(scene, "theme", "camera"), "objects": facts})
     return " ".join(parts), {"scenes": claims}
 
 
 def snapshot(scene, rng, shuffle=False):
-    """A frame: theme, and every object with its place."""
-    objects = ordered(scene, rng, shuffle)
-    text = sentence(
-        "a picture",
-        mood(scene["theme"], rng),
-        "with",
-        listed([noun(o) + " in the " + o["place"] for o in objects]),
-    )
-    return text, {
-        "theme": scene["theme"],
-        "objects": [only(o, "colour", "shape", "place") for o in objects],
-    }
+    """One frame: the theme, and every object with its place."""
+    objects = objects_of(scene, rng, shuffle)
+    theme = theme_phrase(scene["theme"], rng)
+    names = enumerate_words([noun_phrase(o) + " in the " + o["place"] for o in objects])
+    text = sentence("a picture", theme, "with", names)
+    facts = facts_of(objects, "colour", "shape", "place")
+    return text, {"theme": scene["theme"], "objects": facts}
 
 
 def minimal(scene, rng, shuffle=False):
-    """A frame: one object and its place."""
+    """One frame: a single object and its place."""
     o = rng.choice(scene["objects"])
-    return sentence(noun(o), "in the", o["place"]), {
-        "objects": [only(o, "colour", "shape", "place")]
-    }
+    text = sentence(noun_phrase(o), "in the", o["place"])
+    return text, {"objects": facts_of([o], "colour", "shape", "place")}
 
 
+def still_theme(scene, rng, shuffle=False):
+    """A frame's theme alone, always in random order."""
+    return theme(scene, rng)
+
+
+def still_keywords(scene, rng, shuffle=False):
+    """A frame's keywords: no motion, no camera."""
+    return keywords(scene, rng, shuffle, still=True)
+
+
+# V-SynFlow's five styles, of a video and of a single frame, which proves neither motion nor camera.
 VIDEO_STYLES = {
     "concise": concise,
     "rich": rich,
@@ -684,53 +912,89 @@ VIDEO_STYLES = {
     "keywords": keywords,
     "partial": partial,
 }
-FRAME_STYLES = {  # only what one image proves: neither motion nor camera
+FRAME_STYLES = {
     "concise": snapshot,
     "rich": spatial,
-    "abstract": lambda scene, rng, shuffle=False: theme(scene, rng),
-    "keywords": lambda scene, rng, shuffle=False: keywords(scene, rng, shuffle, still=True),
+    "abstract": still_theme,
+    "keywords": still_keywords,
     "minimal": minimal,
 }
 
 
-def composed(twin, delta, rng):
-    """The query that leads from a reference to its twin; the claim is the twin's objects and what became of them."""
-    kind, to, the = delta["kind"], delta["to"], "the " + delta["object"]
-    what = {
-        "motion": lambda: the + " " + say(to, MOTIONS, rng),
-        "place": lambda: the + " is in the " + to,
-        "size": lambda: the + " is " + rng.choice(SIZES[to]),
-        "camera": lambda: lens(to, rng),
-        "theme": lambda: "it is " + mood(to, rng),
-    }.get(kind, lambda: the + " is " + to)()
-    claim = {"objects": [only(p, "colour", "shape") for p in twin["objects"]]}
-    (
-        claim
-        if kind in ("camera", "theme")
-        else next(p for p in claim["objects"] if p["shape"] == delta["object"])
-    )[kind] = to
+def composed(twin, difference, rng):
+    """Ask for a twin, given its reference: the second half of a composed query.
+
+    twin, difference: as `change` returns them. The claim is the twin's objects, and the difference.
+    """
+    kind = difference["kind"]
+    to = difference["to"]
+    the_object = "the " + difference["object"]
+    if kind == "motion":
+        news = the_object + " " + moves_phrase(to, MOTIONS, rng)
+    elif kind == "place":
+        news = the_object + " is in the " + to
+    elif kind == "size":
+        news = the_object + " is " + rng.choice(SIZES[to])
+    elif kind == "camera":
+        news = camera_phrase(to, rng)
+    elif kind == "theme":
+        news = "it is " + theme_phrase(to, rng)
+    else:  # colour, texture
+        news = the_object + " is " + to
+
+    claim = {"objects": facts_of(twin["objects"], "colour", "shape")}
+    if kind in ("camera", "theme"):
+        claim[kind] = to
+    else:
+        for o in claim["objects"]:
+            if o["shape"] == difference["object"]:
+                o[kind] = to
+
     forms = (
         "the same scene, but {} instead",
         "like this one, but now {}",
         "the same objects, only {} this time",
     )
-    return sentence(rng.choice(forms).format(what)), claim
+    return sentence(rng.choice(forms).format(news)), claim
+
+
+# Motion phrases as lists of words, longest first: "goes round and round" before shorter ones.
+PHRASES = [(phrase, motion) for motion, phrases in MOTIONS.items() for phrase in phrases]
+PHRASES.sort(key=lambda pair: -len(pair[0]))
 
 
 def read_events(text):
-    """Read a concise caption back: {(colour, shape): [motions in the order told]}. Used to score what the base writes."""
-    phrases = sorted(((p, m) for m, ps in MOTIONS.items() for p in ps), key=lambda pm: -len(pm[0]))
-    found, current, words = {}, None, text.lower().replace(",", " ").replace(".", " ").split()
-    while words:
-        rest, skip = " ".join(words) + " ", 1
-        if words[0] in COLOURS and words[1:2] and words[1] in SHAPES:
-            current, skip = found.setdefault(tuple(words[:2]), []), 2
-        elif words[0] in ("camera", "view"):
+    """Read a concise caption back: {(colour, shape): [motions in the order told]}.
+
+    Used to measure what the mini base writes.
+    """
+    words = text.lower().replace(",", " ").replace(".", " ").split()
+    events = {}
+    current = None  # motions of the object named last
+    at = 0
+    while at < len(words):
+        name = tuple(words[at : at + 2])
+        if len(name) == 2 and name[0] in COLOURS and name[1] in SHAPES:
+            current = events.setdefault(name, [])
+            at += 2
+            continue
+
+        if words[at] in ("camera", "view"):
             current = None  # "the camera stands still" is no event of an object
-        elif current is not None and (
-            hit := next(((p, m) for p, m in phrases if rest.startswith(p + " ")), None)
-        ):
-            current.append(hit[1])
-            skip = len(hit[0].split())
-        words = words[skip:]
-    return found
+        elif current is not None:
+            phrase, motion = phrase_at(words[at:])
+            if motion:
+                current.append(motion)
+                at += len(phrase.split())
+                continue
+        at += 1
+    return events
+
+
+def phrase_at(words):
+    """Return the motion phrase with which a list of words begins, and its motion; or ("", None)."""
+    text = " ".join(words) + " "
+    for phrase, motion in PHRASES:
+        if text.startswith(phrase + " "):
+            return phrase, motion
+    return "", None

@@ -1,13 +1,18 @@
-"""A page about the mini world, `python -m mini report`, and what synth.py made of its raw videos, judged by the scene graphs:
-`python -m mini report --synth`.
+"""Two reports on the mini world.
 
-Texts are read back as claims (world.py) by `facts_in`; `misses` counts how many stated facts a scene does not satisfy.
+    python -m studies report
+        runs/report/README.md: scenes, queries, right and wrong answers
+    python -m studies report --synth runs/raw runs/synth
+        what synth.py made of raw videos, judged by their scene graphs
+
+The second reads captions back as claims (world.py) with `facts_in`; `misses` counts the stated
+facts that a scene does not satisfy.
 """
 
+import collections
 import contextlib
 import io
 import itertools
-import json
 import random
 import re
 from pathlib import Path
@@ -18,252 +23,395 @@ from PIL import Image
 import uvrb
 from mini import world
 from studies import ablate, study
-from support.files import read_jsonl
+from support.files import load_jsonl
 from support.media import load_image, load_video
 
-LOOKS = {
-    "size": {w: size for size, words in world.SIZES.items() for w in words},
-    "texture": {w: w for w in ("plain", "striped")},
-    "colour": {w: w for w in world.COLOURS},
-    "shape": {w: w for w in world.SHAPES},
-}
+OUT = Path("runs/report")
+MINI = Path("runs/mini")
+
+
+# Reading captions back
+
+
+def invert(table):
+    """Turn a table {key: phrases} into {phrase: key}."""
+    keys = {}
+    for key, phrases in table.items():
+        keys |= dict.fromkeys(phrases, key)
+    return keys
+
+
+SIZE_WORDS = invert(world.SIZES)
 NOUN = re.compile(
-    "".join(rf"(?:\b({'|'.join(LOOKS[k])}) )?" for k in ("size", "texture", "colour"))
-    + rf"\b({'|'.join(world.SHAPES)})\b"
+    rf"(?:\b(?P<size>{'|'.join(SIZE_WORDS)}) )?"
+    rf"(?:\b(?P<texture>{'|'.join(world.TEXTURES)}) )?"
+    rf"(?:\b(?P<colour>{'|'.join(world.COLOURS)}) )?"
+    rf"\b(?P<shape>{'|'.join(world.SHAPES)})\b"
 )
-REASON = {
-    "wrong": ("consistency",),
-    "boilerplate": (),
-    "static": ("static",),
-    "broken": ("unreadable", "frames", "resolution"),
-    "copy": ("duplicate",),
-    "again": ("duplicate",),
-}
+PLACE = re.compile(rf"in the ({'|'.join(world.PLACES)})")
+CAMERA = re.compile(r"\b(?:the|static) (?:camera|view)\b")
 
 
-def _phrases(text, table):
-    """The keys of `table` whose phrases occur in a text, in order; longer phrases first where two begin alike."""
-    named = {phrase: key for key, phrases in table.items() for phrase in phrases}
-    return [
-        named[m]
-        for m in re.findall("|".join(sorted(map(re.escape, named), key=len, reverse=True)), text)
-    ]
+def keys_in(text, table):
+    """List the keys of a table {key: phrases} whose phrases a text has, in the text's order."""
+    key_of = invert(table)
+    # Where two phrases begin alike, the longer one is meant.
+    longest_first = sorted(map(re.escape, key_of), key=len, reverse=True)
+    found = re.findall("|".join(longest_first), text)
+    return [key_of[phrase] for phrase in found]
+
+
+def camera_in(text):
+    """Read the camera's moves, None if the text does not name any."""
+    _, *told = CAMERA.split(text)
+    moves = keys_in(" ".join(told), world.CAMERAS)
+    if moves:
+        return moves
+    # Keywords end with a move: "..., zoom in".
+    for move in list(world.CAMERAS)[1:]:
+        if text.endswith(", " + move):
+            return [move]
+    return ["static"] if "static camera" in text else None
+
+
+def objects_in(text):
+    """Read the objects of a text and what it says of each, up to where the next one is named."""
+    objects = {}  # {shape: properties}; one shape is one object
+    found = list(NOUN.finditer(text))
+    for noun, following in itertools.zip_longest(found, found[1:]):
+        o = objects.setdefault(noun["shape"], {"shape": noun["shape"]})
+        if noun["size"]:
+            o["size"] = SIZE_WORDS[noun["size"]]
+        for key in ("texture", "colour"):
+            if noun[key]:
+                o[key] = noun[key]
+
+        end = following.start() if following else None
+        # In world.detail's "looking at the red star again, it is ..." nothing is new.
+        told = text[noun.end() : end].split(", it is")[0]
+        motion = keys_in(told, world.MOTIONS)
+        if motion:
+            o["motion"] = motion
+        place = PLACE.search(told)
+        if place:
+            o["place"] = place[1]
+    return list(objects.values())
 
 
 def facts_in(text):
-    """Read what a caption states: a claim {"objects": [...], "theme"?, "camera"?}; objects are told apart by their shape."""
-    text, objects, claim = text.lower(), {}, {}
-    scene, *lens = re.split(r"\b(?:the|static) (?:camera|view)\b", text)
-    camera = _phrases(" ".join(lens), world.CAMERAS) or [
-        c for c in list(world.CAMERAS)[1:] if text.endswith(", " + c)
-    ]
-    if camera or "static camera" in text:
-        claim["camera"] = camera or ["static"]
-    if theme := _phrases(text, {t: (t, *words[-1]) for t, words in world.THEMES.items()}):
-        claim["theme"] = theme[0]
-    found = list(NOUN.finditer(scene))
-    for m, after in itertools.zip_longest(found, found[1:]):
-        o = objects.setdefault(m[4], {"shape": m[4]})
-        o |= {
-            key: LOOKS[key][m[i]] for i, key in ((1, "size"), (2, "texture"), (3, "colour")) if m[i]
-        }
-        said = scene[m.end() : after.start() if after else None].split(", it is")[0]
-        if motion := _phrases(said, world.MOTIONS):
-            o["motion"] = motion
-        if place := re.search(rf"in the ({'|'.join(world.PLACES)})", said):
-            o["place"] = place[1]
-    return claim | {"objects": list(objects.values())}
+    """Read the facts that a caption states: a claim {"objects": [...], "theme"?, "camera"?}."""
+    text = text.lower()
+    claim = {}
+    camera = camera_in(text)
+    if camera:
+        claim["camera"] = camera
+    theme_words = {theme: (theme, *phrases) for theme, phrases in world.THEMES.items()}
+    themes = keys_in(text, theme_words)
+    if themes:
+        claim["theme"] = themes[0]
+    # Only what comes before the camera tells of objects.
+    claim["objects"] = objects_in(CAMERA.split(text)[0])
+    return claim
 
 
 def stated(claim):
-    return sum(len(o) for o in claim["objects"]) + ("theme" in claim) + ("camera" in claim)
+    """Count the facts of a claim."""
+    facts_of_objects = sum(map(len, claim["objects"]))
+    return facts_of_objects + ("theme" in claim) + ("camera" in claim)
+
+
+def missed_of_object(wanted, o):
+    """Count the wanted properties that an object does not have; o None: all of them."""
+    if o is None:
+        return len(wanted)
+    missed = 0
+    for key, value in wanted.items():
+        if not world.object_fits({key: value}, o):
+            missed += 1
+    return missed
+
+
+def missed_of_scene(claim, scene):
+    """Count the facts that a scene does not satisfy, for the best assignment of its objects."""
+    wanted = claim["objects"]
+    candidates = [*scene["objects"], *[None] * len(wanted)]
+    fewest = min(
+        sum(map(missed_of_object, wanted, chosen))
+        for chosen in itertools.permutations(candidates, len(wanted))
+    )
+    if "theme" in claim:
+        fewest += claim["theme"] != scene["theme"]
+    if "camera" in claim:
+        fewest += not world.moves_hold(claim["camera"], scene["camera"])
+    return fewest
 
 
 def misses(video, claim):
-    """Count the stated facts that the best-fitting scene of a video does not satisfy (0: the claim holds)."""
+    """Count the stated facts that the best-fitting scene of a video does not satisfy."""
+    return min(missed_of_scene(claim, scene) for scene in video["scenes"])
 
-    def wrong(want, o):
-        return sum(
-            o is None or not (world.said(v, o[k]) if k == "motion" else o[k] == v)
-            for k, v in want.items()
+
+# What synth.py made of raw videos
+
+
+# The filters in synth.py's order, and the first words of their reasons in pool.jsonl.
+FILTERS = {
+    "broken": ("unreadable", "frames", "resolution"),
+    "static": ("static",),
+    "wrong": ("consistency",),
+    "copy": ("duplicate",),
+}
+
+
+def share(part, whole):
+    """Return part / whole, 0 of nothing."""
+    return part / max(1, whole)
+
+
+def by_id(rows):
+    """Return {id: row}."""
+    return {row["id"]: row for row in rows}
+
+
+def only_kept(rows):
+    """Return the rows that a stage of synth.py kept."""
+    return [row for row in rows if row["fate"] == "kept"]
+
+
+def print_filter(name, planted, found, faulty):
+    """Print a filter's precision, over all videos with its fault, and its recall of the planted.
+
+    planted, found, faulty: sets of ids.
+    """
+    precision = share(len(found & faulty), len(found))
+    recall = share(len(found & planted), len(planted))
+    print(f"{name:<12} {len(planted):7}  {len(found):5}  {precision:9.3f}  {recall:6.3f}")
+
+
+def print_filters(truth, pool):
+    """Print how well the filters find the planted faults.
+
+    A fault counts as planted if no earlier filter took the video, and a copy only if its original
+    was still there.
+    """
+    print("filter       planted  found  precision  recall   ", end="")
+    print("(among those that no earlier filter took)")
+    faulty = collections.defaultdict(set)  # {fault: ids}
+    for video in truth.values():
+        fault = video.get("fault")
+        faulty["copy" if fault == "again" else fault].add(video["id"])
+
+    # The first filter drops captions, not videos. Captions that stand for many videos are its
+    # business only where somebody planted them.
+    no_text = (None, "of several videos")
+    found = {row["id"] for row in pool if row.get("text_dropped") not in no_text}
+    planted = faulty["boilerplate"] & by_id(pool).keys()
+    print_filter("boilerplate", planted, found, faulty["boilerplate"])
+
+    gone = set()  # taken by earlier filters
+    for name, words in FILTERS.items():
+        found = set()
+        for row in pool:
+            reason = row.get("why", "").split(":")[0]
+            if reason in words:
+                found.add(row["id"])
+        planted = set()
+        for key in faulty[name] - gone:
+            if truth[key].get("of") not in gone:
+                planted.add(key)
+        print_filter(name, planted, found, faulty[name])
+        gone |= found
+
+
+def print_accuracy(label, truth, captions):
+    """Print the share of stated facts that hold; captions [(video's id, text), ...]."""
+    total = 0
+    wrong = 0
+    for key, text in captions:
+        claim = facts_in(text)
+        total += stated(claim)
+        wrong += misses(truth[key], claim)
+    right = 1 - share(wrong, total)
+    print(f"{label:<35} {right:.3f} of {total} facts in {len(captions)} captions")
+
+
+def print_composed(truth, kept, pairs):
+    """Print how many composed queries need their reference and how many fit their target."""
+    alone = 0  # queries whose text fits the target and no other video
+    true = 0
+    for pair in pairs:
+        claim = facts_in(pair["query"]["text"])
+        others = [video for video in kept if video["id"] != pair["of"]]
+        alone += all(misses(video, claim) > 0 for video in others)
+        true += misses(truth[pair["of"]], claim) == 0
+    if pairs:
+        print(
+            f"composed queries that need their reference: {1 - alone / len(pairs):.3f} of "
+            f"{len(pairs)}; true of their target: {true / len(pairs):.3f}"
         )
 
-    def of(scene):
-        rest = [*scene["objects"], *[None] * len(claim["objects"])]
-        objects = min(
-            sum(map(wrong, claim["objects"], chosen))
-            for chosen in itertools.permutations(rest, len(claim["objects"]))
-        )
-        return (
-            objects
-            + (claim.get("theme", scene["theme"]) != scene["theme"])
-            + ("camera" in claim and not world.said(claim["camera"], scene["camera"]))
-        )
 
-    return min(map(of, video["scenes"]))
+def print_negatives(truth, pairs):
+    """Print how many hard negatives of text queries are wrong answers, and how near these are."""
+    total = 0
+    wrong = 0
+    near = 0
+    for pair in pairs:
+        claim = facts_in(pair["query"]["text"])
+        for negative in pair.get("negatives", ()):
+            video = truth[Path(negative["video"]).stem]
+            missed = misses(video, claim)
+            total += 1
+            wrong += missed > 0
+            near += missed in (1, 2)
+    print(
+        f"hard negatives of T2V: truly negative {share(wrong, total):.3f}, one or two facts away "
+        f"{share(near, total):.3f} of {total}"
+    )
 
 
 def synth_report(raw, out):
-    """Print precision and recall of the filters, accuracy of captions, need of references, hardness of negatives."""
+    """Print how good a folder of synth.py's output is, by the scene graphs of its raw videos.
 
-    def lines(path):
-        return [json.loads(line) for line in Path(path).read_text().splitlines()]
+    raw: folder of mini.bench.raw. Prints precision and recall of the filters, accuracy of captions,
+    need of references and hardness of negatives.
+    """
 
-    def rows(stage):
-        return [row for path in sorted(Path(out, stage).glob("*.jsonl")) for row in lines(path)]
+    def stage(name):
+        rows = []
+        for path in sorted(Path(out, name).glob("*.jsonl")):
+            rows += load_jsonl(path)
+        return rows
 
-    truth, pool = (
-        {v["id"]: v for v in lines(Path(raw, "truth.jsonl"))},
-        lines(Path(out, "pool.jsonl")),
-    )
-    why = {row["id"]: row.get("why", "").split(":")[0] for row in pool}
-    text = {row["id"]: row.get("text_dropped") not in (None, "of several videos") for row in pool}
+    truth = by_id(load_jsonl(Path(raw, "truth.jsonl")))
+    pool = load_jsonl(Path(out, "pool.jsonl"))
     print(f"V-SynFlow on {len(pool)} raw mini videos, judged by their scene graphs")
-    print(
-        f"{'filter':<12} planted  found  precision  recall   (among those that no earlier filter took)"
-    )
-    order = ["broken", "static", "wrong", "copy"]
-    for fault in ("boilerplate", "broken", "static", "wrong", "copy"):
-        same = ("copy", "again") if fault == "copy" else (fault,)
-        hit = {i for i in why if (text[i] if fault == "boilerplate" else why[i] in REASON[fault])}
-        before = (
-            {r for f in order[: order.index(fault)] for r in REASON[f]} if fault in order else set()
-        )
-        gone = {
-            i for i in why if why[i] in before
-        }  # a copy can be found only if its original is still there
-        planted = {
-            i for i, v in truth.items() if v.get("fault") in same and not {i, v.get("of")} & gone
-        }
-        planted &= {i for i in planted if fault != "boilerplate" or text.get(i) is not None}
-        right = len(hit & {i for i, v in truth.items() if v.get("fault") in same})
-        print(
-            f"{fault:<12} {len(planted):7}  {len(hit):5}  {right / max(1, len(hit)):9.3f}  "
-            f"{len(hit & planted) / max(1, len(planted)):6.3f}"
-        )
+    print_filters(truth, pool)
 
-    def accuracy(pairs):
-        claims = [(truth[i], facts_in(t)) for i, t in pairs]
-        total = sum(stated(c) for _, c in claims)
-        return f"{1 - sum(misses(v, c) for v, c in claims) / max(1, total):.3f} of {total} facts in {len(pairs)} captions"
+    kept = only_kept(pool)
+    given = [(row["id"], row["text"]) for row in kept if row["text"]]
+    written = []
+    for row in stage("2-captions"):
+        if row["kind"] == "video":
+            for text in row.get("captions", {}).values():
+                written.append((row["of"], text))
+    print_accuracy("raw captions right:", truth, given)
+    print_accuracy("written captions right:", truth, written)
 
-    kept = [row for row in pool if row["fate"] == "kept"]
-    made = [row for row in rows("2-captions") if row["kind"] == "video" and "captions" in row]
-    after = [(row["of"], t) for row in made for t in row["captions"].values()]
-    removed = [(row["of"], t) for row in made for t in row.get("removed", {}).values()]
-    print(
-        "raw captions right:                ",
-        accuracy([(row["id"], row["text"]) for row in kept if row["text"]]),
-    )
-    print("before the hallucination check:    ", accuracy(after + removed))
-    print("after it:                          ", accuracy(after))
-    kept, pairs = (
-        [truth[row["id"]] for row in kept],
-        [row for row in rows("3-pairs") if row["fate"] == "kept"],
-    )
-    composed = [
-        (row, facts_in(row["query"]["text"])) for row in pairs if row["task"] in ("TI2V", "TV2V")
-    ]
-    if composed:
-        alone = sum(
-            all(v["id"] == row["of"] for v in kept if misses(v, claim) == 0)
-            for row, claim in composed
-        )
-        true = sum(misses(truth[row["of"]], claim) == 0 for row, claim in composed)
-        print(
-            f"composed queries that need their reference: {1 - alone / len(composed):.3f} of {len(composed)}; "
-            f"true of their target: {true / len(composed):.3f}"
-        )
-    negatives = [
-        misses(truth[Path(n["video"]).stem], facts_in(row["query"]["text"]))
-        for row in pairs
-        if row["task"] == "T2V"
-        for n in row.get("negatives", ())
-    ]
-    n = max(1, len(negatives))
-    print(
-        f"hard negatives of T2V: truly negative {sum(m > 0 for m in negatives) / n:.3f}, one or two facts away "
-        f"{sum(0 < m < 3 for m in negatives) / n:.3f} of {len(negatives)}"
-    )
+    pairs = collections.defaultdict(list)  # by task
+    for pair in only_kept(stage("3-pairs")):
+        pairs[pair["task"]].append(pair)
+    videos = [truth[row["id"]] for row in kept]
+    print_composed(truth, videos, pairs["TI2V"] + pairs["TV2V"])
+    print_negatives(truth, pairs["T2V"])
 
 
-def strip(media, path):
-    """Write an image, or a video's eight frames side by side, twice as large -> its link."""
-    frames = (
-        [load_image(media)] if isinstance(media, dict) and "time" in media else load_video(media)[0]
-    )
+# The page
+
+
+# Scenes to show: a general one, then near-twins that differ in events, in looks and in the camera.
+SHOWN = (
+    "test-g-000",
+    "test-t-000-0",
+    "test-t-000-1",
+    "test-s-000-0",
+    "test-s-000-1",
+    "test-c-000-0",
+)
+
+
+def save_strip(media, path):
+    """Save an image, or a video's eight frames side by side, twice as large -> Markdown's link."""
+    if isinstance(media, dict) and "time" in media:
+        frames = [load_image(media)]
+    else:
+        frames, _ = load_video(media)
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.concatenate(list(frames), 1).repeat(2, 0).repeat(2, 1)).save(path)
+    row = np.concatenate(list(frames), 1)
+    twice_as_large = row.repeat(2, 0).repeat(2, 1)
+    Image.fromarray(twice_as_large).save(path)
     return f"![{path.stem}]({path.parent.name}/{path.name})"
 
 
-def nearest_wrong(run, query, positives):
-    """The corpus id that a TREC run ranks first among those that are no positives."""
-    ranked = [line.split()[2] for line in run.read_text().splitlines() if line.split()[0] == query]
-    return next(key for key in ranked if key not in positives)
+def nearest_wrong(rankings, query):
+    """Return the first wrong answer to a query in a file of eval.py --rankings, an id."""
+    ranking = next(row for row in load_jsonl(rankings) if row["qid"] == query)
+    for key in ranking["ranked"]:
+        if key not in ranking["positives"]:
+            return key
+    raise ValueError(f"{rankings}: no wrong answer to {query}")
 
 
-def world_report(out):
-    """Write <out>/README.md: scenes with their captions, each dataset with a query and the trained model's nearest wrong answer
-    (of `python -m mini ablate`, which comes first), the rankers that must fail, and the noise, where it has been studied."""
-    files = {
-        name: Path("runs/ablate", name, "results.json")
-        for name in ("base", "prober", "trained", *ablate.RANKERS)
-    }
-    if missing := [path for path in files.values() if not path.is_file()]:
-        raise ValueError(f"{missing[0]}: not there; run `python -m mini ablate` first")
-    out, lines, rng = Path(out), ["# The mini world"], random.Random(0)
-    videos = {row["id"]: row for _, row in read_jsonl("runs/mini/scenes.jsonl")}
-    for key in (
-        "test-g-000",
-        "test-t-000-0",
-        "test-t-000-1",
-        "test-s-000-0",
-        "test-s-000-1",
-        "test-c-000-0",
-    ):
-        lines += [
-            f"\n## {key}",
-            strip(f"runs/mini/videos/{key}.mp4", out / "images" / f"{key}.png"),
-            "",
-        ]
-        lines += [
-            f"* *{style}*: {form(videos[key]['scenes'][0], rng)[0]}"
-            for style, form in world.VIDEO_STYLES.items()
-        ]
+def scene_lines(video, images, rng):
+    """Describe a video's first scene: a strip of frames, and a caption in each style."""
+    key = video["id"]
+    strip = save_strip(f"{MINI}/videos/{key}.mp4", images / f"{key}.png")
+    lines = [f"\n## {key}", strip, ""]
+    for style, form in world.VIDEO_STYLES.items():
+        text, _ = form(video["scenes"][0], rng)
+        lines.append(f"* *{style}*: {text}")
+    return lines
+
+
+def dataset_lines(name, images):
+    """Describe a dataset: its first query, a right answer, and the nearest wrong one."""
+    bench = uvrb.read(str(MINI / "uvrb"), name, [str(MINI)])
+    pool = f", pools of {len(bench.pools[0])}" if bench.pools else ""
+    size = f"{len(bench.queries)} queries, {len(bench.corpus)} videos{pool}"
+    lines = [f"\n## {name}", f"{uvrb.DATASETS[name].metric}; {size}", ""]
+
+    query = bench.queries[0]
+    for kind, content in query["item"].items():
+        if kind != "text":
+            content = save_strip(content, images / f"{name}-query.png")
+        lines.append(f"* query: {content}")
+
+    right = bench.corpus[bench.positives[0][0]]
+    strip = save_strip(right["item"]["video"], images / f"{name}-right.png")
+    lines.append(f"* right: {right['id']} {strip}")
+
+    rankings = ablate.OUT / f"trained/rankings/{name}.jsonl"
+    wrong = by_id(bench.corpus)[nearest_wrong(rankings, query["id"])]
+    strip = save_strip(wrong["item"]["video"], images / f"{name}-nearest.png")
+    lines.append(f"* nearest wrong answer: {wrong['id']} {strip}")
+    return lines
+
+
+def print_rankers_and_noise(files):
+    """Print the table of ablate.py, and the noise study's where it has been run."""
+    print("\n# Rankers that should fail\n")
+    ablate.print_table(files)
+    print("\n# Noise\n")
+    if all(path.is_file() for path in study.result_files("noise")):
+        study.run_study("noise")
+    else:
+        print("Not studied yet: `python -m studies noise`.")
+
+
+def world_report(out=OUT):
+    """Write <out>/README.md: scenes with captions, datasets with answers, rankers, noise.
+
+    Answers and rankers are those of `python -m studies ablate`, which must have been run.
+    """
+    files = ablate.result_files()
+    for path in files.values():
+        if not path.is_file():
+            raise ValueError(f"{path}: not there; run `python -m studies ablate` first")
+
+    out = Path(out)
+    images = out / "images"
+    videos = by_id(load_jsonl(MINI / "scenes.jsonl"))
+    rng = random.Random(0)
+    lines = ["# The mini world"]
+    for key in SHOWN:
+        lines += scene_lines(videos[key], images, rng)
     lines.append("\n# mini-UVRB")
-    for name, dataset in uvrb.DATASETS.items():
-        found = uvrb.read("runs/mini/uvrb", name, ["runs/mini"])
-        query, own = found.queries[0], [found.corpus[p] for p in found.positives[0]]
-        wrong = nearest_wrong(
-            Path(f"runs/ablate/trained/trec/{name}.run"), query["id"], {row["id"] for row in own}
-        )
-        wrong = next(row for row in found.corpus if row["id"] == wrong)
-        lines += [
-            f"\n## {name}",
-            f"{dataset.metric}; {len(found.queries)} queries, {len(found.corpus)} videos"
-            f"{', pools of ' + str(len(found.pools[0])) if found.pools else ''}",
-            "",
-        ]
-        item = query["item"]
-        lines += [f"* query: {item['text']}"] if "text" in item else []
-        lines += [
-            f"* query: {strip(item[kind], out / 'images' / f'{name}-query.png')}"
-            for kind in item
-            if kind != "text"
-        ]
-        for what, row in (("right", own[0]), ("nearest wrong answer", wrong)):
-            picture = strip(row["item"]["video"], out / "images" / f"{name}-{what.split()[0]}.png")
-            lines.append(f"* {what}: {row['id']} {picture}")
-    text = io.StringIO()
-    with contextlib.redirect_stdout(text):
-        print("\n# Rankers that must fail\n")
-        ablate.table(files)
-        print("\n# Noise\n")
-        seeds, variants = study.STUDIES["noise"]
-        if all(how.results(seed).is_file() for how in variants.values() for seed in seeds):
-            study.study("noise")
-        else:
-            print("Not studied yet: `python -m mini study noise`.")
-    (out / "README.md").write_text("\n".join(lines) + "\n" + text.getvalue())
+    for name in uvrb.DATASETS:
+        lines += dataset_lines(name, images)
+
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        print_rankers_and_noise(files)
+    lines.append(printed.getvalue())
+    (out / "README.md").write_text("\n".join(lines))
     print(f"{out}/README.md")

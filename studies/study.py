@@ -1,8 +1,12 @@
-"""What makes a difference on mini-UVRB, and what is noise: `python -m mini study NAME` trains and scores a table of variants.
+"""Does a change make a difference on mini-UVRB, or is it noise? `python -m studies NAME`.
 
-Every variant is train.py with other flags, one run per seed and as many at once as there are cores, kept under runs/study: what
-is finished with the same data is not run again (after a change to the code, delete it). <study>.png shows the averages. Two of
-the defects are made in the code, by starting a script through this file (`broken`).
+A study trains and scores variants, each with several seeds, and prints means and paired differences
+with 95 % intervals; runs/study/NAME.png shows the averages. A variant is train.py or eval.py with
+other flags, or with a deliberate defect in the code (`run_with_defect`). There is one run per
+variant and seed, and as many at once as there are cores.
+
+A run that is finished with the same training data is not repeated. After a change of the code,
+delete runs/study.
 """
 
 import dataclasses
@@ -18,46 +22,88 @@ import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from scipy import stats
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+import model
+from mini import bench
+from support.commands import run
+from support.files import file_lock, write_json
+
 OUT = Path("runs/study")
-DATA = Path("runs/mini/stamp.json"), Path("runs/synth/uvrd/mixture.json")
-BOTH = "--mixture runs/mini/train/mixture.json runs/synth/uvrd/mixture.json --root runs/raw"  # the tour's training data
-RANDOM = OUT / "random"  # a prober that knows nothing
-SHORT = f"{BOTH} --steps 320 --batch-scale 0.5"  # a quarter of the tour: `curriculum` has 45 runs
-EASY = f"--mixture {OUT}/no-motion-negatives.json runs/synth/uvrd/mixture.json --root runs/raw runs/mini/train"
-# `synth`: V-SynFlow on more raw videos beside collected sources of kinds that Table 6 has: no composed video, no twins
-TABLE6 = "t2t", "t2i", "ti2i", "t2v", "t2v-long"
+STAMP = Path("runs/mini/stamp.json")
+UVRD = Path("runs/synth/uvrd/mixture.json")
+
+# Training data, as flags of train.py. The tour's:
+BOTH = f"--mixture runs/mini/train/mixture.json {UVRD} --root runs/raw"
+# A quarter of the tour's training, because `curriculum` has 45 runs:
+SHORT = f"{BOTH} --steps 320 --batch-scale 0.5"
+# The tour's, but no hard negatives that differ in motion or camera:
+EASY = f"--mixture {OUT}/no-motion-negatives.json {UVRD} --root runs/raw runs/mini/train"
+# For `synth`: collected sources of kinds that Table 6 has, so no composed video and no twins,
+# alone and beside V-SynFlow's pairs from more raw videos:
+TABLE_6 = ("t2t", "t2i", "ti2i", "t2v", "t2v-long")
 PLAIN = f"--root runs/mini/train {OUT}/raw --steps 320 --mixture {OUT}/plain.json"
 RICH = f"{PLAIN} {OUT}/synth/uvrd/mixture.json"
 
+RANDOM_PROBER = OUT / "random"  # mini/base with random weights
+PROBER_SEED = 42  # of a variant whose checkpoint is another one's prober
 
-@dataclasses.dataclass
+
+@dataclasses.dataclass(frozen=True)
 class Variant:
+    """One way to train and to score; by default the tour's."""
+
     train: str = BOTH  # flags of train.py besides --seed
     test: str = ""  # flags of eval.py
     defect: str = ""  # a key of DEFECTS
     late: bool = False  # the defect is there at test time alone
+    prober: "Variant | None" = None  # its checkpoint is the prober, in place of mini/prober
+
+    def train_flags(self):
+        """Return train.py's flags, the prober among them."""
+        if self.prober:
+            return f"{self.train} --prober {self.prober.folder(PROBER_SEED)}"
+        return self.train
 
     def folder(self, seed):
-        """Where its checkpoint lies: the same for every variant that trains alike, another one for other data."""
-        named = {Path(word) for word in self.train.split() if word.endswith(".json")}
-        made = b"".join(path.read_bytes() for path in sorted({DATA[0], *named}) if path.is_file())
-        trained = f"{'' if self.late else self.defect} {self.train}".encode()
-        return OUT / f"{zlib.crc32(trained + made):08x}-seed{seed}"
+        """Name the checkpoint's folder: one for all variants that train alike on the same data."""
+        # The stamp stands for the mini sources, and a mixture for what was synthesised.
+        flags = self.train_flags()
+        mixtures = {Path(word) for word in flags.split() if word.endswith(".json")}
+        files = sorted({STAMP, *mixtures})
+        defect = "" if self.late else self.defect
+        content = f"{defect} {flags}".encode()
+        for path in files:
+            if path.is_file():
+                content += path.read_bytes()
+        return OUT / f"{zlib.crc32(content):08x}-seed{seed}"
 
     def results(self, seed):
-        what = re.sub(r"\W+", "_", self.test).strip("_") + self.late * self.defect
-        return self.folder(seed) / what / "results.json"
+        """Name the file of its scores."""
+        name = re.sub(r"\W+", "_", self.test).strip("_")
+        if self.late:
+            name += self.defect
+        return self.folder(seed) / name / "results.json"
 
 
-TOUR, PYRAMID = Variant(), Variant(SHORT)
-STUDIES = {  # name: (seeds, {variant: how}); differences are to the first variant
-    "noise": (range(42, 52), {"default": TOUR}),
-    "defects": (
+class Study(NamedTuple):
+    """Variants that are compared, each trained once per seed."""
+
+    seeds: range
+    variants: dict  # {name: Variant}; differences are to the first
+
+
+TOUR = Variant()
+PYRAMID = Variant(SHORT)
+STUDIES = {
+    # How far do seeds alone lead apart?
+    "noise": Study(range(42, 52), {"default": TOUR}),
+    # Does mini-UVRB notice mistakes in the method?
+    "defects": Study(
         range(42, 43),
         {
             "default": TOUR,
@@ -68,7 +114,8 @@ STUDIES = {  # name: (seeds, {variant: how}); differences are to the first varia
             "no reverse loss": Variant(f"{BOTH} --no-symmetric"),
         },
     ),
-    "late": (
+    # Does it notice them in an evaluation alone, of a model that was trained without?
+    "late": Study(
         range(42, 52),
         {
             "default": TOUR,
@@ -76,16 +123,29 @@ STUDIES = {  # name: (seeds, {variant: how}); differences are to the first varia
             "pooled early at test": Variant(defect="early", late=True),
         },
     ),
-    "scaling": (
+    # Figure 6's form: more training
+    "scaling": Study(
         range(42, 45),
-        {f"{n} steps": Variant(f"{BOTH} --steps {n}") for n in (6, 20, 64, 200)}
-        | {"640 steps": TOUR},
+        {
+            "6 steps": Variant(f"{BOTH} --steps 6"),
+            "20 steps": Variant(f"{BOTH} --steps 20"),
+            "64 steps": Variant(f"{BOTH} --steps 64"),
+            "200 steps": Variant(f"{BOTH} --steps 200"),
+            "640 steps": TOUR,
+        },
     ),
-    "frames": (
+    # Figure 12's form: more frames at test
+    "frames": Study(
         range(42, 45),
-        {"8 frames": TOUR} | {f"{n} frames": Variant(test=f"--frames {n}") for n in (2, 4, 16)},
+        {
+            "8 frames": TOUR,
+            "2 frames": Variant(test="--frames 2"),
+            "4 frames": Variant(test="--frames 4"),
+            "16 frames": Variant(test="--frames 16"),
+        },
     ),
-    "synth": (
+    # The paper's own ablation: without V-SynFlow, without the pyramid, with both
+    "synth": Study(
         range(5, 15),
         {
             "GVE-i": Variant(f"{PLAIN} --schedule proportional"),
@@ -93,23 +153,19 @@ STUDIES = {  # name: (seeds, {variant: how}); differences are to the first varia
             "GVE": Variant(RICH),
         },
     ),
-    "curriculum": (
+    # Other schedules, other final sigmas, other probers
+    "curriculum": Study(
         range(42, 47),
         {
             "pyramid": PYRAMID,
-            **{
-                name: Variant(f"{SHORT} --schedule {name}")
-                for name in ("proportional", "uniform", "staged")
-            },
-            **{f"sigma to {s}": Variant(f"{SHORT} --sigma-max {s}") for s in (0.3, 3)},
-            **{
-                f"prober {name}": Variant(f"{SHORT} --prober {path}")
-                for name, path in {
-                    "base": "mini/base",
-                    "trained": PYRAMID.folder(42),
-                    "random": RANDOM,
-                }.items()
-            },
+            "proportional": Variant(f"{SHORT} --schedule proportional"),
+            "uniform": Variant(f"{SHORT} --schedule uniform"),
+            "staged": Variant(f"{SHORT} --schedule staged"),
+            "sigma to 0.3": Variant(f"{SHORT} --sigma-max 0.3"),
+            "sigma to 3": Variant(f"{SHORT} --sigma-max 3"),
+            "prober base": Variant(f"{SHORT} --prober mini/base"),
+            "prober trained": Variant(SHORT, prober=PYRAMID),
+            "prober random": Variant(f"{SHORT} --prober {RANDOM_PROBER}"),
         },
     ),
 }
@@ -118,8 +174,8 @@ STUDIES = {  # name: (seeds, {variant: how}); differences are to the first varia
 # Deliberate defects in the code
 
 
-def one_dimensional(model):
-    """Every token's position is its place in the row, whatever it shows."""
+def one_dimensional():
+    """Make every token's position its place in the row, text or vision."""
 
     def positions(self, batch):
         mask = batch["attention_mask"]
@@ -128,120 +184,139 @@ def one_dimensional(model):
     model.GVE.positions = positions
 
 
-def one_early(model):
+def one_early():
     """Pool the token before the last one."""
     pool = model.POOLINGS["last_token"]
 
-    def early(hidden, mask):
+    def pool_early(hidden, mask):
         last = mask.shape[1] - 1 - mask.flip(1).argmax(1)
         return pool(hidden, mask.scatter(1, last[:, None], 0))
 
-    model.POOLINGS["last_token"] = early
+    model.POOLINGS["last_token"] = pool_early
 
 
 DEFECTS = {"1d": one_dimensional, "early": one_early}
 
 
-def broken(defect, script, *flags):
-    """Run a script of ours with a defect in it."""
-    import model
-
-    DEFECTS[defect](model)
+def run_with_defect(defect, script, *flags):
+    """Run a script of this repository in this process, with a defect in it."""
+    DEFECTS[defect]()
     sys.argv = [script, *flags]
-    sys.path.insert(0, os.getcwd())
     runpy.run_path(script, run_name="__main__")
 
 
-# Runs and tables
+# Runs
+
+
+def start(command, log, defect=""):
+    """Run `python ...`, perhaps with a defect; its output goes to the file `log`.
+
+    Raises RuntimeError that names the command and the log if it fails.
+    """
+    _, *words = command.split()
+    if defect:
+        words = ["-m", "studies.study", defect, *words]
+    note = f"  # with the defect {defect}" if defect else ""
+    print(f"$ {command} > {log}{note}", flush=True)
+
+    # As many runs as cores at once, so each computes with one thread.
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with open(log, "w") as out:
+        finished = subprocess.run([sys.executable, *words], stdout=out, stderr=out, env=environment)
+    if finished.returncode:
+        raise RuntimeError(
+            f"`{command}` ended with status {finished.returncode}; its output is in {log}"
+        )
+
+
+def train(variant, seed):
+    """Train a variant with a seed, unless that has been done."""
+    if variant.prober:
+        train(variant.prober, PROBER_SEED)
+    folder = variant.folder(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    defect = "" if variant.late else variant.defect
+    # Variants may share a checkpoint, and one of them trains it.
+    with file_lock(folder / "lock"):
+        # Not the checkpoint itself: it may be that of an epoch's end.
+        finished = folder / "trained"
+        if not finished.is_file():
+            flags = f"--workers 0 {variant.train_flags()} --seed {seed} --out {folder}"
+            start(f"python train.py {flags}", folder / "train.txt", defect)
+            finished.touch()
 
 
 def measure(variant, seed):
-    """Train and score one variant with one seed, unless that has been done -> content of results.json."""
-    from support.files import (
-        file_lock as lock,  # not where a script is started through this file, out of its folder
-    )
-
-    folder, results = variant.folder(seed), variant.results(seed)
-    results.parent.mkdir(parents=True, exist_ok=True)
-
-    def script(command, log, defect=variant.defect):
-        start = [sys.executable, *([__file__, defect] if defect else [])]
-        with open(log, "w") as out:
-            status = subprocess.run(
-                [*start, *command.split()],
-                stdout=out,
-                stderr=out,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
-            )
-        if status.returncode:
-            raise RuntimeError(
-                f"`{command}` ended with status {status.returncode}; its output is in {log}"
-            )
-
-    with lock(folder / "lock"):  # variants may share a checkpoint
-        if not (folder / "trained").is_file():  # a checkpoint alone may be that of an epoch's end
-            script(
-                f"train.py --workers 0 {variant.train} --seed {seed} --out {folder}",
-                folder / "train.txt",
-                "" if variant.late else variant.defect,
-            )
-            (folder / "trained").touch()
+    """Train and score a variant with a seed, unless that is done -> content of results.json."""
+    train(variant, seed)
+    results = variant.results(seed)
     if not results.is_file():
-        script(
-            f"eval.py --ckpt {folder} {variant.test} --out {results.parent}",
-            results.with_name("eval.txt"),
-        )
+        out = results.parent
+        out.mkdir(parents=True, exist_ok=True)
+        command = f"python eval.py --ckpt {variant.folder(seed)} {variant.test} --out {out}"
+        start(command, out / "eval.txt", variant.defect)
     return json.loads(results.read_text())
 
 
+# Tables
+
+
 def interval(values):
-    """Mean and half of its 95 % interval (Student's t); inf for a single value."""
-    if len(values) < 2:
-        return statistics.mean(values), math.inf
-    return statistics.mean(values), stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(
-        values
-    ) / math.sqrt(len(values))
+    """Return mean and half the 95 % interval (Student's t) of values; inf for a single value."""
+    mean = statistics.mean(values)
+    n = len(values)
+    if n < 2:
+        return mean, math.inf
+    deviation_of_mean = statistics.stdev(values) / math.sqrt(n)
+    return mean, stats.t.ppf(0.975, n - 1) * deviation_of_mean
 
 
 def columns(results):
-    """{ability or average: its scores} of several contents of results.json."""
-    return {
-        c: [{**r["abilities"], **r}[c] for r in results]
-        for c in (*results[0]["abilities"], "AVG-D", "AVG-A")
-    }
+    """Turn contents of results.json into columns: {ability or average: its scores}."""
+    scores = {}
+    for tag in results[0]["abilities"]:
+        scores[tag] = [result["abilities"][tag] for result in results]
+    for tag in ("AVG-D", "AVG-A"):
+        scores[tag] = [result[tag] for result in results]
+    return scores
 
 
-def table(seeds, measured):
-    """Print means, deviations over seeds and paired differences to the first variant; measured {variant: [results]} -> {variant:
-    columns()}."""
-    scores, first = (
-        {name: columns(results) for name, results in measured.items()},
-        next(iter(measured)),
-    )
-    names = list(scores[first])
+def print_row(name, cells):
+    """Print a row of a Markdown table."""
+    print("| " + " | ".join([name, *cells]) + " |")
 
-    def line(name, cells):
-        print("| " + " | ".join([name, *cells]) + " |")
 
-    about = (
-        "means, deviations over seeds, then paired differences with 95 % intervals"
-        if len(seeds) > 1
-        else "with differences"
-    )
-    print(f"mini-UVRB, seeds {seeds[0]} to {seeds[-1]}, {about} to {first}\n")
-    line("", names)
-    line("---", ["---"] * len(names))
+def print_table(seeds, measured):
+    """Print means, deviations over seeds and paired differences to the first variant.
+
+    measured: {variant: contents of results.json, one per seed}. Returns {variant: columns()}.
+    """
+    scores = {name: columns(results) for name, results in measured.items()}
+    first = next(iter(measured))
+    tags = list(scores[first])
+    several = len(seeds) > 1
+
+    contents = "with differences"
+    if several:
+        contents = "means, deviations over seeds, then paired differences with 95 % intervals"
+    print(f"mini-UVRB, seeds {seeds[0]} to {seeds[-1]}, {contents} to {first}\n")
+    print_row("", tags)
+    print_row("---", ["---"] * len(tags))
     for name in measured:
-        line(name, [f"{statistics.mean(scores[name][c]):.3f}" for c in names])
-        if len(seeds) > 1:
-            line("", [f"({statistics.stdev(scores[name][c]):.3f})" for c in names])
+        means = [statistics.mean(values) for values in scores[name].values()]
+        print_row(name, [f"{mean:.3f}" for mean in means])
+        if several:
+            deviations = [statistics.stdev(values) for values in scores[name].values()]
+            print_row("", [f"({deviation:.3f})" for deviation in deviations])
+
     for name in list(measured)[1:]:
-        pairs = {
-            c: [a - b for a, b in zip(scores[name][c], scores[first][c], strict=True)]
-            for c in names
-        }
-        form = "{:+.3f} ± {:.3f}" if len(seeds) > 1 else "{:+.3f}"
-        line(f"{name} - {first}", [form.format(*interval(pairs[c])) for c in names])
+        cells = []
+        for tag in tags:
+            pairs = zip(scores[name][tag], scores[first][tag], strict=True)
+            mean, half = interval([score - default for score, default in pairs])
+            cells.append(f"{mean:+.3f} ± {half:.3f}" if several else f"{mean:+.3f}")
+        print_row(f"{name} - {first}", cells)
+
     if len(seeds) >= 5 and len(measured) == 1:
         deviation = statistics.stdev(scores[first]["AVG-D"])
         needed = math.ceil(2 * (1.96 + 0.84) ** 2 * (deviation / 0.01) ** 2)
@@ -249,115 +324,153 @@ def table(seeds, measured):
     return scores
 
 
-def found(scores, floor):
-    """Print where one run differs from the default's runs by more than another of them would, 95 % over all columns (Bonferroni).
+def print_beyond_noise(scores, floor):
+    """Print where one run of a variant differs from the default's runs by more than noise.
 
-    scores {variant: {column: [score]}}, the default first; floor {column: scores of the default}, from `study noise`.
+    The bound is a 95 % prediction interval for one more run of the default, over all columns
+    together (Bonferroni).
+
+    scores: {variant: {column: [score]}}, the default first; floor: {column: the default's scores},
+    from `python -m studies noise`.
     """
     n = len(next(iter(floor.values())))
-    print(
-        f"\nBeyond the noise of {n} seeds of the default (differences to their mean, in their deviations):\n"
-    )
+    print(f"\nBeyond the noise of {n} seeds of the default", end=" ")
+    print("(differences to their mean, in their deviations):\n")
+    bound = stats.t.ppf(1 - 0.025 / len(floor), n - 1) * math.sqrt(1 + 1 / n)
     for name in list(scores)[1:]:
-        limit, seen = stats.t.ppf(1 - 0.025 / len(floor), n - 1) * math.sqrt(1 + 1 / n), []
-        for column, values in floor.items():
-            away, deviation = (
-                scores[name][column][0] - statistics.mean(values),
-                statistics.stdev(values),
-            )
-            seen += (
-                [f"{column} {away:+.3f} ({away / deviation:+.1f})"]
-                if abs(away) > limit * deviation
-                else []
-            )
-        print(f"* {name}: {', '.join(seen) or 'nothing'}")
+        beyond = []
+        for tag, values in floor.items():
+            difference = scores[name][tag][0] - statistics.mean(values)
+            deviation = statistics.stdev(values)
+            if abs(difference) > bound * deviation:
+                beyond.append(f"{tag} {difference:+.3f} ({difference / deviation:+.1f})")
+        print(f"* {name}: {', '.join(beyond) or 'nothing'}")
 
 
-def picture(name, seeds, scores, path):
-    """Draw AVG-D and AVG-A of every variant, mean and 95 % interval; along a number where the variants are named by one."""
+def draw(title, seeds, scores, path):
+    """Plot AVG-D and AVG-A of every variant, mean and 95 % interval.
+
+    Where all variants are named by a number ("20 steps"), it is the horizontal axis, logarithmic.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    _, ax = pyplot.subplots(figsize=(7, 4), layout="constrained")
     numbers = [re.match(r"\d+", variant) for variant in scores]
-    x = [int(m[0]) for m in numbers] if all(numbers) else range(len(scores))
+    is_curve = all(numbers)
+
+    names = list(scores)
+    x_of = {name: i for i, name in enumerate(names)}
+    if is_curve:
+        x_of = {name: int(number[0]) for name, number in zip(names, numbers, strict=True)}
+        names.sort(key=x_of.get)
+    x = [x_of[name] for name in names]
+
+    _, ax = pyplot.subplots(figsize=(7, 4), layout="constrained")
     for column in ("AVG-D", "AVG-A"):
-        means, halves = zip(*(interval(scores[variant][column]) for variant in scores), strict=True)
-        order = sorted(range(len(scores)), key=lambda i: x[i])
-        ax.errorbar(
-            [x[i] for i in order],
-            [means[i] for i in order],
-            [halves[i] if len(seeds) > 1 else 0 for i in order],
-            fmt="o-" if all(numbers) else "o",
-            capsize=4,
-            label=column,
-        )
-    if all(numbers):
-        ax.set(xscale="log", xlabel=next(iter(scores)).split()[1])
-    ax.set_xticks(
-        x, [str(v) for v in x] if all(numbers) else list(scores), rotation=0 if all(numbers) else 30
-    )
+        means = []
+        halves = []
+        for name in names:
+            mean, half = interval(scores[name][column])
+            means.append(mean)
+            halves.append(half if len(seeds) > 1 else 0)
+        style = "o-" if is_curve else "o"
+        ax.errorbar(x, means, halves, fmt=style, capsize=4, label=column)
+
+    if is_curve:
+        unit = names[0].split()[1]
+        ax.set(xscale="log", xlabel=unit)
+        ax.set_xticks(x, list(map(str, x)))
+    else:
+        ax.set_xticks(x, names, rotation=30)
     ax.minorticks_off()
-    ax.set(title=f"mini-UVRB: {name}, seeds {seeds[0]} to {seeds[-1]}", ylabel="score")
+    ax.set(title=f"mini-UVRB: {title}, seeds {seeds[0]} to {seeds[-1]}", ylabel="score")
     ax.legend()
     pyplot.savefig(path, dpi=100)
     pyplot.close()
     print(f"\n{path}")
 
 
-def study(name):
-    if missing := [str(path) for path in DATA if not path.is_file()]:
-        raise ValueError(f"{missing[0]}: not there; run `python -m mini` first")
-    seeds, variants = STUDIES[name]
+# Studies
+
+
+def write_mixtures():
+    """Write the mixtures of PLAIN and EASY."""
     mixture = json.loads(Path("runs/mini/train/mixture.json").read_text())
-    OUT.mkdir(parents=True, exist_ok=True)
-    (OUT / "plain.json").write_text(
-        json.dumps([source for source in mixture if source["name"] in TABLE6])
-    )
+    plain = [source for source in mixture if source["name"] in TABLE_6]
+    write_json(OUT / "plain.json", plain, indent=None)
     for source in mixture:
         if source["name"] in ("t2v-temporal", "t2v-camera"):
             source["negatives"] = 0
+    write_json(OUT / "no-motion-negatives.json", mixture, indent=None)
+
+
+def synthesise():
+    """Make the pairs of RICH from more raw videos than the tour has."""
+    captions = OUT / "raw/captions.jsonl"
+    if not captions.is_file():
+        bench.raw(OUT / "raw", n=100)
+    # No V2V: its clips of two seconds need videos that are longer, and most of these are not.
+    run(f"python synth.py --videos {captions} --out {OUT}/synth --max-new-tokens 96 --shares V2V=0")
+
+
+def make_random_prober():
+    """Save mini/base with random weights."""
+    torch.manual_seed(0)
+    shutil.copytree("mini/base", RANDOM_PROBER)
+    config = Qwen2_5_VLConfig.from_pretrained("mini/base")
+    Qwen2_5_VLForConditionalGeneration(config).save_pretrained(RANDOM_PROBER)
+
+
+def result_files(name):
+    """List the results.json files of a study, finished or not."""
+    seeds, variants = STUDIES[name]
+    files = []
+    for variant in variants.values():
+        files += [variant.results(seed) for seed in seeds]
+    return files
+
+
+def compare_with_noise(scores):
+    """Say which of the defects' differences are beyond the noise, where that has been studied."""
+    found = []
+    for path in result_files("noise"):
+        if path.is_file():
+            found.append(json.loads(path.read_text()))
+    if len(found) > 2:
+        print_beyond_noise(scores, columns(found))
+    else:
+        print("\nTo learn how much of this is noise: `python -m studies noise`, then this again.")
+
+
+def run_study(name):
+    """Train and score all variants of a study; print its tables and draw its picture."""
+    for path in (STAMP, UVRD):
+        if not path.is_file():
+            raise ValueError(f"{path}: not there; run `python -m mini` first")
+    OUT.mkdir(parents=True, exist_ok=True)
+    write_mixtures()
     if name == "synth":
-        from mini import bench  # late: this file is a script, too
+        synthesise()
+    if name == "curriculum" and not RANDOM_PROBER.is_dir():
+        make_random_prober()
 
-        if not (OUT / "raw/captions.jsonl").is_file():
-            bench.raw(OUT / "raw", n=100)
-        subprocess.run(
-            [
-                sys.executable,
-                *f"synth.py --videos {OUT}/raw/captions.jsonl --out {OUT}/synth --max-new-tokens 96 "
-                "--shares V2V=0".split(),
-            ],
-            check=True,
-        )  # clips of two seconds, which films of two seconds do not have
-    if name == "curriculum" and not RANDOM.is_dir():
-        torch.manual_seed(0)
-        shutil.copytree("mini/base", RANDOM)
-        Qwen2_5_VLForConditionalGeneration(
-            Qwen2_5_VLConfig.from_pretrained("mini/base")
-        ).save_pretrained(RANDOM)
-    (OUT / "no-motion-negatives.json").write_text(json.dumps(mixture))
+    seeds, variants = STUDIES[name]
+    jobs = {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        jobs = {
-            (variant, seed): pool.submit(measure, how, seed)
-            for seed in seeds
-            for variant, how in variants.items()
-        }
-        scores = table(
-            seeds,
-            {variant: [jobs[variant, seed].result() for seed in seeds] for variant in variants},
-        )
+        for seed in seeds:
+            for variant, how in variants.items():
+                jobs[variant, seed] = pool.submit(measure, how, seed)
+        measured = {}
+        for variant in variants:
+            measured[variant] = [jobs[variant, seed].result() for seed in seeds]
+
+    scores = print_table(seeds, measured)
     if name == "defects":
-        floor = [TOUR.results(seed) for seed in STUDIES["noise"][0] if TOUR.results(seed).is_file()]
-        if len(floor) > 2:
-            found(scores, columns([json.loads(path.read_text()) for path in floor]))
-        else:
-            print("\nWhat of this is noise: `python -m mini study noise` first, then this again.")
-    picture(name, seeds, scores, OUT / f"{name}.png")
+        compare_with_noise(scores)
+    draw(name, seeds, scores, OUT / f"{name}.png")
 
 
-if __name__ == "__main__":
-    sys.path.insert(0, os.getcwd())
-    broken(*sys.argv[1:])
+if __name__ == "__main__":  # python -m studies.study DEFECT SCRIPT FLAGS...: see start()
+    run_with_defect(*sys.argv[1:])
