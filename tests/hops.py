@@ -1,7 +1,7 @@
 """Count the functions that a reader of one step meets: `python tests/hops.py`, about a minute.
 
 Traced with sys.setprofile: one training step of train.py (one rank, workers 0, GradCache, a video
-source, saving included), and one dataset of eval.py from its items to its entry in results.json. A
+source, saving included), and one dataset of eval.py, from its media to its score. A
 function counts once, however often it is called. Comprehensions and lambdas belong to the function
 that holds them. The models' own layers (transformers, PEFT, torch) are not counted.
 """
@@ -18,6 +18,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from support.files import write_json, write_jsonl  # noqa: E402
 
 
 class Tracer:
@@ -44,8 +46,8 @@ class Tracer:
         return sum(map(len, self.seen.values()))
 
 
-def between_calls(module, name, first, last, tracer):
-    """Trace from the end of one call of module.name to the end of a later one (numbered from 1)."""
+def after_call(module, name, number, action):
+    """Call `action` when call `number` (from 1) of module.name has returned."""
     original = getattr(module, name)
     calls = 0
 
@@ -53,10 +55,8 @@ def between_calls(module, name, first, last, tracer):
         nonlocal calls
         result = original(*args, **options)
         calls += 1
-        if calls == first:
-            tracer.start()
-        if calls == last:
-            tracer.stop()
+        if calls == number:
+            action()
         return result
 
     setattr(module, name, counted)
@@ -67,7 +67,8 @@ def trace_training_step(tiny, mixture, out):
     import train
 
     tracer = Tracer()
-    between_calls(train, "save_state", 1, 2, tracer)
+    after_call(train, "save_state", 1, tracer.start)
+    after_call(train, "save_state", 2, tracer.stop)
     words = f"--base {tiny} --data {mixture.parent} --mixture {mixture} --out {out} --workers 0"
     words += " --steps 3 --epochs 1 --save-every 1 --schedule uniform --grad-cache --seed 1"
     flags = [*words.split(), "--prober", "", "--features", ""]
@@ -76,35 +77,30 @@ def trace_training_step(tiny, mixture, out):
 
 
 def trace_dataset(tiny, benchmark, out):
-    """Trace the second of two datasets: from the end of the first score to the end of its own."""
+    """Trace a dataset from the moment when the model is there to its entry in results.json."""
     import eval as evaluate
 
     tracer = Tracer()
-    between_calls(evaluate, "score", 1, 2, tracer)
-    words = f"--ckpt {tiny} --uvrb {benchmark} --out {out} --device cpu --datasets MSRVTT CRB-G"
+    after_call(evaluate, "VectorCache", 1, tracer.start)
+    after_call(evaluate, "score", 1, tracer.stop)
+    words = f"--ckpt {tiny} --uvrb {benchmark} --out {out} --device cpu"
     evaluate.main(evaluate.parse_flags(evaluate.Flags, words.split()))
     return tracer
 
 
 def write_benchmark(media, root):
-    """Write two datasets of four text queries over four clips."""
-    import json
-
-    sizes = {}
-    for name in ("MSRVTT", "CRB-G"):
-        folder = root / name / "jsonl"
-        folder.mkdir(parents=True)
-        queries, corpus, instances = [], [], []
-        for i, clip in enumerate("abcd"):
-            queries.append({"id": f"q{i}", "text": f"{name} clip {clip}"})
-            corpus.append({"id": f"v{i}", "video": str(media / f"{clip}.mp4")})
-            instances.append({"qid": f"q{i}", "pos": [f"v{i}"]})
-        for kind, rows in (("queries", queries), ("corpus", corpus), ("instances", instances)):
-            lines = "".join(json.dumps(row) + "\n" for row in rows)
-            (folder / f"{kind}.jsonl").write_text(lines)
-        sizes[name] = {"queries": 4, "corpus": 4}
-    content = json.dumps({"name": "four clips", "datasets": sizes})
-    (root / "benchmark.json").write_text(content)
+    """Write a benchmark of one dataset: four text queries over four clips."""
+    folder = root / "MSRVTT" / "jsonl"
+    folder.mkdir(parents=True)
+    rows = {"queries": [], "corpus": [], "instances": []}
+    for i, clip in enumerate("abcd"):
+        rows["queries"].append({"id": f"q{i}", "text": f"clip {clip}"})
+        rows["corpus"].append({"id": f"v{i}", "video": str(media / f"{clip}.mp4")})
+        rows["instances"].append({"qid": f"q{i}", "pos": [f"v{i}"]})
+    for kind, lines in rows.items():
+        write_jsonl(folder / f"{kind}.jsonl", lines)
+    sizes = {"MSRVTT": {"queries": 4, "corpus": 4}}
+    write_json(root / "benchmark.json", {"name": "four clips", "datasets": sizes})
 
 
 def measure():
@@ -129,7 +125,9 @@ def measure():
 
 def main():
     for name, tracer in measure().items():
-        print(f"\none {name}: {tracer.total()} functions in {len(tracer.seen)} files")
+        method = {file: f for file, f in tracer.seen.items() if not file.startswith("support/")}
+        print(f"\none {name}: {tracer.total()} functions in {len(tracer.seen)} files;", end=" ")
+        print(f"without support/: {sum(map(len, method.values()))} in {len(method)}")
         for file, functions in sorted(tracer.seen.items()):
             print(f"  {file} ({len(functions)}): {', '.join(sorted(functions))}")
 
