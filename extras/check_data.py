@@ -1,156 +1,213 @@
-"""What a run over a mixture would be (files, rows, steps, passes, GPU memory; Tables 6 to 9), and the rows that it cannot use.
+"""List the rows of training files that cannot be used, or describe a run over a mixture.
 
-    python data.py check mixtures/gve-3b.json --root DIR         # decodes every medium of every row
-    python data.py mixture mixtures/gve-3b.json --root DIR       # seconds; reads every training file once
+    python extras/check_data.py mixtures/gve-3b.json --root DIR    # decodes every medium: hours
+    python extras/check_data.py DIR/webvid.jsonl
+    python extras/check_data.py mixtures/gve-3b.json --root DIR --describe    # seconds
 
-Memory is an estimate for LoRA on a bf16 base with gradient checkpointing, GiB per rank for one micro-batch of t tokens:
+--describe reads each training file of a mixture once and prints its rows, steps and passes, and the
+GPU memory of a run (Tables 6 to 9). Memory is an estimate for LoRA on a bf16 base with gradient
+checkpointing, bytes per rank for one micro-batch of t tokens:
+
     2 W + 16 A + t (2 L D + 40 I)
-W base weights, A LoRA weights (fp32: weight, gradient, two moments), L layers of width D, whose inputs are kept, I their MLP's
-width. Of one recomputed layer autograd holds 19.1 I bytes per token, counted with saved-tensor hooks at both models' widths (24.7
-where PEFT casts the input of each adapted projection to fp32); 40 I leaves room for what backward makes on the way. Graphs of
-more than one micro-batch kept at a time, as without GradCache, add 2 L D bytes for each of their tokens. No GPU has checked the
-estimate yet.
+
+W base weights; A LoRA weights in fp32 (weight, gradient, two moments); L layers of width D, whose
+inputs are kept; I the width of their MLP. Of one recomputed layer autograd holds 19.1 I bytes per
+token, counted with saved-tensor hooks at both models' widths (24.7 I where PEFT casts the input of
+each adapted projection to fp32). 40 I leaves room for what backward makes on the way. If graphs of
+several micro-batches are kept, as without GradCache, each of their tokens adds 2 L D. No GPU has
+checked the estimate yet.
 """
 
-import argparse
+import dataclasses
 import json
 import math
 import sys
 from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository, for a script
 
 from data import Source, load_mixture
 from support.decoders import DecoderPool, Failed
+from support.flags import flag, parse_flags
 from support.media import load_image, load_video
 
-WIDTHS = {
-    "3B": (3.75e9, 36, 2048, 11008, 256),
-    "7B": (7.75e9, 28, 3584, 18944, 512),
-}  # W, L, D, I, width of keys and values
+
+@dataclasses.dataclass
+class Flags:
+    path: str = flag(..., "training file (*.jsonl) or mixture (*.json)", positional=True)
+    root: list[str] = flag([], "folders that media may lie in, beside the file's own")
+    workers: int = flag(2, "decoding processes; 0: decode in this one")
+    describe: bool = flag(False, "decode nothing, describe a run over the mixture")
 
 
-def lora_weights(layers, width, mlp, keys, r=16):
-    """Number of LoRA weights A of Table 9: rank r on q, k, v, up, gate and down of every layer."""
-    return layers * r * ((width + width) + 2 * (width + keys) + 3 * (width + mlp))
-
-
-def memory(model, tokens):
-    """GiB per rank of model "3B" or "7B" for a micro-batch of that many tokens, by the formula above."""
-    weights, layers, width, mlp, keys = WIDTHS[model]
-    state = 2 * weights + 16 * lora_weights(layers, width, mlp, keys)
-    return (state + tokens * (2 * layers * width + 40 * mlp)) / 2**30
-
-
-def describe(path, roots=(), batch_scale=32, epochs=3, micro_tokens=32768):
-    """Print each source of a mixture with its rows and steps, then the run over those that are here (the gve presets' numbers).
-
-    Returns an error text if no file is here. "passes": how often the rows of a source are seen under proportional sampling;
-    the pyramid draws by relevance, and logs its own.
-    """
-    present, absent = [], []
-    print(
-        f"{'source':<26} {'task':<6} {'samples':>9} {'rows':>9} {'passes':>6} {'batch':>6} {'steps':>6}  file"
-    )
-    for entry in json.loads(Path(path).read_text(encoding="utf-8")):
-        found = next(
-            (
-                file
-                for base in (Path(path).parent, *roots)
-                if (file := Path(base) / entry["path"]).is_file()
-            ),
-            None,
-        )
-        if found is None:
-            absent.append(entry)
-            print(
-                f"{entry['name']:<26} {entry['task']:<6} {entry.get('samples', 0):>9,} {'-':>9} {'-':>6} {'-':>6} {'-':>6}  "
-                f"{entry['path']} is not here"
-            )
-            continue
-        source = Source(**{**entry, "path": str(found)})
-        batch = source.batch_size * batch_scale
-        steps = math.ceil(source.samples / batch)
-        present.append((source, steps))
-        print(
-            f"{source.name:<26} {source.task:<6} {source.samples:>9,} {len(source):>9,} {source.samples / len(source):>6.2f} "
-            f"{batch:>6} {steps:>6,}  {entry['path']}"
-        )
-    if not present:
-        return f"{path}: none of its {len(absent)} files is here; --root names the folder that holds them"
-    pairs, total = sum(source.samples for source, _ in present), sum(steps for _, steps in present)
-    print(
-        f"\n{len(present)} of {len(present) + len(absent)} sources, {pairs:,} pairs, {total:,} steps, {epochs} curriculum "
-        f"epochs of {total / epochs:,.0f} steps"
-    )
-    sizes = ", ".join(f"{model} {memory(model, micro_tokens):.0f} GiB" for model in WIDTHS)
-    print(
-        f"GPU memory, 2 W + 16 A + t (2 L D + 40 I): about {sizes} for t = {micro_tokens:,} tokens (--micro-tokens)"
-    )
-    if absent:
-        print(
-            f"to train on what is here, delete the other {len(absent)} entries from a copy of {path}; name it with --mixture"
-        )
+# Unusable rows
 
 
 def check(path, roots=(), workers=0, seconds=60):
-    """Yield "file:line: reason" for each unusable row of a training file, or of a mixture's (*.json) files; media are decoded, by
-    `workers` processes, which also survive those that crash their decoder or take it so many seconds."""
-    mixture = str(path).endswith(".json")
-    sources = (
-        load_mixture(path, roots)
-        if mixture
-        else [Source("file", "T2V", str(path), negatives=sys.maxsize)]
-    )
-    order = ((k, i) for k, source in enumerate(sources) for i in range(len(source)))
+    """Yield "file:line: reason" for each unusable row of a training file or of a mixture's files.
 
-    def decode(items, promised):
-        if len(items) - 2 < promised:
-            raise ValueError(f"{len(items) - 2} negatives, the mixture promises {promised}")
-        for item in items:
-            for media, load in (("video", load_video), ("image", load_image)):
-                if media in item:
-                    load(item[media])
+    Every medium is decoded, by `workers` processes: with workers, a clip that crashes its decoder
+    or takes longer than `seconds` costs its row alone. A row of a mixture must also have as many
+    hard negatives as its source promises.
+    """
+    is_mixture = str(path).endswith(".json")
+    if is_mixture:
+        sources = load_mixture(path, roots)
+    else:
+        sources = [Source("file", "T2V", str(path), negatives=sys.maxsize)]  # load all negatives
 
-    def wrong(key):
-        source, row = sources[key[0]], key[1]
+    def check_row(key):
+        k, row = key
+        source = sources[k]
+        items = source.load(row, roots)  # its errors name the row
         try:
-            source.load(row, roots, lambda items: decode(items, mixture * source.negatives))
-        except ValueError as error:
-            return str(error)
+            negatives = len(items) - 2
+            if is_mixture and negatives < source.negatives:
+                raise ValueError(f"{negatives} negatives, the mixture promises {source.negatives}")
+            for item in items:
+                if "video" in item:
+                    load_video(item["video"])
+                if "image" in item:
+                    load_image(item["image"])
+        except (ValueError, FileNotFoundError) as error:
+            raise ValueError(f"{source.where(row)}: {error}") from error
 
-    def name(key):
-        return sources[key[0]].where(key[1])
+    def where(key):
+        k, row = key
+        return sources[k].where(row)
 
-    pool = DecoderPool(wrong, name, workers=workers, seconds=seconds)
-    for _, result in pool.map(order):
+    # A generator, since a mixture may have millions of rows.
+    keys = ((k, row) for k, source in enumerate(sources) for row in range(len(source)))
+    pool = DecoderPool(check_row, where, workers=workers, seconds=seconds)
+    for _, result in pool.map(keys):
         if isinstance(result, Failed):
             yield result.reason
-        elif result:
-            yield result
+
+
+# A run over a mixture
+
+# The gve presets of train.py.
+BATCH_SCALE = 32
+EPOCHS = 3
+MICRO_TOKENS = 32768
+
+
+class Backbone(NamedTuple):
+    """Sizes of a Qwen2.5-VL language model, the letters of the memory formula."""
+
+    weights: float  # W, with the vision tower
+    layers: int  # L
+    width: int  # D
+    mlp_width: int  # I
+    kv_width: int  # of keys and of values
+
+
+BACKBONES = {
+    "3B": Backbone(3.75e9, 36, 2048, 11008, 256),
+    "7B": Backbone(7.75e9, 28, 3584, 18944, 512),
+}
+
+
+def lora_weights(layers, width, mlp_width, kv_width, rank=16):
+    """Count the LoRA weights A of Table 9: on q, k, v, up, gate and down of every layer.
+
+    A projection from n to m features has rank * (n + m) of them.
+    """
+    query = width + width
+    keys_and_values = 2 * (width + kv_width)
+    mlp = 3 * (width + mlp_width)
+    return layers * rank * (query + keys_and_values + mlp)
+
+
+def memory(model, tokens):
+    """Return GiB per rank of model "3B" or "7B" for a micro-batch of so many tokens."""
+    weights, layers, width, mlp_width, kv_width = BACKBONES[model]
+    state = 2 * weights + 16 * lora_weights(layers, width, mlp_width, kv_width)
+    activations = tokens * (2 * layers * width + 40 * mlp_width)
+    return (state + activations) / 2**30
+
+
+def print_source(name, task, samples, rows, passes, batch, steps, file):
+    """Print one line of the list of sources; all arguments are text."""
+    print(f"{name:<26} {task:<6} {samples:>9} {rows:>9} {passes:>6} {batch:>6} {steps:>6}  {file}")
+
+
+def describe(path, roots=()):
+    """Print each source of a mixture, then the run of a gve preset over those whose files are here.
+
+    Returns an error text if no file is here. "passes": how often the rows of a source are seen
+    under proportional sampling; the pyramid draws by relevance, and logs its own.
+    """
+    print_source("source", "task", "samples", "rows", "passes", "batch", "steps", "file")
+    n_absent = 0
+    present = []
+    total_steps = 0
+    for entry in json.loads(Path(path).read_text(encoding="utf-8")):
+        name, task, file = entry["name"], entry["task"], entry["path"]
+        places = [Path(folder) / file for folder in (Path(path).parent, *roots)]
+        found = [place for place in places if place.is_file()]
+        if not found:
+            n_absent += 1
+            samples = f"{entry.get('samples', 0):,}"
+            print_source(name, task, samples, "-", "-", "-", "-", f"{file} is not here")
+            continue
+
+        source = Source(**{**entry, "path": str(found[0])})
+        batch = source.batch_size * BATCH_SCALE
+        steps = math.ceil(source.samples / batch)
+        present.append(source)
+        total_steps += steps
+        passes = source.samples / len(source)
+        print_source(
+            name,
+            task,
+            f"{source.samples:,}",
+            f"{len(source):,}",
+            f"{passes:.2f}",
+            str(batch),
+            f"{steps:,}",
+            file,
+        )
+
+    if not present:
+        return (
+            f"{path}: none of its {n_absent} files is here; --root names the folder that holds them"
+        )
+    pairs = sum(source.samples for source in present)
+    print(
+        f"\n{len(present)} of {len(present) + n_absent} sources, {pairs:,} pairs, "
+        f"{total_steps:,} steps, {EPOCHS} curriculum epochs of {total_steps / EPOCHS:,.0f} steps"
+    )
+    sizes = [f"{model} {memory(model, MICRO_TOKENS):.0f} GiB" for model in BACKBONES]
+    print(
+        f"GPU memory, 2 W + 16 A + t (2 L D + 40 I): about {', '.join(sizes)} "
+        f"for t = {MICRO_TOKENS:,} tokens (--micro-tokens)"
+    )
+    if n_absent:
+        print(
+            f"to train on what is here, delete the other {n_absent} entries from a copy of {path}; "
+            "name it with --mixture"
+        )
 
 
 def main(argv=None):
-    """The command line of data.py; returns an error text or None."""
-    parser = argparse.ArgumentParser(
-        "data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("command", choices=["check", "mixture"])
-    parser.add_argument("file", help="training file (*.jsonl) or mixture (*.json)")
-    parser.add_argument(
-        "--root", nargs="+", default=[], help="folders that media may lie in, beside the file's own"
-    )
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=2,
-        help="check: decoding processes (default 2); 0 decodes inline",
-    )
-    given = parser.parse_args(argv)
+    """Print bad rows, or the description; returns an error text or None."""
+    flags = parse_flags(Flags, argv, __doc__)
+    problems = 0
     try:
-        if given.command == "mixture":
-            return describe(given.file, given.root)
-        problems = len([print(problem) for problem in check(given.file, given.root, given.workers)])
-        return f"{given.file}: {problems} unusable rows" if problems else None
-    except (ValueError, OSError) as problem:
-        return f"data.py: {problem}"
-    except (TypeError, KeyError, AttributeError) as problem:
-        return f"data.py: {given.file}: not a mixture of sources: {problem!r}"
+        if flags.describe:
+            return describe(flags.path, flags.root)
+        for problem in check(flags.path, flags.root, flags.workers):
+            print(problem)
+            problems += 1
+    except (json.JSONDecodeError, TypeError, KeyError, AttributeError) as error:
+        return f"check_data.py: {flags.path}: not a mixture of sources: {error!r}"
+    except (ValueError, OSError) as error:
+        return f"check_data.py: {error}"
+    if problems:
+        return f"{flags.path}: {problems} unusable rows"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -11,11 +11,12 @@ from test_convert import write, write_tar
 
 import uvrb
 from eval import ceiling
+from extras import derive as command
 
 
 def derive(tmp_path, name, source, *flags):
     """Derive and read back -> ([(query item, positives, pool)], corpus names, provenance), names relative to the dataset."""
-    uvrb.main(["derive", name, str(source), str(tmp_path / "out"), *map(str, flags)])
+    command.main([name, str(source), str(tmp_path / "out"), *map(str, flags)])
     bench = uvrb.read(tmp_path / "out", name)  # raises on any bad row
     base = str((tmp_path / "out" / name).resolve()) + "/"
     names = [row["item"]["video"].removeprefix(base) for row in bench.corpus]
@@ -386,7 +387,7 @@ def test_what_cannot_be_derived_says_why_and_writes_nothing(
 ):
     source = write(tmp_path / "x.json", content)
     with pytest.raises(SystemExit, match=message):
-        uvrb.main(["derive", name, str(source), str(tmp_path / "out"), *flags])
+        command.main([name, str(source), str(tmp_path / "out"), *flags])
     assert not (tmp_path / "out").exists()
 
 
