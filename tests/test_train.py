@@ -4,6 +4,7 @@ import ctypes
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -19,203 +20,255 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-
 import data  # noqa: E402
 import train  # noqa: E402
+from support.files import load_jsonl, write_jsonl  # noqa: E402
 
 
 def run(*command, cwd=ROOT, **env):
+    """Run Python on the words of a command in a process of its own; env: more variables."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **env}
     return subprocess.run(
         [sys.executable, *map(str, command)],
         cwd=cwd,
         capture_output=True,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **env},
+        env=environment,
         timeout=300,
     )
 
 
+def parse(*words):
+    return train.parse_flags(train.Flags, list(map(str, words)), presets=train.PRESETS)
+
+
+def go(*words):
+    """Run the command in this process: a new import of torch for each case would take minutes."""
+    return train.main(parse(*words))
+
+
+def launch(world):
+    """Return the words that start a script on `world` ranks."""
+    if world == 1:
+        return []
+    return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", world]
+
+
 def flags_for(tiny, mixture, out, *more):
-    return [
-        "--base",
-        tiny,
-        "--prober",
-        "",
-        "--data",
-        mixture.parent,
-        "--mixture",
-        mixture,
-        "--out",
-        out,
-        *"--workers 0 --features".split(),
-        Path(mixture).parent / "features",
-        *"--log-every 1 --epochs 3 --dropout 0.1".split(),
-        *more,
-    ]
+    """Return train.py's flags for a small run into `out`.
+
+    more: further flags. Strings may hold several, written as in a shell; paths stay whole.
+    """
+    folder = Path(mixture).parent
+    words = ["--base", tiny, "--mixture", mixture, "--data", folder, "--out", out]
+    words += ["--features", folder / "features"]
+    usual = "--prober '' --workers 0 --log-every 1 --epochs 3 --dropout 0.1"
+    for part in (usual, *more):
+        if isinstance(part, str):
+            words += shlex.split(part)
+        else:
+            words.append(part)
+    return words
 
 
 def record(out):
-    """Run train.main and keep each step's summed loss and the gradients that the optimiser sees."""
-    seen, sum_over_ranks = {"loss": [], "grad": []}, train.sum_over_ranks
+    """Run train.main and keep each step's summed loss and the gradients that the optimiser sees.
 
-    def spy_sums(parameters, sums):
-        fate = os.environ.get(
-            "FATE", "never never never"
-        ).split()  # signal, rank, step at which this process gets it
-        if fate[1:] == [os.environ.get("RANK", "0"), str(len(seen["loss"]))]:
-            os.kill(os.getpid(), int(fate[0]))
+    Two environment variables disturb the run: FATE, "signal rank step", sends that rank the signal
+    at that step; SLOW lets each clip take that many seconds more.
+    """
+    rank = os.environ.get("RANK", "0")
+    number, doomed_rank, last_step = os.environ.get("FATE", "never never never").split()
+    delay = float(os.environ.get("SLOW", 0))
+    sum_over_ranks = train.sum_over_ranks
+    load_video = data.load_video
+    losses = []
+    gradients = []
+
+    def record_sums(parameters, sums):
+        if rank == doomed_rank and str(len(losses)) == last_step:
+            os.kill(os.getpid(), int(number))
         summed = sum_over_ranks(parameters, sums)
-        seen["loss"].append(torch.tensor(summed["loss"], dtype=torch.float64))
-        seen["grad"].append(torch.cat([p.grad.flatten() for p in parameters]).double())
+        losses.append(torch.tensor(summed["loss"], dtype=torch.float64))
+        gradient = torch.cat([p.grad.flatten() for p in parameters])
+        gradients.append(gradient.double())
         return summed
 
-    def slow_load(video, frames, load=data.load_video):
-        time.sleep(float(os.environ.get("SLOW", 0)))
-        return load(video, frames)
+    def load_slowly(video, frames):
+        time.sleep(delay)
+        return load_video(video, frames)
 
-    train.sum_over_ranks, data.load_video = spy_sums, slow_load
+    train.sum_over_ranks = record_sums
+    data.load_video = load_slowly
     train.install_signal_handlers()
-    train.main(train.parse_flags(train.Flags, sys.argv[2:], presets=train.PRESETS))
-    if int(os.environ.get("RANK", 0)) == 0:
-        torch.save({k: torch.stack(v) for k, v in seen.items()}, out)
+    go(*sys.argv[2:])
+    if rank == "0":
+        torch.save({"loss": torch.stack(losses), "grad": torch.stack(gradients)}, out)
 
 
+# Run as a script, this file is train.py with a recorder; the tests start their ranks with it.
 if __name__ == "__main__":
     torch.set_num_threads(1)
     record(sys.argv[1])
     sys.exit()
 
 
-@pytest.fixture(scope="module")
-def one_and_many(tiny, mixture, tmp_path_factory):
-    """The same float64 run on 1, 2 and 3 ranks: 9 steps, batches of 4, 3 and 1 rows, no dropout."""
-    folder, seen = tmp_path_factory.mktemp("ranks"), {}
-    for world, cached in ((1, False), (3, False), (1, True), (2, True), (3, True)):
-        out = folder / f"{world}-{cached}"
-        more = flags_for(
-            tiny,
-            mixture,
-            out,
-            *"--dtype float64 --dropout 0 --steps 9 --schedule uniform --lr 0.01".split(),
-            *(("--grad-cache", "--micro-batch", "3", "--micro-tokens", "170") if cached else ()),
-        )
-        done = run(*launch(world), __file__, folder / f"{out}.pt", *more)
-        assert done.returncode == 0, done.stderr[-3000:]
-        seen[world, cached] = torch.load(folder / f"{out}.pt") | {
-            "log": [json.loads(x) for x in open(out / "log.jsonl")]
-        }
-    return seen
-
-
-def launch(world):
-    return (
-        []
-        if world == 1
-        else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", world]
-    )
-
-
-@pytest.mark.parametrize(("world", "cached"), [(3, False), (1, True), (2, True), (3, True)])
-def test_ranks_and_grad_cache_give_the_loss_and_gradients_of_one_process(
-    one_and_many, world, cached
-):
-    one, many = one_and_many[1, False], one_and_many[world, cached]
-    sizes = {len(x["grad"]) for x in (one, many)}
-    assert sizes == {9} and one["loss"].abs().min() >= 0 and (one["loss"] > 0.1).sum() >= 5
-    for name in ("loss", "grad"):
-        scale = (
-            one[name].abs().amax(-1, keepdim=True)
-            if name == "grad"
-            else one[name].abs().clamp(min=1e-3)
-        )
-        error = ((one[name] - many[name]).abs() / scale.clamp(min=1e-12)).max()
-        assert error < 1e-9, f"{name}: relative error {error:.2e} on {world} ranks"
-
-
-def test_the_run_held_the_uneven_cases(one_and_many):
-    steps = [x for x in one_and_many[1, False]["log"] if x["event"] == "step"]
-    assert {x["source"] for x in steps} == {"t2v", "ti2v", "t2t"}
-    sizes = [
-        b
-        for x in one_and_many[1, False]["log"]
-        if x["event"] == "end"
-        for b in x["passes"].values()
-    ]
-    assert max(sizes) > 1  # some source was exhausted: its short last batch was drawn
-    rows = {(x["source"], x["rows"]) for x in steps}
-    assert ("ti2v", 1) in rows and ("t2v", 3) in rows, (
-        rows
-    )  # fewer rows than ranks, and hard negatives in a short batch
-
-
-def go(*words):
-    """Run the command in this process: a new import of torch for each case would take minutes."""
-    return train.main(train.parse_flags(train.Flags, list(map(str, words)), presets=train.PRESETS))
-
-
 def weights(folder):
     return load_file(Path(folder) / "adapter_model.safetensors")
 
 
-def test_the_same_run_twice_is_bit_identical_with_dropout(tiny, mixture, tmp_path):
-    for name in "ab":
-        go(*flags_for(tiny, mixture, tmp_path / name, "--steps", "4", "--schedule", "uniform"))
-    a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
-    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    other = tmp_path / "c"
-    go(*flags_for(tiny, mixture, other, "--steps", "4", "--schedule", "uniform", "--dropout", "0"))
-    assert any(not torch.equal(a[k], v) for k, v in weights(other).items())  # dropout was at work
+def assert_same_weights(folder, other):
+    """Compare the adapters of two checkpoints bit for bit."""
+    ours = weights(folder)
+    expected = weights(other)
+    assert ours.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(ours[name], tensor), name
 
 
-def test_grad_cache_replays_dropout(tiny, mixture, tmp_path):
-    same = (*"--dtype float64 --steps 4 --schedule uniform --micro-batch 2 --dropout 0.3".split(),)
-    for name, more in (
-        ("kept", ()),
-        ("cached", ("--grad-cache",)),
-        ("whole", ("--micro-batch", "64")),
-    ):
-        go(*flags_for(tiny, mixture, tmp_path / name, *same, *more))
-    kept, cached, whole = (weights(tmp_path / name) for name in ("kept", "cached", "whole"))
-    assert all((kept[k] - cached[k]).abs().max() <= 1e-9 * kept[k].abs().max() for k in kept)
-    assert any(
-        (kept[k] - whole[k]).abs().max() > 1e-3 * kept[k].abs().max() for k in kept
-    )  # other micro-batches, other masks
+def events(log, name):
+    """Return the lines of a log that tell of one kind of event."""
+    return [line for line in log if line["event"] == name]
 
 
 def steps_of(out):
-    rows = [json.loads(line) for line in open(out / "log.jsonl")]
-    return [(r["step"], r["loss"], r["lr"], r["source"]) for r in rows if r["event"] == "step"]
+    """Return (step, loss, learning rate, source) of each step in a run's log."""
+    steps = []
+    for line in events(load_jsonl(out / "log.jsonl"), "step"):
+        step = (line["step"], line["loss"], line["lr"], line["source"])
+        steps.append(step)
+    return steps
+
+
+# (ranks, with GradCache or without): every other case must equal the first.
+CASES = [
+    (1, False),
+    (3, False),
+    (1, True),
+    (2, True),
+    (3, True),
+]
+
+
+@pytest.fixture(scope="module")
+def one_and_many(tiny, mixture, tmp_path_factory):
+    """The same float64 run on 1, 2 and 3 ranks: 9 steps, batches of 4, 3 and 1 rows, no dropout.
+
+    -> {case: {"loss" (9,), "grad" (9, weights), "log": lines}}
+    """
+    folder = tmp_path_factory.mktemp("ranks")
+    seen = {}
+    for world, cached in CASES:
+        out = folder / f"{world}-{cached}"
+        recorded = folder / f"{world}-{cached}.pt"
+        same = "--dtype float64 --dropout 0 --steps 9 --schedule uniform --lr 0.01"
+        flags = flags_for(tiny, mixture, out, same)
+        if cached:
+            flags += ["--grad-cache", "--micro-batch", "3", "--micro-tokens", "170"]
+
+        done = run(*launch(world), __file__, recorded, *flags)
+        assert done.returncode == 0, done.stderr[-3000:]
+        seen[world, cached] = torch.load(recorded)
+        seen[world, cached]["log"] = load_jsonl(out / "log.jsonl")
+    return seen
+
+
+@pytest.mark.parametrize(("world", "cached"), CASES[1:])
+def test_ranks_and_grad_cache_give_the_loss_and_gradients_of_one_process(
+    one_and_many, world, cached
+):
+    one = one_and_many[1, False]
+    many = one_and_many[world, cached]
+    assert len(one["grad"]) == 9
+    assert len(many["grad"]) == 9
+    assert one["loss"].abs().min() >= 0
+    assert (one["loss"] > 0.1).sum() >= 5
+
+    # A gradient is measured beside its step's largest entry. The loss of a one-row batch is 0.
+    largest = one["grad"].abs().amax(-1, keepdim=True)
+    scales = {
+        "loss": one["loss"].abs().clamp(min=1e-3),
+        "grad": largest.clamp(min=1e-12),
+    }
+    for name, scale in scales.items():
+        difference = (one[name] - many[name]).abs()
+        error = (difference / scale).max()
+        assert error < 1e-9, f"{name}: relative error {error:.2e} on {world} ranks"
+
+
+def test_the_run_held_the_uneven_cases(one_and_many):
+    log = one_and_many[1, False]["log"]
+    steps = events(log, "step")
+    assert {line["source"] for line in steps} == {"t2v", "ti2v", "t2t"}
+
+    # Some source was exhausted: its short last batch was drawn.
+    (end,) = events(log, "end")
+    assert max(end["passes"].values()) > 1
+
+    rows = {(line["source"], line["rows"]) for line in steps}
+    assert ("ti2v", 1) in rows, rows  # fewer rows than ranks
+    assert ("t2v", 3) in rows, rows  # hard negatives in a short batch
+
+
+def test_the_same_run_twice_is_bit_identical_with_dropout(tiny, mixture, tmp_path):
+    same = "--steps 4 --schedule uniform"
+    go(*flags_for(tiny, mixture, tmp_path / "a", same))
+    go(*flags_for(tiny, mixture, tmp_path / "b", same))
+    assert_same_weights(tmp_path / "a", tmp_path / "b")
+
+    # Dropout was at work: without it, some weights differ.
+    go(*flags_for(tiny, mixture, tmp_path / "c", same, "--dropout 0"))
+    dropped = weights(tmp_path / "a")
+    whole = weights(tmp_path / "c")
+    assert not all(torch.equal(dropped[name], whole[name]) for name in whole)
+
+
+def test_grad_cache_replays_dropout(tiny, mixture, tmp_path):
+    same = "--dtype float64 --steps 4 --schedule uniform --micro-batch 2 --dropout 0.3"
+
+    def train_with(name, more):
+        go(*flags_for(tiny, mixture, tmp_path / name, same, more))
+        return weights(tmp_path / name)
+
+    kept = train_with("kept", "")
+    cached = train_with("cached", "--grad-cache")
+    whole = train_with("whole", "--micro-batch 64")
+
+    changed = []
+    for name, tensor in kept.items():
+        largest = tensor.abs().max()
+        assert (tensor - cached[name]).abs().max() <= 1e-9 * largest, name
+        if (tensor - whole[name]).abs().max() > 1e-3 * largest:
+            changed.append(name)
+    assert changed  # other micro-batches draw other masks
 
 
 def test_only_lora_moves_and_in_bfloat16_at_3e_5_every_lora_tensor_does(tiny, mixture, tmp_path):
     start = train.GVE.from_pretrained(tiny, dtype="bfloat16").state_dict()
     torch.manual_seed(42)
-    fresh = {
-        n: p.detach().clone()
-        for n, p in train.GVE.from_pretrained(tiny, dtype="bfloat16", lora={"lora_dropout": 0.1})
-        .lora_parameters()
-        .items()
-    }
-    gve = go(
-        *flags_for(
-            tiny,
-            mixture,
-            tmp_path,
-            *"--dtype bfloat16 --lr 3e-5 --steps 3 --warmup 0".split(),
-        )
-    )
-    frozen = {
-        n.removeprefix("backbone.base_model.model.").replace(".base_layer", ""): p
-        for n, p in gve.named_parameters()
-        if ".lora_" not in n
-    }
+    untrained = train.GVE.from_pretrained(tiny, dtype="bfloat16", lora={"lora_dropout": 0.1})
+    fresh = {}
+    for name, p in untrained.lora_parameters().items():
+        fresh[name] = p.detach().clone()
+
+    more = "--dtype bfloat16 --lr 3e-5 --steps 3 --warmup 0"
+    gve = go(*flags_for(tiny, mixture, tmp_path, more))
+
+    # The base's weights, under the names that they have without peft.
+    frozen = {}
+    for name, p in gve.named_parameters():
+        if ".lora_" not in name:
+            name = name.removeprefix("backbone.base_model.model.").replace(".base_layer", "")
+            frozen["backbone." + name.removeprefix("backbone.")] = p
     assert len(frozen) == len(start)
-    for name, tensor in frozen.items():
-        assert torch.equal(tensor, start["backbone." + name.removeprefix("backbone.")]), name
+    for name, p in frozen.items():
+        assert torch.equal(p, start[name]), name
+
     moved = gve.lora_parameters()
-    assert moved.keys() == fresh.keys() and all(p.dtype == torch.float32 for p in moved.values())
-    still = [n for n in moved if torch.equal(moved[n], fresh[n])]
-    assert not still, still
+    assert moved.keys() == fresh.keys()
+    for name, p in moved.items():
+        assert p.dtype == torch.float32, name
+        assert not torch.equal(p, fresh[name]), f"{name} stood still"
 
 
 @pytest.mark.parametrize(
@@ -230,156 +283,205 @@ def test_only_lora_moves_and_in_bfloat16_at_3e_5_every_lora_tensor_does(tiny, mi
     ],
 )
 def test_wrong_values_are_named(tiny, mixture, tmp_path, words, message):
-    words = ["--mixture", mixture, mixture] if words[-1] == "twice" else words
+    if words == ["--mixture", "twice"]:
+        words = ["--mixture", mixture, mixture]
+    if "--data" not in words:
+        words = [*flags_for(tiny, mixture, tmp_path), *words]
     with pytest.raises(ValueError, match=message):
-        go(*([] if "--data" in words else flags_for(tiny, mixture, tmp_path)), *words)
+        go(*words)
 
 
 def test_the_command_ends_with_one_line_for_a_wrong_flag_or_value():
     done = run("train.py", "--lr-rate", "1")
-    assert (
-        done.returncode == 2
-        and "unrecognized arguments: --lr-rate" in done.stderr
-        and "Traceback" not in done.stderr
-    )
+    assert done.returncode == 2
+    assert "unrecognized arguments: --lr-rate" in done.stderr
+    assert "Traceback" not in done.stderr
+
     done = run("train.py", "--data", "nowhere", "--mixture", "nowhere/m.json")
-    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(
-        "error: nowhere/m.json: no such mixture"
-    )
+    assert done.returncode == 1
+    last_line = done.stderr.splitlines()[-1]
+    assert last_line.startswith("error: nowhere/m.json: no such mixture")
+
+
+# The two tests of unusable rows train twice: on a file with unusable rows ("bad"), and on the file
+# that a person would write in its place ("good"). Both must give the same losses.
+
+
+def replace_by_hand(rows, unusable):
+    """Put the next usable row of the file in an unusable one's place; the first follows the last.
+
+    unusable: row numbers.
+    """
+    repaired = []
+    for i in range(len(rows)):
+        while i in unusable:
+            i = (i + 1) % len(rows)
+        repaired.append(rows[i])
+    return repaired
+
+
+TASKS = {"text": "T2V", "image": "TI2V", "clip": "V2V"}
+DAMAGED = {  # 5 % of 3 x 40 rows
+    "text": [3, 31],
+    "image": [18, 19],
+    "clip": [7, 39],
+}
+
+
+def usable_rows(source, media):
+    """Return 40 pairs whose query is a text, a text with an image, or a clip."""
+    rows = []
+    for i in range(40):
+        name = "abcd"[i % 4]
+        word = ("ball", "cube", "ring", "star")[i % 4]
+        clip = {"path": str(media / f"{name}.mp4"), "start": 0.04 * i}
+        query = {"text": f"{word} {i}"}
+        if source == "image":
+            query["image"] = str(media / "i.png")
+        elif source == "clip":
+            query = {"video": clip}
+        rows.append({"query": query, "positive": {"video": clip}})
+    return rows
+
+
+def write_mixture(folder, sources, batch_size):
+    """Write a mixture and its files -> its path. sources: {name: (task, rows)}."""
+    folder.mkdir()
+    mixture = []
+    for name, (task, rows) in sources.items():
+        write_jsonl(folder / f"{name}.jsonl", rows)
+        source = {
+            "name": name,
+            "task": task,
+            "path": f"{name}.jsonl",
+            "batch_size": batch_size,
+        }
+        mixture.append(source)
+    path = folder / "mixture.json"
+    path.write_text(json.dumps(mixture))
+    return path
+
+
+def write_damaged(folder, media):
+    """Write the mixture whose DAMAGED rows have clips that end after 700 bytes -> its path."""
+    start_of_clip = (media / "a.mp4").read_bytes()[:700]
+    sources = {}
+    for name, task in TASKS.items():
+        rows = usable_rows(name, media)
+        for i in DAMAGED[name]:
+            rows[i]["positive"] = {"video": f"{name}{i}.mp4"}
+        sources[name] = (task, rows)
+    mixture = write_mixture(folder, sources, batch_size=8)
+
+    for name, numbers in DAMAGED.items():
+        for i in numbers:
+            (folder / f"{name}{i}.mp4").write_bytes(start_of_clip)
+    return mixture
+
+
+def write_repaired(folder, media):
+    """Write the mixture whose DAMAGED rows were replaced by hand -> its path."""
+    sources = {}
+    for name, task in TASKS.items():
+        rows = replace_by_hand(usable_rows(name, media), DAMAGED[name])
+        sources[name] = (task, rows)
+    return write_mixture(folder, sources, batch_size=8)
+
+
+def losses_of(out):
+    losses = [loss for _, loss, _, _ in steps_of(out)]
+    return np.array(losses)
 
 
 def test_damaged_clips_spread_over_the_sources_cost_what_replacing_their_rows_by_hand_would(
     tiny, media, tmp_path
 ):
-    words, damaged = (
-        ("ball", "cube", "ring", "star"),
-        {"text": [3, 31], "image": [18, 19], "clip": [7, 39]},
-    )  # 5 % of 120 rows
-    for name in ("bad", "good"):
-        (tmp_path / name).mkdir()
-        mixture = []
-        for source, gone in damaged.items():
-            rows = []
-            for i in range(40):
-                clip, text = (
-                    {"path": str(media / f"{'abcd'[i % 4]}.mp4"), "start": 0.04 * i},
-                    f"{words[i % 4]} {i}",
-                )
-                query = (
-                    {"text": text, "image": str(media / "i.png")}
-                    if source == "image"
-                    else {"text": text}
-                )
-                rows.append(
-                    {
-                        "query": {"video": clip} if source == "clip" else query,
-                        "positive": {"video": clip},
-                    }
-                )
-            if name == "bad":
-                for i in gone:
-                    (tmp_path / "bad" / f"{source}{i}.mp4").write_bytes(
-                        (media / "a.mp4").read_bytes()[:700]
-                    )
-                    rows[i]["positive"] = {"video": f"{source}{i}.mp4"}
-            else:  # the next usable row of the file, the first one after the last
-                rows = [
-                    next(rows[j % 40] for j in range(i, 80) if j % 40 not in gone)
-                    for i in range(40)
-                ]
-            (tmp_path / name / f"{source}.jsonl").write_text(
-                "".join(json.dumps(row) + "\n" for row in rows)
-            )
-            task = {"text": "T2V", "image": "TI2V", "clip": "V2V"}[source]
-            mixture.append(
-                {"name": source, "task": task, "path": f"{source}.jsonl", "batch_size": 8}
-            )
-        (tmp_path / name / "mixture.json").write_text(json.dumps(mixture))
+    mixtures = {
+        "bad": write_damaged(tmp_path / "bad", media),
+        "good": write_repaired(tmp_path / "good", media),
+    }
 
     def flags(name):
-        return flags_for(
-            tiny,
-            tmp_path / name / "mixture.json",
-            tmp_path / name / "out",
-            "--root",
-            media,
-            *"--steps 18 --seed 43 --schedule uniform".split(),
-            *"--dtype float64 --dropout 0 --lr 0.01".split(),
-        )
+        out = tmp_path / name / "out"
+        more = "--steps 18 --seed 43 --schedule uniform --dtype float64 --dropout 0 --lr 0.01"
+        return flags_for(tiny, mixtures[name], out, more, "--root", media)
 
+    # Two ranks, for every rank has to know the rule.
     go(*flags("good"))
-    two = run(*launch(2), "train.py", *flags("bad"))  # every rank knows the rule
-    assert two.returncode == 0 and "6 unusable rows replaced" in two.stdout, two.stderr[-2000:]
-    losses = [
-        np.array([x[1] for x in steps_of(tmp_path / name / "out")]) for name in ("bad", "good")
-    ]
-    assert (
-        len(losses[0]) == 18 and np.abs(losses[0] - losses[1]).max() <= 1e-6 * losses[1].max()
-    )  # the log has six digits
-    end = [json.loads(x) for x in open(tmp_path / "bad" / "out" / "log.jsonl")][-1]
+    two = run(*launch(2), "train.py", *flags("bad"))
+    assert two.returncode == 0, two.stderr[-2000:]
+    assert "6 unusable rows replaced" in two.stdout
+
+    # The log has six digits.
+    bad = losses_of(tmp_path / "bad" / "out")
+    good = losses_of(tmp_path / "good" / "out")
+    assert len(bad) == 18
+    error = np.abs(bad - good).max()
+    assert error <= 1e-6 * good.max()
+
+    end = load_jsonl(tmp_path / "bad" / "out" / "log.jsonl")[-1]
     assert min(end["passes"].values()) >= 1  # every row was met
-    listed = sorted(
-        (re.search(r"(\w+\.jsonl:\d+): ", x)[1], re.search(r"(\w+\.mp4): ", x)[1])
-        for x in end["bad_rows"]
-    )
-    assert listed == sorted(
-        (f"{s}.jsonl:{i + 1}", f"{s}{i}.mp4") for s, gone in damaged.items() for i in gone
-    )
+    listed = []
+    for reason in end["bad_rows"]:
+        row = re.search(r"(\w+\.jsonl:\d+): ", reason)[1]
+        clip = re.search(r"(\w+\.mp4): ", reason)[1]
+        listed.append((row, clip))
+    expected = []
+    for name, numbers in DAMAGED.items():
+        for i in numbers:
+            expected.append((f"{name}.jsonl:{i + 1}", f"{name}{i}.mp4"))
+    assert sorted(listed) == sorted(expected)
 
 
 def test_clips_that_crash_or_hang_their_decoder_are_replaced_as_well(
     tiny, media, tmp_path, monkeypatch
 ):
-    clips = [{"path": str(media / f"{'abcd'[i % 4]}.mp4"), "start": i / 10} for i in range(12)]
-    rows = [
-        {"query": {"text": f"number {i}"}, "positive": {"video": clip}}
-        for i, clip in enumerate(clips)
-    ]
-    for name in ("crash", "hang"):
-        shutil.copy(media / "a.mp4", tmp_path / f"{name}.mp4")
-    bad = {3: "crash.mp4", 7: "hang.mp4", 8: "hang.mp4"}
-    load, losses = data.load_video, {}
+    harm = {3: "crash.mp4", 7: "hang.mp4", 8: "hang.mp4"}  # row number: clip
+    for name in ("crash.mp4", "hang.mp4"):
+        shutil.copy(media / "a.mp4", tmp_path / name)
+    load = data.load_video
 
-    def harmful(video, frames):
+    def load_or_harm(video, frames):
         if "crash.mp4" in str(video):
             os.kill(os.getpid(), signal.SIGKILL)
         if "hang.mp4" in str(video):
             ctypes.PyDLL(None).sleep(1000)  # holds the interpreter's lock
         return load(video, frames)
 
-    monkeypatch.setattr(data, "load_video", harmful)
+    monkeypatch.setattr(data, "load_video", load_or_harm)
     monkeypatch.setitem(train.TrainLoader.__init__.__kwdefaults__, "seconds", 3)
-    for name in ("bad", "good"):
-        (tmp_path / name).mkdir()
-        lines = [
-            {**row, "positive": {"video": str(tmp_path / bad[i])}} if i in bad else row
-            for i, row in enumerate(rows)
-        ]
-        if name == "good":
-            lines = [next(rows[j] for j in range(i, 12) if j not in bad) for i in range(12)]
-        (tmp_path / name / "rows.jsonl").write_text(
-            "".join(json.dumps(line) + "\n" for line in lines)
-        )
-        source = {"name": "t2v", "task": "T2V", "path": "rows.jsonl", "batch_size": 6}
-        (tmp_path / name / "mixture.json").write_text(json.dumps([source]))
+
+    # The rows with the harmful clips, and the same rows replaced by hand.
+    usable = []
+    for i in range(12):
+        name = "abcd"[i % 4]
+        query = {"text": f"number {i}"}
+        clip = {"path": str(media / f"{name}.mp4"), "start": i / 10}
+        usable.append({"query": query, "positive": {"video": clip}})
+    harmful = list(usable)
+    for i, name in harm.items():
+        clip = str(tmp_path / name)
+        harmful[i] = {"query": usable[i]["query"], "positive": {"video": clip}}
+    versions = {"bad": harmful, "good": replace_by_hand(usable, harm)}
+
+    losses = {}
+    for name, rows in versions.items():
+        sources = {"rows": ("T2V", rows)}
+        mixture = write_mixture(tmp_path / name, sources, batch_size=6)
         out = tmp_path / name / "out"
-        go(
-            *flags_for(
-                tiny,
-                tmp_path / name / "mixture.json",
-                out,
-                "--root",
-                media,
-                tmp_path,
-                *"--steps 3 --epochs 1 --schedule uniform --workers 2 --features".split(),
-                "",
-            )
-        )
-        losses[name] = [step[1] for step in steps_of(out)]
-    assert losses["bad"] == losses["good"] and len(losses["good"]) == 3
-    end = [json.loads(x) for x in open(tmp_path / "bad" / "out" / "log.jsonl")][-1]
-    reasons = sorted(re.search(r"rows.jsonl:(\d+): (.*)", x).groups() for x in end["bad_rows"])
-    assert reasons == [
+        more = "--steps 3 --epochs 1 --schedule uniform --workers 2 --features ''"
+        flags = flags_for(tiny, mixture, out, more, "--root", media, tmp_path)
+        go(*flags)
+        losses[name] = losses_of(out).tolist()
+    assert losses["bad"] == losses["good"]
+    assert len(losses["good"]) == 3
+
+    end = load_jsonl(tmp_path / "bad" / "out" / "log.jsonl")[-1]
+    reasons = []
+    for reason in end["bad_rows"]:
+        found = re.search(r"rows.jsonl:(\d+): (.*)", reason)
+        reasons.append(found.groups())
+    assert sorted(reasons) == [
         ("4", "its decoder crashed"),
         ("8", "not decoded within 3 s"),
         ("9", "not decoded within 3 s"),
@@ -387,180 +489,192 @@ def test_clips_that_crash_or_hang_their_decoder_are_replaced_as_well(
 
 
 def mined(out):
-    return [json.loads(line) for path in sorted(out.glob("mined-*.jsonl")) for line in open(path)]
+    """Return a run's mined hard negatives, {row: items} for each source of each epoch."""
+    lines = []
+    for path in sorted(out.glob("mined-*.jsonl")):
+        lines += load_jsonl(path)
+    return lines
+
+
+def names_of(items):
+    """Return the file names of items that are videos."""
+    return [Path(item["video"]).name for item in items]
 
 
 def test_hard_negatives_are_mined_again_under_the_prober(tiny, media, mixture, tmp_path):
-    flags = flags_for(
-        tiny,
-        mixture,
-        tmp_path / "one",
-        *"--steps 9 --epochs 1 --schedule uniform --remine".split(),
-    )
+    more = "--steps 9 --epochs 1 --schedule uniform --remine"
+    flags = flags_for(tiny, mixture, tmp_path / "one", more)
     go(*flags, "--margin", "-1")
     t2v, *others = mined(tmp_path / "one")
-    assert others == [{}, {}] and len(t2v) == 7  # only this source has hard negatives
-    gve, rows = (
-        train.GVE.from_pretrained(tiny),
-        [json.loads(line) for line in open(media / "t2v.jsonl")],
-    )
+    assert others == [{}, {}]  # only t2v has hard negatives
+    assert len(t2v) == 7
+
+    # Embed its seven texts and the four clips that are their positives.
+    gve = train.GVE.from_pretrained(tiny)
+    rows = load_jsonl(media / "t2v.jsonl")
     q = gve.embed([row["query"] for row in rows], "Find it.")
-    clips = {
-        name: gve.embed([{"video": str(media / name)}])[0]
-        for name in ("a.mp4", "b.mp4", "c.mp4", "d.mp4")
-    }
+    own = [row["positive"]["video"] for row in rows]
+    clips = {}
+    for name in ("a.mp4", "b.mp4", "c.mp4", "d.mp4"):
+        item = {"video": str(media / name)}
+        clips[name] = gve.embed([item])[0]
+
+    def above(i, name):
+        """Return by how much a clip scores above the positive of row i."""
+        positive = clips[own[i]]
+        return float(q[i] @ (clips[name] - positive))
+
+    # order[i]: the clips that are not row i's positive, the best first
+    order = []
+    for i in range(7):
+        scores = {name: float(q[i] @ clip) for name, clip in clips.items()}
+        del scores[own[i]]
+        order.append(sorted(scores, key=scores.get, reverse=True))
+
+    # The best one was mined, and it is not always the one in the file.
+    changed = []
     for i, row in enumerate(rows):
-        own = row["positive"]["video"]
-        best = max(
-            (name for name in clips if name != own), key=lambda name: float(q[i] @ clips[name])
-        )
-        assert [Path(item["video"]).name for item in t2v[str(i)]] == [best]
-    assert any(
-        Path(t2v[str(i)][0]["video"]).name != row["negatives"][0]["video"]
-        for i, row in enumerate(rows)
-    )
+        (name,) = names_of(t2v[str(i)])
+        assert name == order[i][0]
+        if name != row["negatives"][0]["video"]:
+            changed.append(i)
+    assert changed
+
+    # Mined ones come first, the file's where there are none.
     source = train.load_mixture(mixture)[0]
     source.mined = {0: [{"video": str(media / "d.mp4")}]}
-    names = [[Path(item["video"]).name for item in source.load(i, [media])[1:]] for i in (0, 1)]
-    assert names == [
-        ["a.mp4", "d.mp4"],
-        ["b.mp4", "c.mp4"],
-    ]  # mined ones come first, the file's where there are none
-    above = [
-        {
-            name: float(q[i] @ (clip - clips[row["positive"]["video"]]))
-            for name, clip in clips.items()
-        }
-        for i, row in enumerate(rows)
-    ]
-    i = max(
-        range(7), key=lambda i: sorted(above[i].values())[-2]
-    )  # two clips score above its positive
-    best, second = sorted(above[i], key=above[i].get)[:-3:-1]
-    assert above[i][second] > 0
-    middle = train.parse_flags(
-        train.Flags, [*map(str, flags), f"--margin={(above[i][best] + above[i][second]) / 2}"]
-    )
-    assert (
-        Path(train.mine_source(gve, source, range(7), middle)[i][0]["video"]).name == second
-    )  # the best one is false now
-    source.negatives = 3  # of seven rows, whose positives are four clips
-    whole = train.mine_source(
-        gve, source, range(7), train.parse_flags(train.Flags, [*map(str, flags), "--margin=-1"])
-    )
-    for i, row in enumerate(rows):
-        order = sorted(clips, key=lambda name: -float(q[i] @ clips[name]))
-        order.remove(row["positive"]["video"])
-        assert [Path(item["video"]).name for item in whole[i]] == order
-    gve.embed = gve.forward = lambda *a, **k: torch.full(
-        (len(a[0]["input_ids"]), gve.dim), torch.nan
-    )
+    _, *items = source.load(0, [media])
+    assert names_of(items) == ["a.mp4", "d.mp4"]
+    _, *items = source.load(1, [media])
+    assert names_of(items) == ["b.mp4", "c.mp4"]
+
+    # Under a margin between the best and the second of a row, the best is a false negative. Both
+    # have to score above the positive: take the row where the second does so the most.
+    heights = [above(i, order[i][1]) for i in range(7)]
+    i = int(np.argmax(heights))
+    best, second, _ = order[i]
+    assert above(i, second) > 0
+    margin = (above(i, best) + above(i, second)) / 2
+    middle = parse(*flags, f"--margin={margin}")
+    found = train.mine_source(gve, source, range(7), middle)
+    assert names_of(found[i])[0] == second
+
+    # Asked for three, it finds all clips but the positive: seven rows have four clips.
+    source.negatives = 3
+    no_margin = parse(*flags, "--margin=-1")
+    found = train.mine_source(gve, source, range(7), no_margin)
+    for i in range(7):
+        assert names_of(found[i]) == order[i]
+
+    def nan_vectors(batch, *rest, **options):
+        n = len(batch["input_ids"])
+        return torch.full((n, gve.dim), torch.nan)
+
+    gve.embed = nan_vectors
+    gve.forward = nan_vectors
     with pytest.raises(FloatingPointError, match="not finite"):
         train.mine_source(gve, source, range(7), middle)
 
 
 def test_mining_is_the_same_on_two_ranks_and_after_a_stop(tiny, mixture, tmp_path):
-    same = (
-        *"--steps 6 --epochs 2 --schedule uniform --remine --dtype float64 --dropout 0".split(),
-    )
-    go(*flags_for(tiny, mixture, tmp_path / "one", *same))
-    two = run(
-        *launch(2),
-        __file__,
-        tmp_path / "two.pt",
-        *flags_for(tiny, mixture, tmp_path / "two", *same),
-    )
-    assert two.returncode == 0 and mined(tmp_path / "one") == mined(tmp_path / "two"), two.stderr[
-        -2000:
-    ]
-    stopped = flags_for(tiny, mixture, tmp_path / "stopped", *same)
-    assert (
-        run(__file__, tmp_path / "stopped.pt", *stopped, FATE="15 0 3").returncode == 128 + 15
-    )  # in the second epoch
-    go(*stopped, "--resume", "auto")
-    ours, expected = weights(tmp_path / "stopped"), weights(tmp_path / "one")
-    assert all(torch.equal(ours[k], expected[k]) for k in expected)
+    same = "--steps 6 --epochs 2 --schedule uniform --remine --dtype float64 --dropout 0"
+    go(*flags_for(tiny, mixture, tmp_path / "one", same))
+    flags = flags_for(tiny, mixture, tmp_path / "two", same)
+    two = run(*launch(2), __file__, tmp_path / "two.pt", *flags)
+    assert two.returncode == 0, two.stderr[-2000:]
+    assert mined(tmp_path / "one") == mined(tmp_path / "two")
+
+    # A SIGTERM in the second epoch.
+    flags = flags_for(tiny, mixture, tmp_path / "stopped", same)
+    stopped = run(__file__, tmp_path / "stopped.pt", *flags, FATE="15 0 3")
+    assert stopped.returncode == 128 + 15
+    go(*flags, "--resume", "auto")
+    assert_same_weights(tmp_path / "stopped", tmp_path / "one")
 
 
-def test_a_dry_run_prints_its_memory_and_writes_nothing(tiny, mixture, tmp_path, capsys):
-    for more in ((), ("--grad-cache",)):
-        go(
-            *flags_for(
-                tiny,
-                mixture,
-                tmp_path / "out",
-                *"--dry-run --max-length 300 --max-tokens 20 --micro-tokens 1000".split(),
-                *more,
-            )
-        )
-        printed = re.findall(
-            r"(\d+ \w+ of \d+) tokens in a forward: \d+\.\d\d GiB", capsys.readouterr().out
-        )
-        assert printed == [
-            "7 videos of 140",
-            "3 texts of 300",
-        ]  # 4 grids of 4 x 5 tokens and 60 of prompt; 1,000 at most
+@pytest.mark.parametrize("more", ["--no-grad-cache", "--grad-cache"])
+def test_a_dry_run_prints_its_memory_and_writes_nothing(tiny, mixture, tmp_path, capsys, more):
+    limits = "--dry-run --max-length 300 --max-tokens 20 --micro-tokens 1000"
+    go(*flags_for(tiny, mixture, tmp_path / "out", limits, more))
+    line = r"(\d+ \w+ of \d+) tokens in a forward: \d+\.\d\d GiB"
+    printed = re.findall(line, capsys.readouterr().out)
+
+    # A video has 4 grids of 4 x 5 tokens and 60 of prompt; a forward holds 1,000 at most.
+    assert printed == ["7 videos of 140", "3 texts of 300"]
     assert not list(tmp_path.iterdir())
 
 
 def test_log_and_checkpoint_hold_what_the_record_needs(one_and_many):
     log = one_and_many[1, False]["log"]
-    assert [x["event"] for x in log] == ["start"] + (["epoch"] + ["step"] * 3) * 3 + ["end"]
-    curves = {
-        "loss",
-        "score",
-        "positive",
-        "gap",
-        "lr",
-        "grad_norm",
-        "items_per_s",
-        "waiting",
-        "memory_gib",
-        "tflops",
-        "rows",
-    }
-    assert all(curves <= x.keys() and x["tflops"] > 0 for x in log if x["event"] == "step")
-    epochs = [x for x in log if x["event"] == "epoch"]
-    assert [x["sigma"] for x in epochs] == [0.1, 0.55, 1.0]
-    assert all(
-        abs(sum(x["P"].values()) - 1) < 1e-3 and abs(sum(x["level_P"].values()) - 1) < 1e-3
-        for x in epochs
-    )
+    names = " ".join(line["event"] for line in log)
+    assert names == "start" + 3 * " epoch step step step" + " end"
+
+    curves = {"loss", "score", "positive", "gap", "lr", "grad_norm", "rows"}
+    costs = {"items_per_s", "waiting", "memory_gib", "tflops"}
+    for line in events(log, "step"):
+        assert curves | costs <= line.keys()
+        assert line["tflops"] > 0
+
+    epochs = events(log, "epoch")
+    assert [line["sigma"] for line in epochs] == [0.1, 0.55, 1.0]
+    for line in epochs:
+        assert abs(sum(line["P"].values()) - 1) < 1e-3
+        assert abs(sum(line["level_P"].values()) - 1) < 1e-3
 
 
 def test_the_log_has_each_line_s_own_flops_whatever_the_ranks_and_grad_cache(one_and_many):
-    runs = [
-        (n, [x for x in one_and_many[n, cached]["log"] if x["event"] == "step"])
-        for n, cached in sorted(one_and_many)
-    ]
-    first, *others = (
-        [n * x["tflops"] * x["rows"] / x["items_per_s"] for x in steps] for n, steps in runs
-    )
-    assert all(
-        other == pytest.approx(others[0], rel=1e-4) for other in others
-    )  # neither GradCache nor ranks need more
-    assert others[0] != sorted(others[0])  # a line's own steps, not all so far
+    flops = {}  # of each run's steps, all ranks together
+    for (world, cached), recorded in one_and_many.items():
+        of_steps = []
+        for line in events(recorded["log"], "step"):
+            seconds = line["rows"] / line["items_per_s"]
+            of_steps.append(world * line["tflops"] * seconds)
+        flops[world, cached] = of_steps
+
+    # Neither GradCache nor ranks need more.
+    first = flops.pop((1, False))
+    reference = flops[1, True]
+    for others in flops.values():
+        assert others == pytest.approx(reference, rel=1e-4)
+    assert reference != sorted(reference)  # a line's own steps, not all so far
+
     # The first run alone has seen the clips: their features were kept.
-    assert sum(first) > 1.03 * sum(others[0])
+    assert sum(first) > 1.03 * sum(reference)
 
 
 def test_sampler_draws_each_row_once_per_pass_and_is_restored_by_replay(mixture):
     sources = train.load_mixture(mixture)
+    p = [0.5, 0.3, 0.2]
     sampler = train.Sampler(sources, seed=1)
-    drawn = [sampler.draw(step, [0.5, 0.3, 0.2]) for step in range(60)]
+    drawn = [sampler.draw(step, p) for step in range(60)]
+
     for k, source in enumerate(sources):
-        rows = np.concatenate([r for i, r in drawn if i == k])
+        rows = np.concatenate([numbers for number, numbers in drawn if number == k])
         n = len(source)
-        passes = [rows[i : i + n] for i in range(0, len(rows) - n + 1, n)]
-        assert len(passes) >= 2 and all(sorted(p) == list(range(n)) for p in passes)
+        whole_passes = len(rows) // n
+        assert whole_passes >= 2
+        passes = rows[: whole_passes * n].reshape(whole_passes, n)
+        for numbers in passes:
+            assert sorted(numbers) == list(range(n))
         assert (passes[0] != passes[1]).any()  # reshuffled
+
+    # A new sampler that draws the first 40 steps again goes on as the first one did.
     again = train.Sampler(sources, seed=1)
     for step in range(40):
-        again.draw(step, [0.5, 0.3, 0.2])
-    rest = [again.draw(step, [0.5, 0.3, 0.2]) for step in range(40, 60)]
-    assert all(a[0] == b[0] and (a[1] == b[1]).all() for a, b in zip(drawn[40:], rest, strict=True))
-    first = [train.Sampler(sources, seed=seed).draw(0, [1, 0, 0])[1].tolist() for seed in range(5)]
-    assert len(set(map(tuple, first))) > 1  # the seed matters
+        again.draw(step, p)
+    for step in range(40, 60):
+        k, rows = again.draw(step, p)
+        expected_k, expected_rows = drawn[step]
+        assert k == expected_k
+        assert (rows == expected_rows).all()
+
+    # The seed matters.
+    first = set()
+    for seed in range(5):
+        sampler = train.Sampler(sources, seed=seed)
+        _, rows = sampler.draw(0, [1, 0, 0])
+        first.add(tuple(rows.tolist()))
+    assert len(first) > 1
 
 
 # PAPER.md section 6 [CALC]: P for R = .3 / .5 / .7.
@@ -569,8 +683,11 @@ def test_sampler_draws_each_row_once_per_pass_and_is_restored_by_replay(mixture)
     [(0.1, [0.02, 0.12, 0.87]), (0.55, [0.22, 0.32, 0.46]), (1.0, [0.27, 0.33, 0.40])],
 )
 def test_source_probabilities_of_the_paper(sigma_t, expected):
-    p = train.source_probabilities("pyramid", [0.3, 0.5, 0.7], sigma_t, [1, 1, 1], [1, 2, 3])
-    assert np.abs(p - expected).max() < 0.006 and abs(p.sum() - 1) < 1e-12
+    relevance = [0.3, 0.5, 0.7]
+    levels = [1, 2, 3]
+    p = train.source_probabilities("pyramid", relevance, sigma_t, [1, 1, 1], levels)
+    assert np.abs(p - expected).max() < 0.006
+    assert abs(p.sum() - 1) < 1e-12
 
 
 def test_an_unknown_schedule_is_an_error_that_names_the_known_ones():
@@ -578,91 +695,95 @@ def test_an_unknown_schedule_is_an_error_that_names_the_known_ones():
         train.source_probabilities("pyramyd", [0.3, 0.5], 0.1, [1, 1], [1, 2])
 
 
+class Rows:
+    """As much of a source as the sampler asks for."""
+
+    batch_size = 2
+
+    def __init__(self, samples):
+        self.samples = samples
+
+    def __len__(self):
+        return self.samples
+
+
 def test_an_epoch_draws_by_relevance_alone_whatever_the_sizes():
     """Two sources of unequal size and equal relevance are drawn equally often: 200 times each."""
-
-    class Rows:
-        batch_size = 2
-
-        def __init__(self, samples):
-            self.samples = samples
-
-        def __len__(self):
-            return self.samples
-
-    sampler = train.Sampler([Rows(10), Rows(1000)], seed=3)
     p = train.source_probabilities("pyramid", [0.4, 0.4], 0.1, [10, 1000], [1, 2])
-    plan, share = train.draw_epoch(sampler, dict.fromkeys(range(400), p))
-    small = sum(k == 0 for k, _ in plan)
-    assert share.tolist() == pytest.approx([0.5, 0.5]) and abs(small - 200) < 4 * 10  # 4 deviations
+    probabilities = dict.fromkeys(range(400), p)
+    sources = [Rows(10), Rows(1000)]
+    sampler = train.Sampler(sources, seed=3)
+    plan, share = train.draw_epoch(sampler, probabilities)
+    assert share.tolist() == pytest.approx([0.5, 0.5])
+
+    small = [k for k, _ in plan].count(0)
+    assert abs(small - 200) < 4 * 10  # four standard deviations
     assert sampler.passes()[0] == small * 2 / 10
-    again, _ = train.draw_epoch(
-        train.Sampler([Rows(10), Rows(1000)], seed=3), dict.fromkeys(range(400), p)
-    )
-    assert all(a == b and (x == y).all() for (a, x), (b, y) in zip(plan, again, strict=True))
+
+    sampler = train.Sampler(sources, seed=3)
+    again, _ = train.draw_epoch(sampler, probabilities)
+    for (k, rows), (other_k, other_rows) in zip(plan, again, strict=True):
+        assert k == other_k
+        assert (rows == other_rows).all()
 
 
 def test_sigma_and_the_other_schedules():
-    assert [train.sigma(t, 3) for t in range(3)] == pytest.approx([0.1, 0.55, 1.0]) and train.sigma(
-        0, 1
-    ) == 0.1
-    sizes, levels = [100, 300, 400, 200], [1, 1, 3, 4]
-    assert train.source_probabilities(
-        "proportional", None, 1, sizes, levels
-    ).tolist() == pytest.approx([0.1, 0.3, 0.4, 0.2])
-    assert train.source_probabilities("uniform", None, 1, sizes, levels).tolist() == [0.25] * 4
-    times = (0.0, 0.39, 0.4, 0.79, 0.8, 0.999)
-    staged = [
-        train.source_probabilities("staged", None, 1, sizes, levels, t).tolist() for t in times
-    ]
-    assert staged[0] == staged[1] == pytest.approx([0.25, 0.75, 0, 0]) and staged[2] == staged[
-        3
-    ] == [0, 0, 1, 0]
-    assert staged[4] == staged[5] == [0, 0, 0, 1]
+    assert train.sigma(0, 3) == pytest.approx(0.1)
+    assert train.sigma(1, 3) == pytest.approx(0.55)
+    assert train.sigma(2, 3) == pytest.approx(1.0)
+    assert train.sigma(0, 1) == 0.1
+
+    def shares(schedule, progress=0.0):
+        sizes = [100, 300, 400, 200]
+        levels = [1, 1, 3, 4]
+        p = train.source_probabilities(schedule, None, 1, sizes, levels, progress)
+        return p.tolist()
+
+    assert shares("proportional") == pytest.approx([0.1, 0.3, 0.4, 0.2])
+    assert shares("uniform") == [0.25] * 4
+
+    # The levels 1, 3 and 4 hold 40, 40 and 20 % of the pairs.
+    assert shares("staged", 0.0) == pytest.approx([0.25, 0.75, 0, 0])
+    assert shares("staged", 0.39) == shares("staged", 0.0)
+    assert shares("staged", 0.4) == [0, 0, 1, 0]
+    assert shares("staged", 0.79) == [0, 0, 1, 0]
+    assert shares("staged", 0.8) == [0, 0, 0, 1]
+    assert shares("staged", 0.999) == [0, 0, 0, 1]
 
 
 def test_help_shows_the_defaults_of_the_preset(capsys):
-    def shown(*words):
+    def help_of(*words):
         with pytest.raises(SystemExit):
-            train.parse_flags(train.Flags, [*words, "--help"], presets=train.PRESETS)
+            parse(*words, "--help")
         return " ".join(capsys.readouterr().out.split())
 
-    large = shown("--preset", "gve-3b")
-    for wanted in (
-        "(default Qwen/Qwen2.5-VL-3B-Instruct)",
-        "cosine to zero (default 3e-05)",
-        "(default mixtures/gve-3b.json)",
-        "samples / global batch) (default 0)",
-    ):
-        assert wanted in large, wanted
-    assert "samples / global batch) (default 640)" in shown()
+    large = help_of("--preset", "gve-3b")
+    assert "(default Qwen/Qwen2.5-VL-3B-Instruct)" in large
+    assert "cosine to zero (default 3e-05)" in large
+    assert "(default mixtures/gve-3b.json)" in large
+    assert "samples / global batch) (default 0)" in large
+    assert "samples / global batch) (default 640)" in help_of()
 
 
-def test_presets_hold_table_9():
-    for name in ("gve-3b", "gve-7b"):
-        flags = train.parse_flags(train.Flags, ["--preset", name], presets=train.PRESETS)
-        assert (flags.lr, flags.weight_decay, flags.epochs, flags.temperature, flags.seed) == (
-            3e-5,
-            0.1,
-            3,
-            0.03,
-            42,
-        )
-        assert (flags.dtype, flags.checkpointing, flags.frames, flags.dropout) == (
-            "bfloat16",
-            True,
-            8,
-            0.1,
-        )
-        assert flags.batch_scale == 32
+@pytest.mark.parametrize("name", ["gve-3b", "gve-7b"])
+def test_presets_hold_table_9(name):
+    flags = parse("--preset", name)
+    assert flags.lr == 3e-5
+    assert flags.weight_decay == 0.1
+    assert flags.epochs == 3
+    assert flags.temperature == 0.03
+    assert flags.seed == 42
+    assert flags.dtype == "bfloat16"
+    assert flags.checkpointing is True
+    assert flags.frames == 8
+    assert flags.dropout == 0.1
+    assert flags.batch_scale == 32
 
 
 def test_learning_rate_rises_then_falls_as_a_cosine():
-    rates = [train.learning_rate(s, 100, 1.0, 0.1) for s in range(100)]
-    assert (
-        rates[9] == 1.0
-        and rates[0] == pytest.approx(0.1)
-        and rates[55] == pytest.approx(0.5)
-        and rates[-1] < 1e-3
-    )
-    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    rates = [train.learning_rate(step, 100, 1.0, 0.1) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == 1.0
+    assert rates[55] == pytest.approx(0.5)
+    assert rates[-1] < 1e-3
+    assert rates[10:] == sorted(rates[10:], reverse=True)
