@@ -10,6 +10,8 @@ flags = parse_flags(Flags)          # items.jsonl --lr 1e-3
 
 import argparse
 import dataclasses
+import sys
+from pathlib import Path
 
 
 def flag(default, help, *, choices=None, positional=False):
@@ -35,6 +37,7 @@ def parse_flags(cls, argv=None, doc=None, presets=None):
     presets: {name: {field: other default}}, chosen by --preset; `cls` then has a field `preset`
     """
     parser = argparse.ArgumentParser(
+        prog=program_name(),
         description=doc,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -45,6 +48,14 @@ def parse_flags(cls, argv=None, doc=None, presets=None):
         default = preset.get(field.name, default_of(field))
         add_argument(parser, field, default)
     return cls(**vars(parser.parse_args(argv)))
+
+
+def program_name():
+    """Return how the running program is started, for --help: train.py, or python -m mini."""
+    script = Path(sys.argv[0])
+    if script.name == "__main__.py":
+        return f"python -m {script.parent.name}"
+    return script.name
 
 
 def preset_name(cls, argv):
