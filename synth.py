@@ -6,12 +6,12 @@ Paper: arXiv 2510.27571, sections 3.3 and A.6, Tables 7 and 8.
     python synth.py --videos DIR --out DIR --captioner openai:http://HOST:8000/v1#M \\
         --prober Alibaba-NLP/GVE-3B --consistency q0.1
 
-Three stages. Each is a folder of JSON lines below --out, one row per job with its fate (kept, dropped or
-failed) and the reason:
-    1-pool      quality control; pool.jsonl beside it is the asset pool, after the filters that compare
-                all videos (consistency threshold, near-duplicates)
+Three stages. Each is a folder of JSON lines below --out: one row per job with its fate (kept,
+dropped or failed) and the reason.
+    1-pool      quality control; pool.jsonl beside it is the asset pool, after the filters that
+                compare all videos (consistency threshold, near-duplicates)
     2-captions  enrichment: five captions per video and per key frame
-    3-pairs     task extension: T2T, T2I, T2V, I2V, V2V, composed queries (TI2V, TV2V), hard negatives
+    3-pairs     task extension: T2T, T2I, T2V, I2V, V2V, composed queries (TI2V, TV2V), negatives
 Then <out>/uvrd: training files, and the mixture.json that train.py takes.
 
 The same command goes on where a killed run stopped and tries again what failed. torchrun's ranks,
@@ -77,12 +77,24 @@ COMPOSED = ("TI2V", "TV2V")
 
 
 def read_table7():
-    """Return {task: source} of UVRD's seven tasks: samples, hard negatives, batch sizes, instructions."""
+    """Return {task: source} of UVRD's tasks: samples, negatives, batch sizes, our instructions."""
     mixture = json.loads((Path(__file__).parent / "mixtures" / "gve-3b.json").read_text())
     return {source["task"]: source for source in mixture if source["name"].startswith("UVRD-")}
 
 
 TABLE7 = read_table7()
+
+
+def read_task_numbers(words, defaults, kind):
+    """Read a flag's words TASK=NUMBER over its defaults -> {task: number of type `kind`}."""
+    numbers = dict(defaults)
+    pattern = r"\d+(\.\d+)?" if kind is float else r"\d+"
+    for word in words:
+        task, _, number = word.partition("=")
+        if task not in defaults or not re.fullmatch(pattern, number):
+            raise ValueError(f"{word}: wanted TASK=NUMBER, TASK one of {', '.join(defaults)}")
+        numbers[task] = kind(number)
+    return numbers
 
 
 @dataclasses.dataclass
@@ -95,8 +107,8 @@ class Flags:
     prober: str = flag("mini/prober", "embedder that filters and mines")
     prompts: str = flag(
         "auto",
-        "full: A.6's; short: one style at a time, plain answers; auto: short for mini, which is too "
-        "small for full",
+        "full: A.6's; short: one style at a time, plain answers; auto: short for mini, which is "
+        "too small for full",
         choices=["auto", "full", "short"],
     )
     stages: int = flag(3, "stop after this one")
@@ -127,21 +139,24 @@ class Flags:
     workers: int = flag(2, "decoding processes; 0 decodes inline")
     seconds: float = flag(60, "time a worker has for a video, in seconds")
 
+    @functools.cached_property
+    def pairs_per_video(self):
+        """Return {task: expected pairs}; a fraction is the chance of one pair more."""
+        t2v = TABLE7["T2V"]["samples"]
+        defaults = {task: source["samples"] / t2v for task, source in TABLE7.items()}
+        return read_task_numbers(self.shares, defaults, float)
 
-# Flags that decide what a stage writes: all runs on one --out must agree on them.
-DECISIVE = [
-    "prober",
-    "prompts",
-    "part",
-    "seed",
-    "min_motion",
-    "consistency",
-    "duplicate",
-    "shares",
-    "negatives",
-    "frames",
-    "max_tokens",
-]
+    @functools.cached_property
+    def negatives_per_pair(self):
+        """Return {task: hard negatives}."""
+        defaults = {task: source["negatives"] for task, source in TABLE7.items()}
+        return read_task_numbers(self.negatives, defaults, int)
+
+
+# Flags that decide the contents of the files: all runs on one --out must agree on them.
+DECISIVE = (
+    "prober prompts part seed min_motion consistency duplicate shares negatives frames max_tokens"
+).split()
 
 
 class Prober:
@@ -155,7 +170,7 @@ class Prober:
         return GVE.from_pretrained(self.flags.prober, device=self.flags.device)
 
     def embed(self, items):
-        """Embed items -> (vectors (n, D) float32, {index: reason} of those that failed; they are 0)."""
+        """Embed items -> (vectors (n, D) float32, {index: reason}); vectors that failed are 0."""
         has_media = any("video" in item or "image" in item for item in items)
         vectors, failed = encode(
             self.gve,
@@ -246,9 +261,9 @@ def sample_frames(path, fps):
 
 
 def find_shots(thumbnails):
-    """Cut a video where a frame differs from the one before -> [(first, end)] of its shots, in thumbnails.
+    """Cut a video into shots -> [(first, end)] in thumbnails.
 
-    A cut is a change of more than 8 levels that stands out from the two changes on either side of it.
+    A cut is a change of more than 8 levels that stands out from the two changes on either side.
     """
     change = (thumbnails[1:] - thumbnails[:-1]).abs().mean((1, 2, 3))  # (n - 1,)
     windows = F.pad(change, (2, 3)).unfold(0, 5, 1)  # (n, 5); window i is centred on change i
@@ -258,7 +273,7 @@ def find_shots(thumbnails):
 
 
 def measure_motion(thumbnails, shots):
-    """Return the share of pixels that change by more than 24 levels within their shot. A cut is no motion."""
+    """Return the share of pixels that change by more than 24 levels within their shot."""
     gray = thumbnails.mean(1)  # (n, 32, 32)
     moved = 0.0
     for first, end in shots:
@@ -269,7 +284,7 @@ def measure_motion(thumbnails, shots):
 
 
 def choose_key_frames(thumbnails, shots):
-    """Choose thumbnails that differ from each other -> their indices; middles of long shots come first."""
+    """Choose thumbnails unlike each other, middles of long shots first -> their indices."""
     longest_first = sorted(shots, key=lambda shot: shot[0] - shot[1])
     chosen = []
     for place in (0.5, 0.2, 0.8):
@@ -282,7 +297,7 @@ def choose_key_frames(thumbnails, shots):
 
 
 def draw_clips(sample, shots, rng):
-    """Draw clips of 2 to 10 s, each from a shot of its own -> at most CLIPS of [start, end] in seconds.
+    """Draw clips, each from a shot of its own -> at most CLIPS of [start, end] in seconds.
 
     A clip is at most three quarters of its video, or V2V would ask for the video itself.
     """
@@ -300,7 +315,7 @@ def draw_clips(sample, shots, rng):
 
 
 def fingerprint(thumbnails):
-    """Hash how a video looks -> 448 bits in hex: signs of the brightness gradients of four frames of 8 x 8."""
+    """Hash a video's looks -> 448 bits in hex: signs of brightness gradients, four tiny frames."""
     four = np.linspace(0, len(thumbnails) - 1, 4).round()
     gray = thumbnails.mean(1)[four]
     tiny = F.adaptive_avg_pool2d(gray, 8)  # (4, 8, 8)
@@ -386,7 +401,7 @@ def inspect_videos(rows, flags):
 
 
 def check_part(p, jobs, prober, flags):
-    """Do stage 1 of a part -> rows; their vectors (rows, D) are saved beside their file.
+    """Do stage 1 of part p -> rows; their vectors (rows, D) are saved beside their file.
 
     The rows' file is written last and says that both are there.
     """
@@ -405,9 +420,9 @@ def check_part(p, jobs, prober, flags):
 
 
 def score_captions(rows, vectors, prober):
-    """Add to each captioned row its "consistency": the caption's best cosine with the video and its shots.
+    """Add "consistency" to captioned rows: the best cosine of a caption with its video or a shot.
 
-    A long video's caption often tells of one shot only. vectors (rows, D) are the videos'.
+    Why shots: a long video's caption often tells of a part only. vectors (rows, D): the videos'.
     """
     captioned = [i for i, row in enumerate(rows) if row["fate"] == "kept" and row["text"]]
     texts, text_failed = prober.embed([{"text": rows[i]["text"]} for i in captioned])
@@ -441,10 +456,9 @@ def cosine(a, b):
 
 
 def select_pool(rows, flags):
-    """Apply the filters that compare all videos, and write pool.jsonl and pool.npy, (N, D) of the kept.
+    """Apply the filters that compare all videos; write pool.jsonl and pool.npy, (N, D) of the kept.
 
-    rows of all parts: drops inconsistent captions' videos and near-duplicates, and blanks captions that
-    several videos share.
+    Captions that several videos share are blanked: they cannot tell these apart.
     """
     out = Path(flags.out)
     drop_inconsistent(rows, flags.consistency)
@@ -466,7 +480,7 @@ def select_pool(rows, flags):
 
 
 def drop_inconsistent(rows, consistency):
-    """Drop rows whose caption is less like the video than a cosine, or than a quantile "q0.1" of all."""
+    """Drop rows whose consistency is below a cosine "0.09", or below a quantile "q0.1" of all."""
     scores = [row["consistency"] for row in rows if "consistency" in row]
     limit = float(consistency.lstrip("q"))
     if consistency.startswith("q") and scores:
@@ -477,7 +491,7 @@ def drop_inconsistent(rows, consistency):
 
 
 def drop_duplicates(rows, least):
-    """Drop kept rows whose fingerprint agrees with an earlier one's: `least` is 1 for all bits, 0 for chance."""
+    """Drop kept rows like an earlier one. least: agreement of fingerprints, 1 all, 0 by chance."""
     kept = [i for i, row in enumerate(rows) if row["fate"] == "kept"]
     if not kept:
         return
@@ -526,13 +540,15 @@ class Video:
         return {"video": {"path": self.path, "start": start, "end": end}}
 
 
-def load_pool(rows, matrix):
-    """Return {id: Video} of the kept rows of pool.jsonl, in the order of the matrix (N, D)."""
-    pool = {}
-    for row in rows:
-        if row["fate"] == "kept":
-            n = len(pool)
-            pool[row["id"]] = Video(
+class Pool:
+    """The kept videos of stage 1, with their vectors as a matrix (N, D)."""
+
+    def __init__(self, rows, matrix):
+        kept = [row for row in rows if row["fate"] == "kept"]
+        self.matrix = matrix
+        self.videos = []
+        for n, (row, vector) in enumerate(zip(kept, matrix, strict=True)):
+            video = Video(
                 id=row["id"],
                 path=row["video"],
                 text=row["text"],
@@ -540,27 +556,25 @@ def load_pool(rows, matrix):
                 key_frames=row["key_frames"],
                 clips=row["clips"],
                 row=n,
-                vector=matrix[n],
+                vector=vector,
             )
-    return pool
+            self.videos.append(video)
+        self.by_id = {video.id: video for video in self.videos}
 
 
 # Stage 2: enrichment
 
 
-def draw_tasks(video, shares, flags):
-    """Draw the pairs that a video shall give -> ["T2V", "T2V", "I2V", ...].
-
-    shares {task: pairs per video}: a fraction is the chance of one pair more.
-    """
+def draw_tasks(video, flags):
+    """Draw the pairs that a video shall give -> ["T2V", "T2V", "I2V", ...]."""
     rng = random.Random(f"{flags.seed}/{video.id}/tasks")
     tasks = []
-    for task, share in shares.items():
+    for task, share in flags.pairs_per_video.items():
         tasks += [task] * int(share + rng.random())
     return tasks
 
 
-def caption_jobs(video, shares, flags):
+def caption_jobs(video, flags):
     """List the items of a video to caption: itself and, if it shall give T2I pairs, a key frame."""
     whole = {
         "id": f"{video.id} video",
@@ -569,7 +583,7 @@ def caption_jobs(video, shares, flags):
         "text": video.text,
         "item": video.item,
     }
-    if "T2I" not in draw_tasks(video, shares, flags):
+    if "T2I" not in draw_tasks(video, flags):
         return [whole]
     frame = {
         "id": f"{video.id} image",
@@ -581,8 +595,8 @@ def caption_jobs(video, shares, flags):
     return [whole, frame]
 
 
-def caption_part(jobs, ask, flags):
-    """Do stage 2 of a part: caption videos and key frames -> rows."""
+def caption_part(p, jobs, ask, flags):
+    """Do stage 2 of part p: caption videos and key frames -> rows."""
     requests = []
     owners = []  # index of each request's job
     for n, job in enumerate(jobs):
@@ -598,7 +612,7 @@ def caption_part(jobs, ask, flags):
 
 
 def merge_answers(answers):
-    """Join the Answers about one item -> the rest of its row; if any is not valid, the item is lost."""
+    """Join the Answers about one item -> the rest of its row. All must be valid."""
     worst = min(answers, key=lambda answer: ("failed", "dropped", "kept").index(answer.fate))
     row = {}
     if worst.fate == "kept":
@@ -659,10 +673,10 @@ class Pair:
         self.why = why
 
 
-def plan_pairs(rows, pool, shares, flags):
+def plan_pairs(rows, pool, flags):
     """List the pairs that a part's captioned videos shall give, as jobs of stage 3.
 
-    A composed pair gets its reference and query later. No draw depends on the success of another job.
+    A composed pair gets its reference and query later. No draw depends on the fate of another job.
     """
     frames = {}
     videos = []
@@ -674,10 +688,10 @@ def plan_pairs(rows, pool, shares, flags):
 
     jobs = []
     for row in videos:
-        video = pool[row["of"]]
+        video = pool.by_id[row["of"]]
         texts = [{"text": text} for text in row["captions"].values()]
         random.Random(f"{flags.seed}/{video.id}/texts").shuffle(texts)
-        for k, task in enumerate(draw_tasks(video, shares, flags)):
+        for k, task in enumerate(draw_tasks(video, flags)):
             name = f"{video.id} {task} {k}"
             rng = random.Random(f"{flags.seed}/{name}")
             query, positive = draw_pair(task, video, texts, frames.get(video.id), rng)
@@ -690,7 +704,7 @@ def plan_pairs(rows, pool, shares, flags):
 def draw_pair(task, video, texts, frame, rng):
     """Draw a pair of a task -> (query, positive); the query is {} if the video cannot give one.
 
-    texts: the video's captions as items, shuffled; frame: the row of its captioned key frame, or None.
+    texts: the video's captions as items, shuffled. frame: row of its captioned key frame, or None.
     """
     if task == "T2T" and len(texts) > 2:
         return texts[-2], texts[-1]
@@ -705,29 +719,35 @@ def draw_pair(task, video, texts, frame, rng):
     return {}, video.item
 
 
-def extend_part(jobs, ask, prober, caption_vectors, pool, matrix, negatives, flags):
-    """Do stage 3 of a part: compose queries, drop those that need no reference, mine hard negatives.
+def extend_part(p, jobs, pool, ask, prober, caption_vectors, flags):
+    """Do stage 3 of part p: compose queries, drop those that need no reference, mine negatives.
 
-    caption_vectors  video id -> vectors of its captions (n, D).
-    matrix           (N, D) vectors of the pool's videos.
-    negatives        {task: hard negatives per pair}.
+    caption_vectors: video id -> vectors (n, D) of its captions.
     """
     pairs = [Pair(**job) for job in jobs]
-    compose_queries([pair for pair in pairs if pair.task in COMPOSED], ask, pool, matrix, flags)
+    compose_queries([pair for pair in pairs if pair.task in COMPOSED], pool, ask, flags)
 
-    ranked = [pair for pair in pairs if pair.fate == "kept" and pair.task.endswith("2V")]
-    queries, query_failed = prober.embed([pair.query for pair in ranked])
-    texts, text_failed = embed_texts_alone(ranked, prober)
-    failed = text_failed | query_failed
-    for i, pair in enumerate(ranked):
+    # Composed queries are embedded without their references, too: does the text alone suffice?
+    to_video = [pair for pair in pairs if pair.fate == "kept" and pair.task.endswith("2V")]
+    texts = []
+    for pair in to_video:
+        texts.append({"text": pair.query["text"]} if pair.task in COMPOSED else PLACEHOLDER)
+    texts, text_failed = prober.embed(texts)
+    queries, failed = prober.embed([pair.query for pair in to_video])
+    failed |= text_failed
+
+    for i, pair in enumerate(to_video):
         if i in failed:
             pair.drop(f"not embedded: {failed[i]}")
             continue
         if pair.task in COMPOSED:
-            own = pool[pair.of].row
-            pair.ranks = [rank_of(own, matrix @ queries[i]), rank_of(own, matrix @ texts[i])]
-        k = negatives[pair.task]
-        pair.negatives = mine(pair, queries[i], k, caption_vectors, pool, matrix)
+            own = pool.by_id[pair.of].row
+            pair.ranks = [
+                rank_of(own, pool.matrix @ queries[i]),
+                rank_of(own, pool.matrix @ texts[i]),
+            ]
+        k = flags.negatives_per_pair[pair.task]
+        pair.negatives = mine(pair, queries[i], k, pool, caption_vectors)
 
         if pair.ranks and pair.ranks[0] >= pair.ranks[1]:
             pair.drop("needs no reference: the target ranks as high without it")
@@ -736,21 +756,20 @@ def extend_part(jobs, ask, prober, caption_vectors, pool, matrix, negatives, fla
     return [pair.as_row() for pair in pairs]
 
 
-def compose_queries(pairs, ask, pool, matrix, flags):
-    """Give composed pairs a reference like their target, and the text that leads from one to the other.
+def compose_queries(pairs, pool, ask, flags):
+    """Give composed pairs a reference like their target, and the text that leads to the target.
 
     # PAPER: the reference is a frame or clip of a *similar* video (A.6: same or similar source).
     """
-    videos = list(pool.values())
     requests = []
     for pair in pairs:
         rng = random.Random(f"{flags.seed}/{pair.id}")
-        target = pool[pair.of]
-        similarity = matrix @ target.vector  # (N,)
+        target = pool.by_id[pair.of]
+        similarity = pool.matrix @ target.vector  # (N,)
         similarity[similarity >= TWIN] = -2  # the target itself among them
-        values, rows = similarity.topk(min(3, len(videos)))
+        values, rows = similarity.topk(min(3, len(similarity)))
         similar = rows[values > -2].tolist() or [target.row]
-        reference = videos[rng.choice(similar)]
+        reference = pool.videos[rng.choice(similar)]
 
         pair.reference = reference.id
         if pair.task == "TI2V":
@@ -768,45 +787,36 @@ def compose_queries(pairs, ask, pool, matrix, flags):
         pair.query = {**pair.query, "text": text}
 
 
-def embed_texts_alone(pairs, prober):
-    """Embed the texts of composed queries without their references -> as Prober.embed, a row per pair."""
-    items = []
-    for pair in pairs:
-        items.append({"text": pair.query["text"]} if pair.task in COMPOSED else PLACEHOLDER)
-    return prober.embed(items)
-
-
 def rank_of(row, scores):
     """Return the rank, from 1, of a row among scores (N,)."""
     return int((scores > scores[row]).sum()) + 1
 
 
-def mine(pair, query, k, caption_vectors, pool, matrix):
-    """Find the k hardest negatives of a pair -> their items, fewer if there are not that many.
+def mine(pair, query, k, pool, caption_vectors):
+    """Find the k hardest negatives of a pair's query (D,) -> their items; there may be fewer.
 
-    Left out are videos that may be right answers: twins of the target, videos that the query (D,) is
-    nearer to than to the target, and a composed query's reference. For T2V the likeliest negatives are
-    ranked by their captions, which tell twins apart better than videos do (NOTES.md).
+    Videos that may be right answers are left out: twins of the target, videos nearer to the query
+    than the target is, and a composed query's reference. For T2V the likeliest negatives are ranked
+    by their captions, which tell twins apart better than videos do (NOTES.md).
     """
-    videos = list(pool.values())
-    target = pool[pair.of]
-    scores = matrix @ query  # (N,)
-    excluded = matrix @ target.vector >= TWIN  # the target itself among them
+    target = pool.by_id[pair.of]
+    scores = pool.matrix @ query  # (N,)
+    excluded = pool.matrix @ target.vector >= TWIN  # the target itself among them
     excluded |= scores > scores[target.row]
     if pair.reference:
-        excluded[pool[pair.reference].row] = True
+        excluded[pool.by_id[pair.reference].row] = True
 
     if pair.task == "T2V":
-        likely = scores.masked_fill(excluded, -2).topk(min(LIKELY, len(videos))).indices
+        likely = scores.masked_fill(excluded, -2).topk(min(LIKELY, len(scores))).indices
         scores = torch.full_like(scores, -2)
         for j in likely.tolist():
-            captions = caption_vectors(videos[j].id)
+            captions = caption_vectors(pool.videos[j].id)
             if len(captions):
                 scores[j] = (captions @ query).max()
         excluded |= scores > SAME_CAPTION
 
-    best, rows = scores.masked_fill(excluded, -2).topk(min(k, len(videos)))
-    return [videos[j].item for j in rows[best > -2].tolist()]
+    best, rows = scores.masked_fill(excluded, -2).topk(min(k, len(scores)))
+    return [pool.videos[j].item for j in rows[best > -2].tolist()]
 
 
 # The mixture
@@ -827,7 +837,7 @@ def relative_media(value, folder):
     return relative
 
 
-def write_uvrd(rows, shares, negatives, flags):
+def write_uvrd(rows, flags):
     """Write <out>/uvrd: a training file per task, and a mixture whose samples keep the shares."""
     folder = Path(flags.out) / "uvrd"
     folder.mkdir(exist_ok=True)
@@ -845,26 +855,15 @@ def write_uvrd(rows, shares, negatives, flags):
             continue
 
         # In proportion to T2V's pairs, even if more pairs of this task were dropped.
-        samples = round(shares[task] / (shares["T2V"] or 1) * made["T2V"]) or len(lines)
-        entry = {"path": name, "samples": samples, "negatives": negatives[task]}
+        share = flags.pairs_per_video[task] / (flags.pairs_per_video["T2V"] or 1)
+        samples = round(share * made["T2V"]) or len(lines)
+        entry = {"path": name, "samples": samples, "negatives": flags.negatives_per_pair[task]}
         mixture.append(source | entry)
         print(f"    {task}: {len(lines)} pairs, {samples} samples in the mixture")
     write_json(folder / "mixture.json", mixture)
 
 
 # The run
-
-
-def read_task_numbers(words, defaults, kind):
-    """Read a flag's words TASK=NUMBER over its defaults -> {task: number of type `kind`}."""
-    numbers = dict(defaults)
-    pattern = r"\d+(\.\d+)?" if kind is float else r"\d+"
-    for word in words:
-        task, _, number = word.partition("=")
-        if task not in defaults or not re.fullmatch(pattern, number):
-            raise ValueError(f"{word}: wanted TASK=NUMBER, TASK one of {', '.join(defaults)}")
-        numbers[task] = kind(number)
-    return numbers
 
 
 def check_flags(rows, flags):
@@ -887,7 +886,7 @@ def check_flags(rows, flags):
 
 
 def lazy_captioner(flags):
-    """Return ask(requests), which opens the captioner at its first request: a rerun may need none."""
+    """Return ask(requests), which opens the captioner when first needed: a rerun may not."""
 
     @functools.cache
     def opened():
@@ -908,43 +907,10 @@ def lazy_captioner(flags):
     return ask
 
 
-def make_pool(rows, prober, flags):
-    """Run stage 1 -> (rows of pool.jsonl, seconds)."""
-    out = Path(flags.out)
-
-    def do(p, jobs):
-        return check_part(p, jobs, prober, flags)
-
-    parts = run_sharded(out, "1-pool", cut(rows, flags.part), do, flags.shard)
-    with file_lock(out / "lock"):
-        if not (out / "pool.jsonl").exists():
-            select_pool(join(parts), flags)
-    rows = load_jsonl(out / "pool.jsonl")
-
-    seconds = print_summary(out, "1-pool", rows)
-    useless = collections.Counter(row["text_dropped"] for row in rows if "text_dropped" in row)
-    n_cuts = sum(len(row.get("cuts", ())) for row in rows)
-    print(f"    captions dropped: {dict(useless)}; {n_cuts} cuts")
-    return rows, seconds
-
-
-def make_captions(pool, shares, ask, flags):
-    """Run stage 2 -> (rows of each part, seconds)."""
-
-    def do(p, jobs):
-        return caption_part(jobs, ask, flags)
-
-    parts = []
-    for videos in cut(list(pool.values()), flags.part):
-        parts.append(join(caption_jobs(video, shares, flags) for video in videos))
-    captions = run_sharded(flags.out, "2-captions", parts, do, flags.shard)
-    return captions, print_summary(flags.out, "2-captions", join(captions))
-
-
-def make_pairs(captions, pool, matrix, shares, negatives, ask, prober, flags):
-    """Run stage 3 -> (rows, seconds). captions: stage 2's rows of each part."""
+def caption_embedder(captions, prober):
+    """Return caption_vectors(video id) -> (n, D). captions: rows of stage 2."""
     texts = {}
-    for row in join(captions):
+    for row in captions:
         if row["fate"] == "kept" and row["kind"] == "video":
             texts[row["of"]] = [{"text": text} for text in row["captions"].values()]
 
@@ -953,12 +919,7 @@ def make_pairs(captions, pool, matrix, shares, negatives, ask, prober, flags):
         vectors, _ = prober.embed(texts.get(video_id, []))
         return vectors
 
-    def do(p, jobs):
-        return extend_part(jobs, ask, prober, caption_vectors, pool, matrix, negatives, flags)
-
-    parts = [plan_pairs(part, pool, shares, flags) for part in captions]
-    pairs = join(run_sharded(flags.out, "3-pairs", parts, do, flags.shard))
-    return pairs, print_summary(flags.out, "3-pairs", pairs)
+    return caption_vectors
 
 
 def cut(rows, size):
@@ -979,46 +940,71 @@ def main(flags):
         flags.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     if flags.prompts == "auto":
         flags.prompts = "short" if flags.captioner == "mini" else "full"
-
-    # Table 7: pairs per video in units of T2V, hard negatives per pair.
-    t2v = TABLE7["T2V"]["samples"]
-    per_video = {task: source["samples"] / t2v for task, source in TABLE7.items()}
-    shares = read_task_numbers(flags.shares, per_video, float)
-    per_pair = {task: source["negatives"] for task, source in TABLE7.items()}
-    negatives = read_task_numbers(flags.negatives, per_pair, int)
+    share_per_task = flags.pairs_per_video  # raises, as the next line, if a flag is wrong
+    assert share_per_task.keys() == flags.negatives_per_pair.keys()
 
     rows = list_videos(flags)
     if not rows:
         raise ValueError(f"{flags.videos}: nothing in it")
     if flags.dry_run:
-        print_dry_run(len(rows), shares, flags.prompts, flags.frames, flags.max_tokens)
+        print_dry_run(len(rows), share_per_task, flags.prompts, flags.frames, flags.max_tokens)
         return
+
     out = Path(flags.out)
     out.mkdir(parents=True, exist_ok=True)
     check_flags(rows, flags)
     prober = Prober(flags)
     ask = lazy_captioner(flags)
 
-    rows, pool_seconds = make_pool(rows, prober, flags)
+    # Stage 1: quality control
+    parts = cut(rows, flags.part)
+    do = functools.partial(check_part, prober=prober, flags=flags)
+    checked = run_sharded(out, "1-pool", parts, do, flags.shard)
+    with file_lock(out / "lock"):
+        if not (out / "pool.jsonl").exists():
+            select_pool(join(checked), flags)
+    rows = load_jsonl(out / "pool.jsonl")
+    pool = Pool(rows, torch.from_numpy(np.load(out / "pool.npy")))
+
+    seconds = print_summary(out, "1-pool", rows)
+    useless = collections.Counter(row["text_dropped"] for row in rows if "text_dropped" in row)
+    n_cuts = sum(len(row.get("cuts", ())) for row in rows)
+    print(f"    captions dropped: {dict(useless)}; {n_cuts} cuts")
     if flags.stages < 2:
         return
-    matrix = torch.from_numpy(np.load(out / "pool.npy"))  # (N, D)
-    pool = load_pool(rows, matrix)
 
-    captions, caption_seconds = make_captions(pool, shares, ask, flags)
+    # Stage 2: enrichment
+    parts = []
+    for videos in cut(pool.videos, flags.part):
+        parts.append(join(caption_jobs(video, flags) for video in videos))
+    do = functools.partial(caption_part, ask=ask, flags=flags)
+    captions = run_sharded(out, "2-captions", parts, do, flags.shard)
+    seconds += print_summary(out, "2-captions", join(captions))
     if flags.stages < 3:
         return
 
-    pairs, pair_seconds = make_pairs(captions, pool, matrix, shares, negatives, ask, prober, flags)
+    # Stage 3: task extension
+    parts = [plan_pairs(part, pool, flags) for part in captions]
+    do = functools.partial(
+        extend_part,
+        pool=pool,
+        ask=ask,
+        prober=prober,
+        caption_vectors=caption_embedder(join(captions), prober),
+        flags=flags,
+    )
+    pairs = join(run_sharded(out, "3-pairs", parts, do, flags.shard))
+    seconds += print_summary(out, "3-pairs", pairs)
+
     kept = [row for row in pairs if row["fate"] == "kept"]
     with file_lock(out / "lock"):
-        write_uvrd(kept, shares, negatives, flags)
-
-    seconds = (pool_seconds + caption_seconds + pair_seconds) / max(1, len(kept))
-    hours = seconds * 1.55e6 / 3600
+        write_uvrd(kept, flags)
+    per_pair = seconds / max(1, len(kept))
+    hours = per_pair * 1.55e6 / 3600
     print(
-        f"    {seconds:.2f} s a pair; 1.55M pairs at this rate: {hours:.0f} hours of one such process"
+        f"    {per_pair:.2f} s a pair; 1.55M pairs at this rate: {hours:.0f} hours of one process"
     )
+
     failed = sum(row["fate"] == "failed" for row in join(captions) + pairs)
     if failed:
         sys.exit(f"{failed} failed; the same command tries them again")
