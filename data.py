@@ -1,13 +1,23 @@
-"""Items, media, mixtures: everything between files on disk and model.py's tensors (arXiv 2510.27571, sections 4.1, A.3, A.7).
+"""Items, media, the prompt and mixtures: everything between files on disk and model.py's tensors.
 
-An *item* is a dict with any of `text`, `image`, `video`. A *mixture* is a list of training sources; every step draws one source,
-the same on every rank. decord decodes (PyAV what it cannot), transformers' own processors resize and cut patches.
+arXiv 2510.27571, sections 4.1, A.3 and A.7. An *item* is a dict with any of `text`, `image` and
+`video`. A *mixture* is a list of training sources; every step draws one source, the same on every
+rank. decord decodes videos (PyAV those that decord cannot read); transformers' own processors
+resize frames and cut them into patches.
 
-Legend: F frames, H height, W width, B batch, T tokens, P patches, G global batch of a source, K sources.
+    collate = Collator(processor, frames=8, max_tokens=200)
+    batch = collate([{"text": "a red ball falls"}, {"video": "a.mp4"}])  # what GVE.forward takes
+
+    loader = TrainLoader(load_mixture("mixture.json"), collate, workers=4)
+    for batch in loader(plan): ...  # one TrainBatch for each (source number, row numbers) of plan
+
+`python extras/check_data.py MIXTURE` lists the rows of a mixture that cannot be used.
+
+Legend: F frames, H height, W width, B batch, T tokens, P patches, S values of a patch, V vision
+tokens of a medium, D their width, G global batch of a source, K sources.
 """
 
 import dataclasses
-import functools
 import hashlib
 import json
 import os
@@ -23,8 +33,8 @@ from support.media import MediaError, load_image, load_video, sample_indices
 
 DEFAULT_INSTRUCTION = "You are a helpful assistant."
 
-# The prompt, written once: Collator builds it from these pieces, and so do the saved chat template (model.py) and the
-# mini world's base (mini/pretrain.py).
+# The prompt, written once: Collator builds it from these pieces, and so do the saved chat template
+# (model.py) and the mini world's base (mini/pretrain.py).
 SYSTEM_START = "<|im_start|>system\n"
 USER_START = "<|im_start|>user\n"
 ANSWER_START = "<|im_start|>assistant\n"
@@ -39,75 +49,101 @@ IMAGE_TOKENS = 256  # most vision tokens per image (the released processor's lim
 MIN_TOKENS = 4  # least vision tokens per image or video frame (likewise)
 TASKS = "T2T T2I TI2I TI2T TI2TI I2I I2T T2TI T2V I2V V2V TI2V TV2V".split()
 
-
-FORMS = {
-    "image": ("video", {"time"}),
-    "video": ("path", {"start", "end", "fps"}),
-}  # dict forms: path key, number keys
+# A medium is a path or a dict: the key of the path in that dict, and the keys of its numbers
+# (seconds, and frames per second).
+PATH_KEY = {"video": "path", "image": "video"}
+NUMBER_KEYS = {"video": {"start", "end", "fps"}, "image": {"time"}}
+PIXELS_KEY = {"video": "pixel_values_videos", "image": "pixel_values"}  # transformers' names
 
 
 def check_item(item):
-    """Raise ValueError, naming the key and what is accepted, unless `item` has the form of an item."""
-    if not isinstance(item, dict) or not any(item.get(k) for k in ("text", "image", "video")):
+    """Check the form of an item; raise ValueError naming the key and the accepted values."""
+    if not isinstance(item, dict) or not (
+        item.get("text") or item.get("image") or item.get("video")
+    ):
         raise ValueError(f"an item needs a non-empty text, image or video, got {item!r}")
-    if not isinstance(item.get("text") or "", str):
+    if item.get("text") and not isinstance(item["text"], str):
         raise ValueError(f"text must be a string, got {item['text']!r}")
-    for kind, (main, numbers) in FORMS.items():
-        media = item.get(kind) or ""
-        spec = media if isinstance(media, dict) else {main: media}
-        wrong = [
-            k
-            for k, v in spec.items()
-            if k != main and (k not in numbers or not isinstance(v, (int, float, type(None))))
-        ]
-        if (
-            wrong
-            or not isinstance(spec.get(main), str)
-            or (kind == "image" and spec is media and media.get("time") is None)
-        ):
+
+    for kind, path_key in PATH_KEY.items():
+        media = item.get(kind)
+        if not media or isinstance(media, str):
+            continue
+
+        spec = media if isinstance(media, dict) else {path_key: media}
+        numbers = {key: value for key, value in spec.items() if key != path_key}
+        wrong = (
+            not isinstance(spec.get(path_key), str)
+            or not numbers.keys() <= NUMBER_KEYS[kind]
+            or not all(isinstance(value, int | float | None) for value in numbers.values())
+            # A frame of a video needs its time.
+            or (kind == "image" and numbers.get("time") is None)
+        )
+        if wrong:
+            accepted = sorted(NUMBER_KEYS[kind])
             raise ValueError(
-                f"{kind} must be a path or a dict of {main} and numbers {sorted(numbers)}, got {media!r}"
+                f"{kind} must be a path or a dict of {path_key} and numbers {accepted}, "
+                f"got {media!r}"
             )
 
 
 def resolve(item, base, roots=()):
-    """Return the item with absolute real media paths, which must exist under `base` or one of `roots` (symlinks followed). Raises
-    ValueError for a wrong form or a path that leaves its roots, FileNotFoundError for a missing file."""
+    """Check an item and make its media paths absolute; they must exist under an allowed root.
+
+    base: the folder that relative paths start from, an allowed root itself. roots: more allowed
+    folders. Symlinks are followed first. Raises ValueError for a wrong form or a path outside the
+    roots, FileNotFoundError for a missing file.
+    """
     check_item(item)
-    out = {key: item[key] for key in ("text", "image", "video") if item.get(key)}
-    for kind in FORMS.keys() & out.keys():
-        media, main = out[kind], FORMS[kind][0]
-        given = media[main] if isinstance(media, dict) else media
-        real, allowed = (
-            os.path.realpath(os.path.join(base, given)),
-            [os.path.realpath(r) for r in (base, *roots)],
-        )
-        if not any(os.path.commonpath([real, root]) == root for root in allowed):
+    resolved = {key: item[key] for key in ("text", "image", "video") if item.get(key)}
+
+    for kind, path_key in PATH_KEY.items():
+        if kind not in resolved:
+            continue
+        media = resolved[kind]
+        given = media[path_key] if isinstance(media, dict) else media
+
+        path = os.path.realpath(os.path.join(base, given))
+        allowed = [os.path.realpath(root) for root in (base, *roots)]
+        # Whole path components: /data/root-x begins with /data/root but does not lie under it.
+        if not any(os.path.commonpath([path, root]) == root for root in allowed):
             raise ValueError(
                 f"{kind} {given!r} leaves the allowed roots {allowed} (add one with --root)"
             )
-        if not os.path.exists(real):
-            raise FileNotFoundError(f"{kind} {given!r}: {real} does not exist")
-        out[kind] = {**media, main: real} if isinstance(media, dict) else real
-    return out
+        if not os.path.exists(path):
+            raise FileNotFoundError(f"{kind} {given!r}: {path} does not exist")
+
+        resolved[kind] = media | {path_key: path} if isinstance(media, dict) else path
+    return resolved
 
 
 def content_id(item):
-    """Hash a resolved item's normalised text, media paths and spans to 63 bits: equal content, equal id (for the loss)."""
-    media = [
-        sorted(m.items()) if isinstance(m, dict) else m
-        for m in (item.get("image"), item.get("video"))
-    ]
-    key = json.dumps([" ".join((item.get("text") or "").lower().split()), *media])
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 1
+    """Hash a resolved item's normalised text, media paths and spans -> int of 63 bits.
+
+    Items of equal content get equal ids, by which the loss masks duplicates.
+    """
+    content = [" ".join((item.get("text") or "").lower().split())]
+    for kind in ("image", "video"):
+        media = item.get(kind)
+        content.append(sorted(media.items()) if isinstance(media, dict) else media)
+
+    digest = hashlib.blake2b(json.dumps(content).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
 
 
 class Collator:
-    """Turn resolved items into model inputs with transformers' processors and our prompt: collator(items, instruction) -> batch.
+    """Turn resolved items into model inputs with transformers' processors and our prompt.
 
-    frames per video (even), max_tokens vision tokens per video frame, max_length tokens in all, padding_side (the tokenizer's),
-    prompt_style: the instruction stands for the "system" turn or heads the "user" turn,
-    store: folder of one vision tower's output per medium, read here and filled by GVE.encode_vision; a changed file is another medium.
+    collate(items, instruction) -> batch. The two halves of this can run apart: prepare(item) in
+    decoding processes, batch(samples) beside the model.
+
+    frames        per video, an even number
+    max_tokens    most vision tokens per video frame
+    max_length    most tokens of the whole prompt
+    padding_side  "left" or "right"; None: the tokenizer's
+    prompt_style  "system": the instruction is the system turn; "user": it heads the user turn
+    store         support.cache.FeatureStore with the frozen vision tower's output for each medium,
+                  read here and filled after GVE.encode_vision; None: decode every time
     """
 
     def __init__(
@@ -124,288 +160,338 @@ class Collator:
         sample_indices(1, frames)  # rejects odd counts early
         if max_tokens < MIN_TOKENS or prompt_style not in ("system", "user"):
             raise ValueError(
-                f"max_tokens {max_tokens} (at least {MIN_TOKENS}), prompt_style {prompt_style!r} (system or user)"
+                f"max_tokens {max_tokens} (at least {MIN_TOKENS}), "
+                f"prompt_style {prompt_style!r} (system or user)"
             )
-        self.processor, self.frames, self.store, self.max_length = (
-            processor,
-            frames,
-            store,
-            max_length,
-        )
-        self.most, self.prompt_style = {"image": IMAGE_TOKENS, "video": max_tokens}, prompt_style
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        self.frames = frames
+        self.max_tokens = {"image": IMAGE_TOKENS, "video": max_tokens}
+        self.max_length = max_length
+        self.padding_side = padding_side or self.tokenizer.padding_side
+        self.prompt_style = prompt_style
+        self.store = store
+
+        # Stored features depend on every setting of the processors.
         self.settings = [
             processor.image_processor.to_json_string(),
             processor.video_processor.to_json_string(),
         ]
-        self.tokenizer, self.padding_side = (
-            processor.tokenizer,
-            padding_side or processor.tokenizer.padding_side,
-        )
-        self.end, self.image_pad, self.video_pad = self.tokenizer.convert_tokens_to_ids(
-            [END, "<|image_pad|>", "<|video_pad|>"]
-        )
+        self.end = self.tokenizer.convert_tokens_to_ids(END)
+        self.pad = {
+            "image": self.tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+            "video": self.tokenizer.convert_tokens_to_ids("<|video_pad|>"),
+        }
 
     def __call__(self, items, instruction=None):
         return self.batch([self.prepare(item, instruction) for item in items])
 
     def prepare(self, item, instruction=None):
-        """Decode and tokenise one item -> {"ids": list of int}; for each medium, its pixels (P, C*2*14*14) uint8, or its features
-        (V, D) where the store holds them, its grid (1, 3), and a video's seconds per grid (1,)."""
+        """Decode and tokenise one item -> its sample, a dict.
+
+        ids                         list of int, the whole prompt
+        image_, video_grid_thw      (1, 3) int64, the medium's patches in time, height and width
+        pixel_values(_videos)       (P, S) uint8, unless the store holds the medium's features:
+        image_, video_features      (V, D) instead, or else
+        image_, video_file          the store's file for the features that are to be computed
+        second_per_grid_ts          (1,) float32, seconds between a video's temporal grids
+
+        Raises MediaError, ValueError or FileNotFoundError, naming the file.
+        """
         check_item(item)
-        sample, vision = {}, ""
-        for kind in ("video", "image"):
-            if item.get(kind):
-                sample |= self._vision(kind, item[kind])
-                vision += VISION_BLOCK[kind]
-        sample["ids"] = self._tokens(vision, item.get("text") or "", instruction or "", sample)
+        sample = {}
+        for kind, path_key in PATH_KEY.items():
+            media = item.get(kind)
+            if not media:
+                continue
+
+            stored = None
+            if self.store is not None:
+                path = media[path_key] if isinstance(media, dict) else media
+                protocol = [self.frames, self.max_tokens, self.settings]
+                # The fingerprint: a file that changes is another medium.
+                key = [kind, media, file_fingerprint(path), *protocol]
+                file, stored = self.store.find(key)
+                if stored is None:
+                    sample[f"{kind}_file"] = file
+            sample |= stored or self.cut_patches(kind, media)
+
+        sample["ids"] = self.tokenise(item.get("text") or "", instruction or "", sample)
         return sample
 
-    def _vision(self, kind, media):
-        if self.store:
-            path = media if isinstance(media, str) else media[FORMS[kind][0]]
-            about = [kind, media, file_fingerprint(path), self.frames, self.most, self.settings]
-            file, known = self.store.find(about)
-            if known:
-                return known
-        processor = (
-            self.processor.image_processor if kind == "image" else self.processor.video_processor
-        )
-        pixels, seconds = (
-            load_video(media, self.frames) if kind == "video" else (load_image(media), None)
-        )
-        pixels = torch.from_numpy(np.array(pixels)).movedim(
-            -1, -3
-        )  # a copy: PIL's buffer is read-only
-        unit = (
-            processor.patch_size * processor.merge_size
-        ) ** 2  # pixels of one vision token, 28 x 28
-        options = (
-            {"do_sample_frames": False, "cap_pixels_per_frame": False} if kind == "video" else {}
-        )
-        options |= {
-            "size": {"shortest_edge": MIN_TOKENS * unit, "longest_edge": self.most[kind] * unit},
-            "do_rescale": False,
-            "do_normalize": False,
-        }  # see normalise: uint8 travels lighter between processes
+    def cut_patches(self, kind, media):
+        """Decode one medium and cut it into patches -> its part of the sample.
+
+        Patches stay uint8, a quarter of what must travel between processes; `normalise` turns them
+        into floats later.
+        """
+        if kind == "image":
+            processor = self.processor.image_processor
+            options = {}
+            pixels = load_image(media)  # (H, W, 3)
+        else:
+            processor = self.processor.video_processor
+            options = {"do_sample_frames": False, "cap_pixels_per_frame": False}
+            pixels, seconds = load_video(media, self.frames)  # (F, H, W, 3)
+
+        # A copy: Pillow's buffer is read-only.
+        pixels = torch.from_numpy(np.array(pixels)).movedim(-1, -3)  # (..., 3, H, W)
+
+        pixels_per_token = (processor.patch_size * processor.merge_size) ** 2
+        size = {
+            "shortest_edge": MIN_TOKENS * pixels_per_token,
+            "longest_edge": self.max_tokens[kind] * pixels_per_token,
+        }
         try:
-            made = processor(
-                **{kind + "s": [pixels]},
-                **options,
+            inputs = processor(
+                [pixels],
+                size=size,
+                do_rescale=False,
+                do_normalize=False,
                 input_data_format="channels_first",
                 return_tensors="pt",
+                **options,
             )
         except ValueError as error:  # transformers' resize refuses aspect ratios over 200
             raise MediaError(f"{media}: {error}") from error
-        made = {
-            k: v for k, v in made.items() if k.startswith("pixel_values") or k.endswith("grid_thw")
-        }
-        made |= (
-            {
-                "second_per_grid_ts": torch.tensor(
-                    [processor.temporal_patch_size * seconds / self.frames]
-                )
-            }
-            if seconds
-            else {}
-        )
-        return made | ({f"{kind}_file": file} if self.store else {})
 
-    def _tokens(self, vision, text, instruction, sample):
-        """Token ids of the whole prompt; where they exceed max_length, the tail of the user's text goes and nothing else."""
-        instruction, text = (
-            s.replace("<|", "< |") for s in (instruction, text)
-        )  # users cannot write special tokens
-        # PAPER: Figure 4 draws prompt, text, image, video; a system turn, and media before text, are MTEB's and released code.
-        system, lead = (
-            (instruction, "")
-            if self.prompt_style == "system"
-            else ("", instruction and instruction + "\n")
-        )
-        head = f"{SYSTEM_START}{system or DEFAULT_INSTRUCTION}{TURN_END}{USER_START}{lead}{vision}"
+        sample = {
+            PIXELS_KEY[kind]: inputs[PIXELS_KEY[kind]],
+            f"{kind}_grid_thw": inputs[f"{kind}_grid_thw"],
+        }
+        if kind == "video":
+            seconds_per_grid = processor.temporal_patch_size * seconds / self.frames
+            sample["second_per_grid_ts"] = torch.tensor([seconds_per_grid])
+        return sample
+
+    def tokenise(self, text, instruction, sample):
+        """Return the token ids of one item's whole prompt, a list of int.
+
+        sample: a dict with the grids of the item's media. A prompt over max_length loses the tail
+        of the user's text and nothing else. Raises ValueError, naming frames x tokens, if that is
+        not enough.
+        """
+        # Users cannot write special tokens.
+        text = text.replace("<|", "< |")
+        instruction = instruction.replace("<|", "< |")
+
+        # PAPER: Figure 4 draws prompt, text, image, video. A system turn, and media before text,
+        # are how MTEB and the released code do it.
+        system = DEFAULT_INSTRUCTION
+        lead = ""
+        if instruction and self.prompt_style == "system":
+            system = instruction
+        elif instruction:
+            lead = f"{instruction}\n"
+        kinds = [kind for kind in ("video", "image") if f"{kind}_grid_thw" in sample]
+        vision = "".join(VISION_BLOCK[kind] for kind in kinds)
+        head = f"{SYSTEM_START}{system}{TURN_END}{USER_START}{lead}{vision}"
         tail = f"{TURN_END}{ANSWER_START}{END}"
-        encode = functools.partial(self.tokenizer.encode, add_special_tokens=False)
-        ids, n_vision = encode(head + text + tail), 0
-        for pad, grid in ((self.video_pad, "video_grid_thw"), (self.image_pad, "image_grid_thw")):
-            if grid in sample:
-                at, n = (
-                    ids.index(pad),
-                    int(sample[grid].prod()) // self.processor.image_processor.merge_size**2,
-                )
-                ids[at : at + 1] = [pad] * n
-                n_vision += n
-        if (excess := len(ids) - self.max_length) > 0:
-            n_tail = len(encode(tail))
-            fixed = len(encode(head)) - vision.count("_pad|>") + n_vision + n_tail
+        ids = self.tokenizer.encode(head + text + tail, add_special_tokens=False)
+
+        # The prompt holds one placeholder per medium; the model wants one per vision token.
+        vision_tokens = 0
+        for kind in kinds:
+            patches = int(sample[f"{kind}_grid_thw"].prod())
+            count = patches // self.processor.image_processor.merge_size**2
+            place = ids.index(self.pad[kind])
+            ids[place : place + 1] = [self.pad[kind]] * count
+            vision_tokens += count
+
+        excess = len(ids) - self.max_length
+        if excess > 0:
+            head_length = len(self.tokenizer.encode(head, add_special_tokens=False))
+            tail_length = len(self.tokenizer.encode(tail, add_special_tokens=False))
+            fixed = head_length - len(kinds) + vision_tokens + tail_length
             if fixed > self.max_length:
                 raise ValueError(
-                    f"{fixed} tokens before any text exceed max_length {self.max_length}: the prompt and {n_vision} "
-                    f"vision tokens ({self.frames} frames x at most {self.most['video']} tokens per video)"
+                    f"{fixed} tokens before any text exceed max_length {self.max_length}: the "
+                    f"prompt and {vision_tokens} vision tokens ({self.frames} frames x at most "
+                    f"{self.max_tokens['video']} tokens per video)"
                 )
-            ids = ids[: len(ids) - n_tail - excess] + ids[-n_tail:]
+            ids = ids[: len(ids) - tail_length - excess] + ids[-tail_length:]
+
         assert ids[-1] == self.end, f"the pooled token must be {END}"
         return ids
 
     def batch(self, samples, raw=False):
-        """Pad and stack prepared samples -> input_ids, attention_mask, mm_token_type_ids (B, T) int64 and, where any sample has
-        media, pixel_values(_videos) (P, C*2*14*14) float32 (raw: uint8, for GVE.encode_vision), image/video_grid_thw (n, 3) and
-        second_per_grid_ts (n,); with a store image/video_features and _file, lists: what see need not do, where to keep it."""
-        width = max(len(s["ids"]) for s in samples)
-        ids, mask = (
-            torch.full((len(samples), width), self.end),
-            torch.zeros(len(samples), width, dtype=torch.int64),
-        )
+        """Pad and stack prepared samples -> batch, the dict that GVE.forward takes.
+
+        input_ids, attention_mask        (B, T) int64
+        mm_token_type_ids                (B, T) int64: 0 text, 1 image, 2 video
+        pixel_values(_videos)            (P, S) float32; raw: uint8, for GVE.encode_vision
+        image_grid_thw, video_grid_thw   (n, 3) int64, a row for each medium, in the samples' order
+        second_per_grid_ts               (n,) float32, an entry for each video
+        image_features, video_features   with a store: list with an entry for each medium, or None
+        image_file, video_file           likewise: the files of those that the store lacks
+
+        Keys of media are absent where no sample has any.
+        """
+        width = max(len(sample["ids"]) for sample in samples)
+        ids = torch.full((len(samples), width), self.end)
+        mask = torch.zeros_like(ids)
         for row, sample in enumerate(samples):
-            n = len(sample["ids"])
-            where = slice(width - n, width) if self.padding_side == "left" else slice(0, n)
-            ids[row, where], mask[row, where] = torch.tensor(sample["ids"]), 1
-        out = {
+            length = len(sample["ids"])
+            start = width - length if self.padding_side == "left" else 0
+            ids[row, start : start + length] = torch.tensor(sample["ids"])
+            mask[row, start : start + length] = 1
+        is_image = (ids == self.pad["image"]).long()
+        is_video = (ids == self.pad["video"]).long()
+        batch = {
             "input_ids": ids,
             "attention_mask": mask,
-            "mm_token_type_ids": (ids == self.image_pad).long()
-            + 2 * (ids == self.video_pad).long(),
+            "mm_token_type_ids": is_image + 2 * is_video,
         }
-        by = {
-            "pixel_values": self.processor.image_processor,
-            "pixel_values_videos": self.processor.video_processor,
-        }
-        for key in (*by, "image_grid_thw", "video_grid_thw", "second_per_grid_ts"):
-            if parts := [s[key] for s in samples if key in s]:
-                out[key] = (
-                    torch.cat(parts)
-                    if raw or key not in by
-                    else normalise(torch.cat(parts), by[key])
-                )
-        for kind in ("image", "video") if self.store else ():
-            shown = [s for s in samples if f"{kind}_grid_thw" in s]
-            out |= (
-                {
-                    f"{kind}_{what}": [s.get(f"{kind}_{what}") for s in shown]
-                    for what in ("features", "file")
-                }
-                if shown
-                else {}
+
+        grids = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+        for key in (*PIXELS_KEY.values(), *grids):
+            tensors = [sample[key] for sample in samples if key in sample]
+            if tensors:
+                batch[key] = torch.cat(tensors)
+        if not raw and "pixel_values" in batch:
+            batch["pixel_values"] = normalise(batch["pixel_values"], self.processor.image_processor)
+        if not raw and "pixel_values_videos" in batch:
+            batch["pixel_values_videos"] = normalise(
+                batch["pixel_values_videos"], self.processor.video_processor
             )
-        return out
+
+        if self.store is not None:
+            for kind in ("image", "video"):
+                shown = [sample for sample in samples if f"{kind}_grid_thw" in sample]
+                if shown:
+                    for key in (f"{kind}_features", f"{kind}_file"):
+                        batch[key] = [sample.get(key) for sample in shown]
+        return batch
 
 
 def normalise(patches, processor):
-    """Normalise patches (P, C*2*14*14) from uint8 to float32 as transformers' image and video processors do, to the bit."""
-    mean, std = (
-        torch.tensor(x).repeat_interleave(patches.shape[1] // len(x))
-        * (1 / processor.rescale_factor)
-        for x in (processor.image_mean, processor.image_std)
-    )
+    """Normalise patches (P, S) from uint8 to float32, to the bit as transformers' processors do."""
+    # A patch's values lie channel by channel.
+    repeats = patches.shape[1] // len(processor.image_mean)
+    scale = 1 / processor.rescale_factor
+    mean = torch.tensor(processor.image_mean).repeat_interleave(repeats) * scale
+    std = torch.tensor(processor.image_std).repeat_interleave(repeats) * scale
     return (patches.float() - mean.to(patches.device)).div_(std.to(patches.device))
 
 
 @dataclasses.dataclass
 class Source:
-    """One entry of a mixture (Tables 6 and 7). Its rows stay on disk: an index of line offsets costs 16 bytes each."""
+    """One entry of a mixture (Tables 6 and 7): a training file and how to sample it.
+
+    The rows stay on disk; an index of line offsets costs 16 bytes a row. Raises ValueError naming
+    the field and the accepted values, FileNotFoundError for a missing file.
+    """
 
     name: str
     task: str  # "T2V": query form 2 candidate form
-    path: str  # training file, relative to the mixture or under one of its roots
-    samples: int = 0  # pairs that count as one pass: more rows are subsampled, fewer repeat; 0 = as many as there are rows
+    path: str  # training file; in a mixture: relative to it or to a root
+    samples: int = 0  # pairs of one pass: more rows are subsampled, fewer repeat; 0: all rows
     negatives: int = 0  # hard negatives used per row
-    batch_size: int = (
-        32  # the paper's, per GPU on 32 GPUs; times --batch-scale it is the global batch
-    )
-    instruction: str = (
-        DEFAULT_INSTRUCTION  # system turn of the queries; candidates get the default one
-    )
+    batch_size: int = 32  # the paper's, per GPU on 32 GPUs; x --batch-scale: the global batch
+    instruction: str = DEFAULT_INSTRUCTION  # for the queries; candidates get the default one
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            if type(getattr(self, field.name)) is not field.type:
-                raise ValueError(
-                    f"{field.name} must be {field.type.__name__}, got {getattr(self, field.name)!r}"
-                )
+            value = getattr(self, field.name)
+            if type(value) is not field.type:
+                raise ValueError(f"{field.name} must be {field.type.__name__}, got {value!r}")
         if self.task not in TASKS:
             raise ValueError(f"task {self.task!r}; accepted: {', '.join(TASKS)}")
         if self.batch_size < 1 or self.samples < 0 or self.negatives < 0:
             raise ValueError("batch_size must be positive, samples and negatives not negative")
-        index, offset, self.mined = (
-            [],
-            0,
-            {},
-        )  # {row: items}: hard negatives ahead of the file's, for an epoch's rows
+
+        index = []
+        offset = 0
         with open(self.path, "rb") as file:
             for number, line in enumerate(file, 1):
-                index += [(offset, number)] if line.strip() else []
+                if line.strip():
+                    index.append((offset, number))
                 offset += len(line)
         if not index:
             raise ValueError(f"training file {self.path} is empty")
-        self.index, self.samples = np.array(index, dtype=np.int64), self.samples or len(index)
+        self.index = np.array(index, dtype=np.int64)  # (rows, 2): byte offset, line number
+        self.samples = self.samples or len(index)
+        self.mined = {}  # {row: items}: mined hard negatives, used ahead of the file's own
 
     def __len__(self):
         return len(self.index)
 
-    def where(self, i):
-        return f"{self.path}:{self.index[i, 1]}"
+    def where(self, row):
+        """Return "file:line" of a row, for messages."""
+        return f"{self.path}:{self.index[row, 1]}"
 
-    def load(self, i, roots=(), use=list):
-        """Read and resolve row i -> use([query, positive, *negatives]); whatever is wrong is a ValueError naming file:line."""
-        where = self.where(i)
+    def load(self, row, roots=()):
+        """Read one row -> [query, positive, *hard negatives], resolved items.
+
+        Raises ValueError naming file:line for a wrong row and for a medium that is not there.
+        """
+        where = self.where(row)
         with open(self.path, "rb") as file:
-            file.seek(self.index[i, 0])
-            row = parse_json(file.readline(), where)
+            file.seek(self.index[row, 0])
+            entry = parse_json(file.readline(), where)
+        folder = os.path.dirname(os.path.abspath(self.path))
         try:
-            if not {"query", "positive"} <= row.keys() <= {"query", "positive", "negatives", "id"}:
+            required = {"query", "positive"}
+            if not required <= entry.keys() <= required | {"negatives", "id"}:
                 raise ValueError(
-                    f"keys {sorted(row)}; accepted: query, positive (both required), negatives, id"
+                    f"keys {sorted(entry)}; "
+                    "accepted: query, positive (both required), negatives, id"
                 )
-            if not isinstance(negatives := row.get("negatives") or [], list):
+            negatives = entry.get("negatives") or []
+            if not isinstance(negatives, list):
                 raise ValueError(f"negatives must be a list of items, got {negatives!r}")
-            items = [
-                row["query"],
-                row["positive"],
-                *[*self.mined.get(i, []), *negatives][: self.negatives],
-            ]
-            return use(
-                [
-                    resolve(item, os.path.dirname(os.path.abspath(self.path)), roots)
-                    for item in items
-                ]
-            )
+            negatives = self.mined.get(row, []) + negatives
+            items = [entry["query"], entry["positive"], *negatives[: self.negatives]]
+            return [resolve(item, folder, roots) for item in items]
         except (ValueError, FileNotFoundError) as error:
             raise ValueError(f"{where}: {error}") from error
 
 
 def load_mixture(path, roots=()):
-    """Read a mixture -> list of Source; files lie beside it or under a root. A ValueError names entry and accepted values."""
-    entries, sources = parse_json(Path(path).read_bytes(), path, list), []
+    """Read a mixture -> list of Source. Its training files lie beside it or under a root.
+
+    Raises ValueError naming the entry and the accepted keys or values.
+    """
+    entries = parse_json(Path(path).read_bytes(), path, list)
     if not entries or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError(f"{path}: a mixture is a non-empty JSON list of sources (objects)")
+
+    folders = [Path(path).parent, *roots]
+    accepted = ", ".join(field.name for field in dataclasses.fields(Source))
+    sources = []
+    names = set()
     for number, entry in enumerate(entries):
         try:
-            places = [
-                os.path.join(base, entry.get("path", "missing path"))
-                for base in (Path(path).parent, *roots)
-            ]
-            sources.append(
-                Source(
-                    **{**entry, "path": next(filter(os.path.isfile, places), " or ".join(places))}
-                )
-            )
-            if sources[-1].name in {s.name for s in sources[:-1]}:
+            given = entry.get("path", "missing path")
+            places = [os.path.join(folder, given) for folder in folders]
+            found = [place for place in places if os.path.isfile(place)]
+            # If there is none, the error of opening it names every place.
+            file = found[0] if found else " or ".join(places)
+            source = Source(**{**entry, "path": file})
+            if source.name in names:
                 raise ValueError("an earlier entry has the same name")
-        except (
-            TypeError,
-            ValueError,
-            FileNotFoundError,
-        ) as error:  # Source's own signature knows the keys
+        except (TypeError, ValueError, FileNotFoundError) as error:  # TypeError: unknown keys
             raise ValueError(
                 f"{path}: entry {number} ({entry.get('name', 'no name')}): {error} "
-                f"(keys: {', '.join(f.name for f in dataclasses.fields(Source))})"
+                f"(keys: {accepted})"
             ) from error
+        names.add(source.name)
+        sources.append(source)
     return sources
 
 
-def micro_batches(lengths, most, tokens=0):
-    """Group items of like length -> lists of their indices: at most `most` items and, padded, `tokens` tokens (0: any number)."""
+def micro_batches(lengths, max_items, max_tokens=0):
+    """Group items of like length -> lists of their indices, shortest items first.
+
+    lengths: tokens of each item. A group holds at most max_items items and, padded to the longest
+    of them, max_tokens tokens (0: no limit). An item that is longer than that is a group by itself.
+    """
     groups = []
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if not groups or len(groups[-1]) == most or 0 < tokens < (len(groups[-1]) + 1) * lengths[i]:
+        last = groups[-1] if groups else []
+        many = len(last) == max_items
+        long = 0 < max_tokens < (len(last) + 1) * lengths[i]
+        if not last or many or long:
             groups.append([])
         groups[-1].append(i)
     return groups
@@ -413,10 +499,10 @@ def micro_batches(lengths, most, tokens=0):
 
 @dataclasses.dataclass
 class Group:
-    """The items of one role (queries, positives or hard negatives) of a training batch, in micro-batches."""
+    """A training batch's queries, positives or hard negatives, in micro-batches."""
 
-    micro_batches: list  # of collated batches (Collator.batch), items of like length together
-    order: torch.Tensor  # (n,) int64: torch.cat(the micro-batches' vectors)[order] is in row order
+    micro_batches: list  # collated batches (Collator.batch), items of like length together
+    order: torch.Tensor  # (n,) int64: torch.cat(vectors of micro-batches)[order] is in row order
     ids: torch.Tensor  # (n,) int64 content ids, in row order
 
 
@@ -435,8 +521,11 @@ class TrainBatch:
 class TrainLoader:
     """Turn an epoch's plan into one rank's training batches, decoded ahead by `workers` processes.
 
-    A row that cannot be used, or whose decoder dies or takes `seconds` (with workers), is replaced by the next usable
-    row of its file, whatever the number of ranks.
+    A row that cannot be used, or whose decoder dies or takes longer than `seconds` (with workers),
+    is replaced by the next usable row of its file, the same one for any number of ranks.
+
+    micro_batch, micro_tokens: most items and most padded tokens of a micro-batch (0: no limit).
+    roots: allowed folders for media, beside the training file's own.
     """
 
     def __init__(
@@ -469,14 +558,16 @@ class TrainLoader:
         k, row = key
         source = self.sources[k]
 
-        def use(items):
-            made = []
-            for n, item in enumerate(items):
-                instruction = source.instruction if n == 0 else None  # the query's alone
-                made.append((self.collate.prepare(item, instruction), content_id(item)))
-            return made
-
-        return source.load(row, self.roots, use)
+        items = source.load(row, self.roots)
+        decoded = []
+        for n, item in enumerate(items):
+            instruction = source.instruction if n == 0 else None  # the query's alone
+            try:
+                sample = self.collate.prepare(item, instruction)
+            except (ValueError, FileNotFoundError) as error:
+                raise ValueError(f"{source.where(row)}: {error}") from error
+            decoded.append((sample, content_id(item)))
+        return decoded
 
     def describe(self, key):
         k, row = key
@@ -514,9 +605,8 @@ class TrainLoader:
             own = rows[self.rank :: self.world]
             keys += [(k, int(row)) for row in own]
             most = max(most, len(own))
-        decoded = self.pool.map(
-            keys, ahead=2 * most
-        )  # the next step's rows while this one's are used
+        # Two batches ahead: the next step's rows are decoded while this one's are used.
+        decoded = self.pool.map(keys, ahead=2 * most)
 
         for k, rows in plan:
             queries, positives, negatives, bad = [], [], [], []

@@ -1,15 +1,22 @@
-"""Vectors for any number of items, and exact top-k over them (arXiv 2510.27571, section 4.1: cosines, no re-ranking).
+"""Vectors for any number of items, and exact top-k over vectors (arXiv 2510.27571, section 4.1).
 
-    python embed.py items.jsonl --ckpt runs/gve-mini --out runs/vectors      # one item per line, an "id" beside it if you like
-    torchrun --nproc-per-node 8 embed.py items.jsonl --ckpt ... --out ...    # the ranks share the items
-    -> runs/vectors/vectors.npy (n, D) float32, NaN where an item failed, and items.jsonl, one line per item with its fate
+    python embed.py items.jsonl --ckpt runs/gve-mini --out runs/vectors     # an item per line
+    torchrun --nproc-per-node 8 embed.py items.jsonl --ckpt ... --out ...   # ranks share the items
 
-What is encoded is kept in <out>/cache: a run that was killed goes on where it stopped.
-Legend: N queries, M corpus items, D embedding dim, n items.
+    -> runs/vectors/vectors.npy     (n, D) float32, a row of NaN where an item failed
+       runs/vectors/items.jsonl     a line per item: "id", "line" number, "error" if it failed
+       runs/vectors/cache/          vectors kept as they are made: a killed run continues from here
+
+From Python:
+
+    vectors, failed = encode(gve, [{"video": "a.mp4"}, {"text": "a red ball"}], workers=2)
+    scores, indices = top_k(queries, corpus, 10)
+
+Legend: n items, D embedding dim, N queries, M corpus rows.
 """
 
-import collections
 import dataclasses
+import json
 import os
 import sys
 import threading
@@ -18,32 +25,15 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import Collator, resolve
 from model import GVE, to_device
-from support.cache import VectorCache, item_key
+from support.cache import NoCache, VectorCache, item_key
 from support.decoders import DecoderPool, Failed
-from support.files import read_jsonl, whole_file, write_jsonl
+from support.files import read_jsonl, whole_file
 from support.flags import flag, parse_flags
 from support.ranks import all_gather_object, join_ranks, leave_ranks
-
-
-def _batches(samples, failed, batch_tokens):
-    """Group (i, sample) into dicts of at most batch_tokens tokens, padding included; a reason in place of a sample is noted."""
-    batch, width = {}, 0
-    for i, sample in samples:
-        if isinstance(sample, Failed):
-            failed[i] = sample.reason
-            continue
-        width = max(width, len(sample["ids"]))
-        if batch and width * (len(batch) + 1) > batch_tokens:
-            yield batch
-            batch, width = {}, len(sample["ids"])
-        batch[i] = sample
-    if batch:
-        yield batch
 
 
 @torch.no_grad()
@@ -61,12 +51,17 @@ def encode(
     cache=None,
     desc=None,
 ):
-    """Embed resolved items -> (vectors (n, D) float32 on the CPU, {index: reason} of the items that failed; their rows are NaN).
+    """Embed resolved items -> (vectors (n, D) float32 on the CPU, {index: reason} of failed items).
 
-    Equal items are encoded once; batches hold items of like kind and length, the result is in the items' order.
-    batch_tokens: tokens per forward, padding included. workers: decoding processes, which give a clip up after so many seconds;
-    0 decodes inline, without a limit. cache: a Cache of this model. With it the vectors lie in a file rather than in memory, and
-    torch.distributed's ranks share the work: all pass the same items and get the same. desc: label of a progress bar.
+    A failed item's vector is NaN and costs no other item anything.
+
+    batch_tokens    tokens per forward, padding included
+    workers         decoding processes, with `seconds` per item; 0 decodes inline, without a limit
+    frames, max_tokens, max_length      as in data.Collator
+    cache           a VectorCache of this model. With it vectors lie in a file rather than in
+                    memory, and torch.distributed's ranks share the work: all of them pass the same
+                    items and get the same vectors
+    desc            label of the progress bar; without one there is no bar
     """
     collate = Collator(
         gve.processor,
@@ -75,99 +70,158 @@ def encode(
         max_length=max_length,
         prompt_style=gve.prompt_style,
     )
-    rank, world = (
-        (dist.get_rank(), dist.get_world_size()) if cache and dist.is_initialized() else (0, 1)
-    )
-    keys, first, failed, lock = [item_key(item) for item in items], {}, {}, threading.Lock()
+    cache = cache or NoCache()
+    rank, world = 0, 1
+    if cache.shared_by_ranks and dist.is_initialized():
+        rank = dist.get_rank()
+        world = dist.get_world_size()
+
+    # Dedupe: among equal items only the first is encoded.
+    keys = [item_key(item) for item in items]
+    first = {}  # key -> index of its first item
     for i, key in enumerate(keys):
         first.setdefault(key, i)
-    order = sorted(
-        first.values(),
-        key=lambda i: ["video" in items[i], "image" in items[i], len(items[i].get("text") or "")],
-    )
-    vectors = (
-        torch.full((len(items), gve.dim), torch.nan)
-        if cache is None
-        else cache.allocate(len(items), gve.dim)
-    )
-    known = cache.open(instruction, collate).read(first, vectors) if cache else set()
 
-    training, todo = gve.training, [i for i in order[rank::world] if i not in known]
+    # Plan: what the cache lacks, items of like kind and length side by side, dealt out to ranks.
+    cache.open(
+        {
+            "instruction": instruction,
+            "frames": frames,
+            "max_tokens": max_tokens,
+            "max_length": max_length,
+        }
+    )
+    vectors = cache.allocate(len(items), gve.dim)
+    known = cache.read(first, vectors)
+    order = sorted(first.values(), key=lambda i: kind_and_length(items[i]))
+    todo = [i for i in order[rank::world] if i not in known]
+
+    # Run.
+    failed = {}
+    was_training = gve.training
     gve.eval()
     with tqdm(total=len(todo), desc=desc, disable=desc is None or rank > 0, leave=False) as bar:
-        pool = DecoderPool(
-            lambda i: collate.prepare(items[i], instruction),
-            lambda i: str(items[i]),
-            workers=workers,
-            seconds=seconds,
-            fork_lock=lock,
-        )
-        stream = pool.map(todo, lend_threads=True)
-        for batch in _batches(stream, failed, batch_tokens):
-            with lock:
-                vectors[list(batch)] = made = (
-                    gve(to_device(collate.batch(batch.values(), raw=True), gve.device))
-                    .float()
-                    .cpu()
-                )
-            if cache:
-                cache.add([{"key": keys[i], "item": items[i]} for i in batch], made)
+        for batch, made in run(
+            gve, collate, items, instruction, todo, batch_tokens, workers, seconds, failed
+        ):
+            vectors[batch] = made
+            cache.add([{"key": keys[i], "item": items[i]} for i in batch], made)
             bar.update(len(batch))
-    gve.train(training)
-    if cache:
-        cache.flush()
+    gve.train(was_training)
+    cache.flush()
+
+    # Expand: take in the other ranks' vectors, then copy each first item's to its equals.
     if world > 1:
-        failed = dict(
-            collections.ChainMap(*all_gather_object(failed))
-        )  # all shards are on the disk when this returns
+        for others in all_gather_object(failed):  # a barrier: all vectors are on disk after it
+            failed = failed | others
         cache.read(first, vectors)
-    again = [i for i, key in enumerate(keys) if first[key] != i]
-    vectors[again] = vectors[[first[keys[i]] for i in again]]
-    return vectors, {i: failed[first[key]] for i, key in enumerate(keys) if first[key] in failed}
+    equals = [i for i, key in enumerate(keys) if first[key] != i]
+    vectors[equals] = vectors[[first[keys[i]] for i in equals]]
+    reasons = {i: failed[first[key]] for i, key in enumerate(keys) if first[key] in failed}
+    return vectors, reasons
+
+
+def kind_and_length(item):
+    """Return a sort key: texts, images, videos, both; short texts before long ones."""
+    return "video" in item, "image" in item, len(item.get("text") or "")
+
+
+def run(gve, collate, items, instruction, todo, batch_tokens, workers, seconds, failed):
+    """Decode and embed items[i] for i in todo -> yield ([i, ...], vectors (b, D)) per batch.
+
+    failed: dict that gets {i: reason} of the items that cannot be decoded.
+    """
+    lock = threading.Lock()  # held while the model runs: no decoder may be forked meanwhile
+    pool = DecoderPool(
+        lambda i: collate.prepare(items[i], instruction),
+        lambda i: str(items[i]),
+        workers=workers,
+        seconds=seconds,
+        fork_lock=lock,
+    )
+    decoded = pool.map(todo, lend_threads=True)
+    for batch in batches_by_tokens(decoded, batch_tokens, failed):
+        with lock:
+            inputs = collate.batch(batch.values(), raw=True)
+            vectors = gve(to_device(inputs, gve.device)).float().cpu()
+        yield list(batch), vectors
+
+
+def batches_by_tokens(decoded, batch_tokens, failed):
+    """Group (i, sample) into {i: sample} of at most batch_tokens tokens, padding included.
+
+    A longer sample is a batch of its own. A Failed in a sample's place goes to failed[i].
+    """
+    batch = {}
+    width = 0  # tokens of the longest sample
+    for i, sample in decoded:
+        if isinstance(sample, Failed):
+            failed[i] = sample.reason
+            continue
+        width = max(width, len(sample["ids"]))
+        if batch and width * (len(batch) + 1) > batch_tokens:
+            yield batch
+            batch = {}
+            width = len(sample["ids"])
+        batch[i] = sample
+    if batch:
+        yield batch
 
 
 def top_k(queries, corpus, k, *, block=16384, query_block=1024):
-    """Find each query's k best corpus rows by inner product, exactly, ties by corpus order; rows with a NaN are never found.
+    """Find each query's k best corpus rows by inner product, exactly, ties by corpus order.
 
-    queries (N, D), corpus (M, D), any float dtype, tensors or memory maps; computed in float32 on the queries' device
-    -> (scores (N, k) float32, indices (N, k) int64) on the CPU, -inf and -1 where there are fewer than k rows to find.
-    The corpus is read once, in blocks: extra memory is (N + block) x D and some query_block x block floats, whatever M is.
+    queries (N, D), corpus (M, D): tensors, arrays or memory maps of any float dtype; computed in
+    float32 on the queries' device. Rows with a NaN are never found.
+    -> scores (N, k) float32 and indices (N, k) int64 on the CPU, -inf and -1 where fewer than k
+    rows can be found; k is M if that is less.
+
+    The corpus is read once, in blocks, so memory does not grow with M.
     """
-    queries, k, start = _tensor(queries).float(), min(k, len(corpus)), 0
-    best_s = queries.new_full((len(queries), k), -torch.inf)
-    best_i = torch.full_like(best_s, -1, dtype=torch.int64)
-    while start < len(corpus):
-        # Blocks grow, few scores of a late one beat the k-th best, and picking these is far cheaper than torch.topk
-        stop = min(start + min(max(4 * k, 3 * start), block), len(corpus))
-        c = _tensor(corpus[start:stop]).to(queries)
-        for own in (slice(row, row + query_block) for row in range(0, len(queries), query_block)):
-            scores = queries[own] @ c.T  # (Q, stop - start)
-            row, column = (scores > best_s[own, -1:]).nonzero(
-                as_tuple=True
-            )  # in corpus order; equal ones come too late
-            count = row.bincount(minlength=len(scores))
-            place = k + torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row]
-            s = F.pad(
-                best_s[own], (0, int(count.max())), value=-torch.inf
-            )  # the best so far, then each row's better ones
-            i = F.pad(best_i[own], (0, int(count.max())), value=-1)
-            s[row, place], i[row, place] = scores[row, column], column + start
-            s, order = s.sort(
-                dim=1, descending=True, stable=True
-            )  # stable: corpus order among equal scores
-            best_s[own], best_i[own] = s[:, :k], i.gather(1, order)[:, :k]
-        start = stop
-    return best_s.cpu(), best_i.cpu()
+    queries = as_tensor(queries).float()
+    k = min(k, len(corpus))
+    scores = queries.new_full((len(queries), k), -torch.inf)
+    indices = torch.full_like(scores, -1, dtype=torch.int64)
+
+    for start in range(0, len(corpus), block):
+        part = as_tensor(corpus[start : start + block]).to(queries)  # (C, D)
+        for row in range(0, len(queries), query_block):
+            own = slice(row, row + query_block)
+            new = queries[own] @ part.T  # (Q, C)
+            new = new.masked_fill(new.isnan(), -torch.inf)
+            both = torch.cat([scores[own], new], dim=1)  # (Q, k + C), equals in corpus order
+
+            # torch.topk picks any of several equal scores. Where its choice is open, at the k-th
+            # place, that row is sorted instead; ties are rare and sorting takes ten times as long.
+            best, columns = both.topk(k + 1)
+            columns = columns[:, :k]
+            open_choice = best[:, k - 1] == best[:, k]
+            in_order = both[open_choice].sort(dim=1, descending=True, stable=True).indices
+            columns[open_choice] = in_order[:, :k]
+
+            # Equal scores among the k: by column, that is, in corpus order.
+            columns = columns.sort(dim=1).values
+            scores[own], order = both.gather(1, columns).sort(dim=1, descending=True, stable=True)
+            columns = columns.gather(1, order)
+            earlier = indices[own].gather(1, columns.clamp(max=k - 1))
+            indices[own] = torch.where(columns < k, earlier, start + columns - k)
+
+    indices[scores == -torch.inf] = -1
+    return scores.cpu(), indices.cpu()
 
 
-def _tensor(x):
-    return (
-        torch.from_numpy(np.array(x)) if isinstance(x, np.ndarray) else torch.as_tensor(x)
-    )  # a copy: memory maps are read-only
+def as_tensor(x):
+    """Return a tensor; an array is copied, since a memory map cannot be written to."""
+    if isinstance(x, np.ndarray):
+        return torch.from_numpy(np.array(x))
+    return torch.as_tensor(x)
 
 
 @dataclasses.dataclass
 class Flags:
+    items: str = flag(
+        ..., 'JSON lines: an item per line, with an "id" if you like', positional=True
+    )
     ckpt: str = flag("runs/gve-mini", "checkpoint folder or hub id")
     out: str = flag("runs/vectors", "folder to write")
     instruction: str = flag("", "system turn for every item; empty: the default one")
@@ -175,26 +229,32 @@ class Flags:
     root: list[str] = flag([], "more folders that media may lie in")
     batch_tokens: int = flag(4096, "tokens per forward, padding included")
     workers: int = flag(2, "decoding processes per rank; 0 decodes inline")
-    seconds: float = flag(60, "time a worker has for a clip, in seconds")
+    seconds: float = flag(60, "time limit of a worker for one clip, in seconds")
     frames: int = flag(8, "frames per video, even")
     max_tokens: int = flag(200, "vision tokens per video frame")
-    device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "torch device")
+    device: str = flag("", "cpu or cuda; empty: cuda if there is one")
 
 
-def main(path, flags):
-    rows, items, failed = list(read_jsonl(path)), [], {}
+def main(flags):
+    rows = list(read_jsonl(flags.items))  # of (line number, dict)
     if not rows:
-        raise ValueError(f"{path}: no items")
+        raise ValueError(f"{flags.items}: no items")
+
+    # A row that cannot be used keeps its place, so that vectors stay in line with rows.
+    folder = os.path.dirname(os.path.abspath(flags.items))
+    items = []
+    failed = {}  # index -> reason
     for i, (number, row) in enumerate(rows):
         try:
-            items.append(resolve(row, os.path.dirname(os.path.abspath(path)), flags.root))
+            items.append(resolve(row, folder, flags.root))
         except (ValueError, FileNotFoundError) as error:
-            failed[i] = f"{path}:{number}: {error}"
-            items.append({"text": " "})  # holds the place; its vector is blanked below
+            failed[i] = f"{flags.items}:{number}: {error}"
+            items.append({"text": " "})
+
     rank, _, device = join_ranks(flags.device)
     out = Path(flags.out)
     gve = GVE.from_pretrained(flags.ckpt, device=device, prompt_style=flags.prompt_style)
-    vectors, more = encode(
+    vectors, reasons = encode(
         gve,
         items,
         flags.instruction or None,
@@ -209,34 +269,30 @@ def main(path, flags):
     leave_ranks()
     if rank > 0:
         return
-    failed = {**{i: f"{path}:{rows[i][0]}: {reason}" for i, reason in more.items()}, **failed}
+
+    for i, reason in reasons.items():
+        number, _ = rows[i]
+        failed.setdefault(i, f"{flags.items}:{number}: {reason}")
     vectors[list(failed)] = torch.nan
-    lines = [
-        {
-            "id": row.get("id", str(i)),
-            "line": number,
-            **({"error": failed[i]} if i in failed else {}),
-        }
-        for i, (number, row) in enumerate(rows)
-    ]
+    lines = []
+    for i, (number, row) in enumerate(rows):
+        line = {"id": row.get("id", str(i)), "line": number}
+        if i in failed:
+            line["error"] = failed[i]
+        lines.append(line)
+
     with whole_file(out / "vectors.npy", "wb") as file:
         np.save(file, vectors.numpy())
-    write_jsonl(out / "items.jsonl", lines)
-    print(
-        *failed.values(),
-        f"{out}: {len(rows) - len(failed)} of {len(rows)} items embedded, dim {gve.dim}",
-        sep="\n",
-    )
+    with whole_file(out / "items.jsonl") as file:
+        for line in lines:
+            file.write(json.dumps(line) + "\n")
+    for i in sorted(failed):
+        print(failed[i])
+    print(f"{out}: {len(rows) - len(failed)} of {len(rows)} items embedded, dim {gve.dim}")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
-        sys.exit(
-            __doc__
-            if sys.argv[1:] not in (["-h"], ["--help"])
-            else parse_flags(Flags, sys.argv[1:], __doc__)
-        )
     try:
-        main(sys.argv[1], parse_flags(Flags, sys.argv[2:], __doc__))
+        main(parse_flags(Flags, doc=__doc__))
     except (ValueError, OSError) as problem:
         sys.exit(f"embed.py: {problem}")

@@ -1,23 +1,27 @@
 """GVE: any mix of text, image and video -> one unit vector (arXiv 2510.27571, sections 4 and A.7).
 
-The embedder is Qwen2.5-VL without its language-model head. An item becomes one chat turn that ends in `<|endoftext|>`; its vector
-is the last hidden state at that token, L2-normalised in float32. Only LoRA weights on the language model are trained.
+The embedder is a Qwen-VL model without its language-model head. An item becomes one chat turn that
+ends in `<|endoftext|>`; its vector is the last hidden state at that token, L2-normalised in
+float32. Only LoRA weights on the language model are trained.
 
     from model import GVE
-    gve = GVE.from_pretrained("mini/prober")                    # or Qwen/Qwen2.5-VL-3B-Instruct, a LoRA folder, a merged folder
-    v = gve.embed([{"video": "a.mp4"}, {"text": "a red ball falls", "image": "b.png"}])       # (2, D) float32
+    gve = GVE.from_pretrained("mini/prober")  # or a hub id, a LoRA folder, a merged folder
+    v = gve.embed([{"video": "a.mp4"}, {"text": "a red ball falls", "image": "b.png"}])  # (2, D)
 
-    python model.py                                             # prints the sizes of mini/base with LoRA, in seconds
+    python model.py [CHECKPOINT]  # print a checkpoint's sizes with LoRA (mini/base), in seconds
 
-Legend: B batch, T tokens, D embedding dim (hidden size), V vision tokens after merging, P patches before merging.
+Another pooling is a function in POOLINGS, another Qwen-VL a row of BACKBONES.
+
+Legend: B batch, T tokens, D embedding dim (hidden size), V vision tokens after merging, P patches.
 """
 
 import copy
+import dataclasses
 import importlib.metadata
 import json
 import os
 import shutil
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -26,6 +30,7 @@ import torch.nn.functional as F
 from peft import (
     LoraConfig,
     PeftConfig,
+    PeftModel,
     get_peft_model,
     get_peft_model_state_dict,
     set_peft_model_state_dict,
@@ -40,91 +45,52 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-from data import DEFAULT_INSTRUCTION, END, IMAGE_TOKENS, MIN_TOKENS, Collator, normalise
-from kernels import windows  # registers the attention that load_backbone names
-
-# Table 9: r 16, alpha 32, dropout 0.1 on q, k, v, up, gate, down of the language model; o_proj is not in the list. The expression
-# has to name the language model, because the vision tower's MLP has the same three projection names.
-LORA = dict(
-    r=16,
-    lora_alpha=32,
-    lora_dropout=0.1,
-    bias="none",
-    task_type="FEATURE_EXTRACTION",
-    target_modules=r".*language_model\.layers\.\d+\.(self_attn\.[qkv]_proj|mlp\.(up|gate|down)_proj)",
+from data import (
+    ANSWER_START,
+    DEFAULT_INSTRUCTION,
+    END,
+    IMAGE_TOKENS,
+    MIN_TOKENS,
+    SYSTEM_START,
+    TURN_END,
+    USER_START,
+    VISION_BLOCK,
+    Collator,
+    normalise,
 )
+from kernels import windows
+from support.files import parse_json
+from support.flags import flag, parse_flags
 
-# What the checkpoints were trained on, as a chat template: video, image, text in that order, the pooled token at the very end.
-CHAT_TEMPLATE = (
-    """{%- if messages[0].role != 'system' %}
-{{- '<|im_start|>system\\n"""
-    + DEFAULT_INSTRUCTION
-    + """<|im_end|>\\n' }}{%- endif %}
-{%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n' }}
-{%- if message.content is string %}{{- message.content }}{%- else %}
-{%- for part in message.content if part.type == 'video' %}{{- '<|vision_start|><|video_pad|><|vision_end|>' }}{%- endfor %}
-{%- for part in message.content if part.type == 'image' %}{{- '<|vision_start|><|image_pad|><|vision_end|>' }}{%- endfor %}
-{%- for part in message.content if part.type == 'text' %}{{- part.text }}{%- endfor %}
-{%- endif %}{{- '<|im_end|>\\n' }}{%- endfor %}
-{{- '<|im_start|>assistant\\n"""
-    + END
-    + """' }}"""
-)
-
-# The same pooling and normalisation for sentence-transformers >= 5.4, which then loads a checkpoint folder by itself.
-FORWARD = {"method": "forward", "method_output_name": "last_hidden_state"}
-SENTENCE_TRANSFORMERS = {
-    "modules.json": [
-        {
-            "idx": 0,
-            "name": "0",
-            "path": "",
-            "type": "sentence_transformers.base.modules.transformer.Transformer",
-        },
-        {
-            "idx": 1,
-            "name": "1",
-            "path": "1_Pooling",
-            "type": "sentence_transformers.sentence_transformer.modules.pooling.Pooling",
-        },
-        {
-            "idx": 2,
-            "name": "2",
-            "path": "2_Normalize",
-            "type": "sentence_transformers.base.modules.normalize.Normalize",
-        },
-    ],
-    "sentence_bert_config.json": {
-        "transformer_task": "feature-extraction",
-        "module_output_name": "token_embeddings",
-        "modality_config": {
-            "text": FORWARD,
-            "image": FORWARD,
-            "video": FORWARD,
-            "message": FORWARD | {"format": "structured"},
-        },
-    },
-    "1_Pooling/config.json": {
-        "embedding_dimension": None,
-        "pooling_mode": "lasttoken",
-        "include_prompt": True,
-    },
-    "2_Normalize/config.json": {
-        "module_input_name": "sentence_embedding",
-        "module_output_name": "sentence_embedding",
-    },
+# Table 9. The modules that LoRA is put on depend on the backbone: BackboneSpec.lora_targets.
+LORA = {
+    "r": 16,
+    "lora_alpha": 32,
+    "lora_dropout": 0.1,
+    "bias": "none",
+    "task_type": "FEATURE_EXTRACTION",
 }
+FRAME_TOKENS = 200  # most vision tokens per video frame (section 4.1)
 
 
 def last_token_pool(hidden, attention_mask):
-    """Return the hidden state at each row's last attended token, whatever the padding side (section A.7).
+    """Return the hidden state at each row's last attended token, padded left or right (A.7).
 
     hidden (B, T, D); attention_mask (B, T) of 0 and 1 -> (B, D)
     """
-    last = (
-        hidden.shape[1] - 1 - attention_mask.flip(1).argmax(1)
-    )  # (B,) argmax finds the first 1 from the right
+    # argmax finds the first 1 from the right.
+    last = hidden.shape[1] - 1 - attention_mask.flip(1).argmax(1)  # (B,)
     return hidden[torch.arange(len(hidden), device=hidden.device), last]
+
+
+def mean_pool(hidden, attention_mask):
+    """Return the mean hidden state over each row's attended tokens: (B, T, D), (B, T) -> (B, D)."""
+    padding = attention_mask[..., None] == 0  # (B, T, 1)
+    return hidden.masked_fill(padding, 0).sum(1) / attention_mask.sum(1, keepdim=True)
+
+
+# A checkpoint's gve.json names its pooling; one that says nothing was trained with "last_token".
+POOLINGS = {"last_token": last_token_pool, "mean": mean_pool}
 
 
 def mrope_positions(
@@ -137,217 +103,364 @@ def mrope_positions(
     tokens_per_second=2,
     merge_size=2,
 ):
-    """Compute Qwen2.5-VL's three-axis rotary positions without a loop over tokens and without a host sync.
+    """Compute Qwen2.5-VL's three-axis rotary positions, without a loop over tokens or a host sync.
 
-    Text counts up by one on all three axes. A vision block that starts at position p puts its token (i, y, x) at
-    (p + floor(i * s * tokens_per_second), p + y, p + x), and text goes on at the block's largest position plus one. This is
-    transformers 4.51.3's rule; later versions truncate s to whole seconds or let the text begin inside the video's time range.
-    # PAPER: "1.0 FPS" and 8 frames per clip of any length exclude each other; s is the true time between two temporal grids.
+    Text counts up by one on all three axes. A vision block that starts at position p puts its token
+    (i, y, x) at (p + floor(i * s * tokens_per_second), p + y, p + x); the text after it goes on at
+    the block's largest position plus one. This is transformers 4.51.3's rule; later versions
+    truncate s to whole seconds or let the text begin inside the video's time range.
+    # PAPER: "1.0 FPS" and 8 frames per clip of any length exclude each other; s is the true time
+    between two temporal grids.
 
-    token_types (B, T): 0 text, 1 image, 2 video; attention_mask (B, T); grids (n, 3) in patches (t, h, w), ordered as the blocks
-    appear row by row; second_per_grid_ts (n_videos,) s in seconds, float32 -> (3, B, T) int64, 0 on padding
+    token_types (B, T): 0 text, 1 image, 2 video; attention_mask (B, T); image_grid_thw and
+    video_grid_thw (n, 3): each block's patches (t, h, w), blocks in the order of the rows;
+    second_per_grid_ts (n_videos,): s in seconds, float32 -> (3, B, T) int64, 0 on padding
     """
     B, T = token_types.shape
     device = token_types.device
     vision = (token_types > 0) & attention_mask.bool()
-    start = vision & ~F.pad(vision, (1, 0))[:, :-1]  # (B, T) first tokens: blocks never touch
-    grid = torch.full((B, T, 3), merge_size, device=device)  # so that text divides by 1 below
-    rate = torch.ones(
-        B, T, device=device
-    )  # seconds per temporal grid; an image has one grid, so its rate is never used
+    # Text separates blocks, so a block starts where the token before it is no vision token.
+    start = vision & ~F.pad(vision, (1, 0))[:, :-1]  # (B, T)
+
+    # Give every vision token the grid of its block, and video tokens their seconds per grid.
+    grid = torch.full((B, T, 3), merge_size, device=device)  # text: never divides by 0 below
+    rate = torch.ones(B, T, device=device)  # an image is one grid, so its rate has no effect
     for kind, grids in ((1, image_grid_thw), (2, video_grid_thw)):
         if grids is None:
             continue
         of_kind = vision & (token_types == kind)
-        block = (start & of_kind).flatten().long().cumsum(0).view(
-            B, T
-        ) - 1  # (B, T) which row of `grids` a token belongs to
+        block = (start & of_kind).flatten().long().cumsum(0).view(B, T) - 1  # row of `grids`
         block = block.clamp(0, len(grids) - 1)
         grid = torch.where(of_kind[..., None], grids.to(device)[block], grid)
         if kind == 2:
             seconds = torch.as_tensor(second_per_grid_ts, dtype=torch.float32, device=device)
             rate = torch.where(of_kind, seconds[block], rate)
-    t, h, w = grid[..., 0], grid[..., 1] // merge_size, grid[..., 2] // merge_size
+    t = grid[..., 0]
+    h = grid[..., 1] // merge_size
+    w = grid[..., 2] // merge_size
+
+    # The index of a token inside its block gives its offset from the block's first position.
     column = torch.arange(T, device=device).expand(B, T)
     first = (
         torch.where(start, column, 0).cummax(1).values
-    )  # (B, T) column where the current block began
-    i = column - first  # index inside the block
+    )  # (B, T) column of the block's first token
+    i = column - first
     time = (i // (h * w) * rate * tokens_per_second).long()
+    inside = torch.stack([time, i % (h * w) // w, i % w])  # (3, B, T)
+
+    # A block moves the positions after it by its largest extent, a text token by one.
     extent = torch.stack([((t - 1) * rate * tokens_per_second).long(), h - 1, w - 1]).amax(0) + 1
-    advance = torch.where(
-        vision, torch.where(start, extent, 0), attention_mask.long()
-    )  # blocks advance at their first token
+    advance = torch.where(vision, torch.where(start, extent, 0), attention_mask.long())
     base = advance.cumsum(1) - advance
     base_of_block = base.gather(1, first)
-    inside = torch.stack([time, i % (h * w) // w, i % w])  # (3, B, T)
     return torch.where(vision, base_of_block + inside, base) * attention_mask.long()
 
 
-class GVE(nn.Module):
-    """Qwen2.5-VL as an embedder. `backbone` is transformers' Qwen2_5_VLModel (wrapped by PEFT when it carries LoRA)."""
+# The seam for backbones: nothing outside this section asks which Qwen-VL a checkpoint is.
 
-    def __init__(self, backbone, processor, base="", info=None, prompt_style=""):
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """The sizes of a checkpoint's vision input, read from its config."""
+
+    patch_size: int  # pixels along the side of a patch
+    temporal_patch_size: int  # frames in a patch
+    patch_values: int  # numbers in a flattened patch: channels x frames x height x width
+    merge_size: int  # patches along the side of a vision token
+    token_side: int  # pixels along the side of a vision token
+    window_size: int  # pixels along the side of the vision tower's windows; 0: no windows
+    tokens_per_second: float  # temporal positions per second of video
+
+
+@dataclasses.dataclass(frozen=True)
+class BackboneSpec:
+    """A row of BACKBONES: everything that one family of Qwen-VL does in its own way.
+
+    A family whose vision features enter the language model at several layers returns them as
+    further keyword arguments from `language_inputs`.
+    """
+
+    name: str  # for messages
+    config_class: type
+    model_class: type  # without the language-model head
+    generation_class: type  # with the head; merged checkpoints are saved in its layout
+    processor_class: type
+    token_side: int  # as in Geometry, for code that has no checkpoint at hand
+    tokens_per_second: float  # as in Geometry, where the config has no such field
+    lora_targets: str  # regular expression that matches the adapted modules' full names
+    positions: Callable  # with the arguments and the result of mrope_positions
+    encode_media: Callable  # (core, kind, pixels, grids) -> one (V, D) tensor per medium
+    language_inputs: Callable  # (core, batch) -> the language model's keyword arguments
+    install_fixes: Callable  # (vision tower) -> None: change it in place after loading
+
+    def read_geometry(self, config):
+        """Read the sizes of the vision input from a checkpoint's config."""
+        vision = config.vision_config
+        patch_pixels = vision.patch_size**2
+        return Geometry(
+            patch_size=vision.patch_size,
+            temporal_patch_size=vision.temporal_patch_size,
+            patch_values=vision.in_channels * vision.temporal_patch_size * patch_pixels,
+            merge_size=vision.spatial_merge_size,
+            token_side=vision.patch_size * vision.spatial_merge_size,
+            window_size=getattr(vision, "window_size", 0),
+            tokens_per_second=getattr(vision, "tokens_per_second", self.tokens_per_second),
+        )
+
+
+def encode_media(core, kind, pixels, grids):
+    """Run the vision tower over a batch's images or videos.
+
+    kind: "image" or "video"; pixels (P, patch_values); grids (n, 3) -> n tensors (V, D)
+    """
+    if kind == "image":
+        return core.get_image_features(pixels, grids).pooler_output
+    return core.get_video_features(pixels, grids).pooler_output
+
+
+@torch.no_grad()  # token embeddings and vision tower are frozen
+def embeds_with_features(core, batch):
+    """Look up token embeddings and put vision features in the places of the placeholder tokens.
+
+    core: the backbone; batch: from GVE.encode_vision -> {"inputs_embeds": (B, T, D)}
+    """
+    ids = batch["input_ids"]  # (B, T)
+    embeds = core.get_input_embeddings()(ids)  # (B, T, D)
+    placeholders = {"image": core.config.image_token_id, "video": core.config.video_token_id}
+
+    for kind, token in placeholders.items():
+        if f"{kind}_features" not in batch:
+            continue
+        features = torch.cat([media.to(embeds) for media in batch[f"{kind}_features"]])  # (V, D)
+        place = (ids == token)[..., None]  # (B, T, 1)
+        count = int(place.sum())  # a sync point: masked_scatter would accept too many features
+        assert count == len(features), f"{count} placeholders for {len(features)} features"
+        embeds = embeds.masked_scatter(place, features)
+    return {"inputs_embeds": embeds}
+
+
+# By the model_type of a checkpoint's config.json.
+BACKBONES = {
+    "qwen2_5_vl": BackboneSpec(
+        name="Qwen2.5-VL",
+        config_class=Qwen2_5_VLConfig,
+        model_class=Qwen2_5_VLModel,
+        generation_class=Qwen2_5_VLForConditionalGeneration,
+        processor_class=Qwen2_5_VLProcessor,
+        token_side=28,
+        tokens_per_second=2,
+        # Table 9: q, k, v, up, gate, down of the language model; o_proj is not in its list. The
+        # pattern names the language model because the vision tower's MLP has the same projections.
+        lora_targets=r".*language_model\.layers\.\d+\.(self_attn\.[qkv]_proj|mlp\.(up|gate|down)_proj)",
+        positions=mrope_positions,
+        encode_media=encode_media,
+        language_inputs=embeds_with_features,
+        install_fixes=windows.install,
+    )
+}
+
+
+class GVE(nn.Module):
+    """A Qwen-VL model as an embedder.
+
+    backbone: transformers' model without its head, wrapped by PEFT when it carries LoRA; core: the
+    same without PEFT's wrapper, LoRA layers in place; spec: its row of BACKBONES; geometry: its
+    sizes; base: folder or hub id of the full weights; info: the checkpoint's gve.json; dim: D.
+    """
+
+    def __init__(
+        self,
+        backbone,
+        processor,
+        spec,
+        *,
+        base="",
+        info=None,
+        pooling="last_token",
+        prompt_style="system",
+    ):
         super().__init__()
         self.backbone = backbone
+        self.has_lora = isinstance(backbone, PeftModel)
+        core = backbone.get_base_model() if self.has_lora else backbone
+        # Bypass nn.Module: as a second submodule, it would be in state_dict twice.
+        object.__setattr__(self, "core", core)
         self.processor = processor
-        self.base = base  # what the adapter sits on: a folder or a hub id
-        self.info = info or {}  # the checkpoint's gve.json
-        self.prompt_style = prompt_style or self.info.get("prompt_style", "system")
+        self.spec = spec
+        self.geometry = spec.read_geometry(core.config)
+        self.dim = core.config.text_config.hidden_size
+
+        self.base = base
+        self.info = info or {}
+        self.pooling = pooling
+        self.prompt_style = prompt_style
 
     @classmethod
     def from_pretrained(
-        cls, path, *, dtype=None, device=None, lora=False, base=None, prompt_style=""
+        cls,
+        path,
+        *,
+        dtype=None,
+        device=None,
+        lora=False,
+        base=None,
+        pooling="",
+        prompt_style="",
     ):
-        """Load a Qwen2.5-VL checkpoint, a LoRA adapter on one, or a merged folder; local folder or hub id, safetensors only.
+        """Load a Qwen-VL checkpoint, a LoRA adapter on one, or a merged folder; safetensors only.
 
-        path: str or Path. dtype: torch dtype or its name, default bfloat16 on CUDA and float32 elsewhere. device: default CPU.
-        lora: True or a dict of LoraConfig fields adds a fresh, trainable adapter; an adapter folder's own becomes trainable.
-        base: overrides the adapter's own record of its base model. prompt_style: data.Collator's; empty: gve.json's, or "system".
-        Raises ValueError when files are missing or a tensor finds no place.
+        path: folder (str or Path) or hub id. dtype: torch dtype or its name, default bfloat16 on
+        CUDA and float32 elsewhere. device: default CPU. lora: True or a dict of LoraConfig fields
+        adds a fresh, trainable adapter, or makes the adapter of an adapter folder trainable. base:
+        replaces the base model that the adapter names. pooling: a name in POOLINGS; prompt_style:
+        see data.Collator; by default those of gve.json, else "last_token" and "system".
+        Raises ValueError where a file is missing, a tensor has no place, or the model type or the
+        pooling is unknown.
         """
-        device, path = torch.device(device or "cpu"), str(path)
-        dtype = dtype or ("bfloat16" if device.type == "cuda" else "float32")
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        if not os.path.exists(path) and (path.count("/") != 1 or path.startswith((".", "/"))):
+        path = str(path)
+        is_hub_id = path.count("/") == 1 and not path.startswith((".", "/"))
+        if not os.path.exists(path) and not is_hub_id:
             raise ValueError(f"{path}: neither a checkpoint folder nor a hub id (owner/name)")
-        is_adapter = _file(path, "adapter_config.json") is not None
-        base = (
-            find_base(base or PeftConfig.from_pretrained(path).base_model_name_or_path, path)
-            if is_adapter
-            else path
-        )
-        try:
-            processor = Qwen2_5_VLProcessor.from_pretrained(path)
-        except (
-            OSError,
-            ValueError,
-            TypeError,
-            ImportError,
-        ) as error:  # transformers raises any of these for absent files
-            name = (
-                path if os.path.exists(path) else f"{path} (a hub id, for there is no such folder)"
-            )
-            raise ValueError(
-                f"{name}: no usable processor (its config, tokenizer.json): {str(error).splitlines()[0]}"
-            ) from error
-        backbone = load_backbone(base, dtype)
-        backbone.requires_grad_(False)
+
+        device = torch.device(device or "cpu")
+        if not dtype:
+            dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        elif isinstance(dtype, str):
+            dtype = getattr(torch, dtype)
+
+        info = {}
+        info_file = checkpoint_file(path, "gve.json")
+        if info_file:
+            info = parse_json(Path(info_file).read_bytes(), info_file)
+        pooling = pooling or info.get("pooling", "last_token")
+        if pooling not in POOLINGS:
+            accepted = ", ".join(POOLINGS)
+            raise ValueError(f"{path}: pooling {pooling!r} is unknown; accepted: {accepted}")
+
+        is_adapter = checkpoint_file(path, "adapter_config.json") is not None
         if is_adapter:
-            backbone = _attach_adapter(backbone, path, lora)
+            base = find_base(base or PeftConfig.from_pretrained(path).base_model_name_or_path, path)
+        else:
+            base = path
+        spec = find_spec(base)
+        processor = load_processor(path, spec)
+        backbone = load_backbone(base, spec, dtype)
+        backbone.requires_grad_(False)
+
+        if is_adapter:
+            backbone = load_adapter(backbone, path, lora)
         elif lora:
-            config = LoraConfig(
-                **{**LORA, **(lora if isinstance(lora, dict) else {})},
-                base_model_name_or_path=str(base),
-            )
-            backbone = get_peft_model(
-                backbone, config
-            )  # LoRA weights in float32 over a bfloat16 base (autocast_adapter_dtype)
-            backbone.peft_config["default"].base_model_name_or_path = str(base)
-        backbone.apply(
-            lambda layer: setattr(layer, "cast_input_dtype_enabled", dtype != torch.bfloat16)
-        )  # as autocast does
-        info = json.loads(Path(file).read_text()) if (file := _file(path, "gve.json")) else {}
-        return cls(backbone, processor, base, info, prompt_style).to(device).eval()
+            fields = {**LORA, "target_modules": spec.lora_targets}
+            if isinstance(lora, dict):
+                fields |= lora
+            # PEFT keeps LoRA weights in float32 over a bfloat16 base (autocast_adapter_dtype).
+            backbone = get_peft_model(backbone, LoraConfig(**fields))
+        for module in backbone.modules():
+            # LoRA layers must not cast their inputs to float32 where forward's autocast decides.
+            module.cast_input_dtype_enabled = dtype != torch.bfloat16
 
-    @property
-    def core(self):
-        """The Qwen2_5_VLModel inside, with LoRA layers in place where there are any."""
-        return (
-            self.backbone.get_base_model()
-            if hasattr(self.backbone, "peft_config")
-            else self.backbone
+        gve = cls(
+            backbone,
+            processor,
+            spec,
+            base=base,
+            info=info,
+            pooling=pooling,
+            prompt_style=prompt_style or info.get("prompt_style", "system"),
         )
-
-    @property
-    def dim(self):
-        return self.core.config.text_config.hidden_size
+        return gve.to(device).eval()
 
     @property
     def device(self):
+        """The device of the weights."""
         return next(self.parameters()).device
 
     def lora_parameters(self):
-        """Return {name: tensor} of what is trained: the LoRA weights and nothing else."""
+        """Return {name: tensor} of the trained parameters: the LoRA weights and nothing else."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def positions(self, batch):
-        """M-RoPE positions (3, B, T) of a collated batch."""
-        config = self.core.config.vision_config
-        return mrope_positions(
+        """Compute the position_ids (3, B, T) of a collated batch."""
+        return self.spec.positions(
             batch["mm_token_type_ids"],
             batch["attention_mask"],
             batch.get("image_grid_thw"),
             batch.get("video_grid_thw"),
             batch.get("second_per_grid_ts"),
-            tokens_per_second=config.tokens_per_second,
-            merge_size=config.spatial_merge_size,
+            tokens_per_second=self.geometry.tokens_per_second,
+            merge_size=self.geometry.merge_size,
         )
 
     @torch.no_grad()
     def encode_vision(self, batch):
-        """Run the frozen vision tower, once: a collated batch, raw or not -> the batch with `image_features` and
-        `video_features`, one (V, D) per medium, in place of pixels. What the collator's store lacks is written to it."""
+        """Replace a batch's pixels by the features that the frozen vision tower gives.
+
+        batch: from data.Collator, raw or not. Returns a new dict with `image_features` and
+        `video_features`, lists of one (V, D) tensor per medium. Features that the collator found in
+        its store are kept, and a batch that was encoded before comes back as it is.
+        """
         batch = dict(batch)
-        for kind, pixels in (
-            ("image", batch.pop("pixel_values", None)),
-            ("video", batch.pop("pixel_values_videos", None)),
-        ):
-            if pixels is None:
+        for kind, key in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+            if key not in batch:
                 continue
-            encode = getattr(self.core, f"get_{kind}_features")
+            pixels = batch.pop(key)  # (P, patch_values)
             if pixels.dtype == torch.uint8:
                 pixels = normalise(pixels, getattr(self.processor, f"{kind}_processor"))
+
             grids = batch[f"{kind}_grid_thw"]
             features = list(batch.get(f"{kind}_features") or [None] * len(grids))
             missing = [i for i, known in enumerate(features) if known is None]
-            for i, made in zip(missing, encode(pixels, grids[missing]).pooler_output, strict=True):
-                features[i] = made
+            encoded = self.spec.encode_media(self.core, kind, pixels, grids[missing])
+            for i, feature in zip(missing, encoded, strict=True):
+                features[i] = feature
             batch[f"{kind}_features"] = features
         return batch
 
-    def inputs_embeds(self, batch):
-        """Token embeddings (B, T, D) with vision features in place, without a graph: all of it is frozen."""
-        batch, ids, config = self.encode_vision(batch), batch["input_ids"], self.core.config
-        with torch.no_grad():
-            embeds = self.core.get_input_embeddings()(ids)  # (B, T, D)
-            for kind, token in (("image", config.image_token_id), ("video", config.video_token_id)):
-                if f"{kind}_features" in batch:
-                    features = torch.cat(
-                        [f.to(embeds) for f in batch[f"{kind}_features"]]
-                    )  # (V, D)
-                    place = (ids == token)[..., None]
-                    assert place.sum() == len(features), (
-                        f"{int(place.sum())} placeholders for {len(features)} features"
-                    )
-                    embeds = embeds.masked_scatter(place, features)
-        return embeds
-
     def forward(self, batch):
-        """Embed a collated batch (data.Collator) -> (B, D) unit vectors, float32 (float64 for a float64 model)."""
-        embeds = self.inputs_embeds(batch)
-        with torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self.core.dtype == torch.bfloat16
-        ):  # for LoRA's float32
+        """Embed a batch -> (B, D) unit vectors, float32 (float64 for a float64 model).
+
+        batch: from data.Collator or encode_vision, on this model's device.
+        """
+        batch = self.encode_vision(batch)
+        inputs = self.spec.language_inputs(self.core, batch)
+        position_ids = self.positions(batch)
+
+        # Over a bfloat16 backbone, LoRA's float32 weights compute in bfloat16.
+        is_bfloat16 = self.core.dtype == torch.bfloat16
+        with torch.autocast(position_ids.device.type, torch.bfloat16, enabled=is_bfloat16):
             hidden = self.core.language_model(
-                inputs_embeds=embeds,
+                **inputs,
                 attention_mask=batch["attention_mask"],
+                position_ids=position_ids,
                 use_cache=False,
-                position_ids=self.positions(batch),
             ).last_hidden_state  # (B, T, D)
-        pooled = last_token_pool(hidden, batch["attention_mask"])  # (B, D)
-        return F.normalize(pooled if pooled.dtype == torch.float64 else pooled.float(), dim=-1)
+
+        pooled = POOLINGS[self.pooling](hidden, batch["attention_mask"])  # (B, D)
+        if pooled.dtype != torch.float64:
+            pooled = pooled.float()
+        return F.normalize(pooled, dim=-1)
 
     @torch.no_grad()
     def embed(
-        self, items, instruction=None, *, batch_size=32, frames=8, max_tokens=200, max_length=8192
+        self,
+        items,
+        instruction=None,
+        *,
+        batch_size=32,
+        frames=8,
+        max_tokens=FRAME_TOKENS,
+        max_length=8192,
     ):
-        """Embed items (data.py) -> (n, D) float32 on the CPU. The first undecodable item raises; embed.encode goes on instead.
+        """Embed a list of items (data.py) -> (n, D) float32 on the CPU.
 
-        instruction: system turn, default "You are a helpful assistant."; frames per video, even; max_tokens per frame.
+        instruction: default "You are a helpful assistant."; frames per video: even; max_tokens:
+        most vision tokens per frame; max_length: most tokens per item. The first item that cannot
+        be decoded raises; embed.encode goes on without it.
         """
         if isinstance(items, dict):
             raise ValueError("embed takes a list of items, not one item")
+        if not items:
+            return torch.empty(0, self.dim)
         collate = Collator(
             self.processor,
             frames=frames,
@@ -355,169 +468,86 @@ class GVE(nn.Module):
             max_length=max_length,
             prompt_style=self.prompt_style,
         )
-        out = [
-            self(to_device(collate(items[i : i + batch_size], instruction), self.device))
-            .float()
-            .cpu()
-            for i in range(0, len(items), batch_size)
-        ]
-        return torch.cat(out) if out else torch.empty(0, self.dim)
+
+        vectors = []
+        for first in range(0, len(items), batch_size):
+            batch = collate(items[first : first + batch_size], instruction)
+            vectors.append(self(to_device(batch, self.device)).float().cpu())
+        return torch.cat(vectors)
 
     def save_pretrained(self, folder, *, merge=False, info=None):
-        """Write a checkpoint folder, valid for Hugging Face at its root; every file appears whole under its name or not at all.
+        """Write a checkpoint folder, valid for Hugging Face at its root; files appear whole.
 
-        merge=False writes the LoRA adapter in PEFT's layout, merge=True full weights with LoRA folded in (as
-        ForConditionalGeneration, so that any Qwen2.5-VL loader takes them). info: dict for gve.json.
+        merge: write full weights with LoRA folded in, in the layout of the generation class, so
+        that any loader of this family takes them; else the adapter in PEFT's layout.
+        info: dict for gve.json.
         """
-        part = Path(folder).with_name(Path(folder).name + ".part")
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        if merge or not hasattr(self.backbone, "peft_config"):
-            full = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-                self.base, dtype=next(self.core.parameters()).dtype
-            )
-            lora = hasattr(self.backbone, "peft_config")
-            full.model.load_state_dict(
-                (
-                    copy.deepcopy(self.backbone).merge_and_unload() if lora else self.backbone
-                ).state_dict()
-            )
-            full.save_pretrained(part)
+        staging = Path(folder).with_name(Path(folder).name + ".part")
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+
+        if self.has_lora and not merge:
+            self.backbone.save_pretrained(staging, safe_serialization=True)
+            (staging / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
         else:
-            self.backbone.save_pretrained(part, safe_serialization=True)
-            (part / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+            self.merged().save_pretrained(staging)
+
+        # Other loaders shall build the same prompts and resize as our Collator does.
         processor = copy.deepcopy(self.processor)
         processor.chat_template = CHAT_TEMPLATE
-        for part_of, most in (
-            (processor.image_processor, IMAGE_TOKENS),
-            (processor.video_processor, 200),
-        ):
-            unit = (
-                part_of.patch_size * part_of.merge_size
-            ) ** 2  # other loaders then resize as our Collator does
-            part_of.size = {"shortest_edge": MIN_TOKENS * unit, "longest_edge": most * unit}
-        processor.save_pretrained(part)
-        for name, content in SENTENCE_TRANSFORMERS.items():
-            (part / name).parent.mkdir(exist_ok=True)
-            content = content | {"embedding_dimension": self.dim} if "Pooling" in name else content
-            (part / name).write_text(json.dumps(content, indent=1))
-        versions = {
-            name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")
-        }
+        token_pixels = self.geometry.token_side**2
+        least = MIN_TOKENS * token_pixels
+        images, videos = processor.image_processor, processor.video_processor
+        images.size = {"shortest_edge": least, "longest_edge": IMAGE_TOKENS * token_pixels}
+        videos.size = {"shortest_edge": least, "longest_edge": FRAME_TOKENS * token_pixels}
+        processor.save_pretrained(staging)
+        write_sentence_transformers(staging, self.dim, self.pooling)
+
+        packages = ("torch", "transformers", "peft")
         self.info = {
             **self.info,
             **(info or {}),
             "base": str(self.base),
             "dim": self.dim,
-            "versions": versions,
+            "versions": {name: importlib.metadata.version(name) for name in packages},
             "prompt_style": self.prompt_style,
+            "pooling": self.pooling,
         }
-        (part / "gve.json").write_text(json.dumps(self.info, indent=1) + "\n")
-        shutil.copytree(part, folder, copy_function=os.replace, dirs_exist_ok=True)
-        shutil.rmtree(part)
+        (staging / "gve.json").write_text(json.dumps(self.info, indent=1) + "\n")
+
+        # Move file by file: the folder may hold other files, such as the states of a training run.
+        shutil.copytree(staging, folder, copy_function=os.replace, dirs_exist_ok=True)
+        shutil.rmtree(staging)
+
+    def merged(self):
+        """Return the generation model with a copy of these weights, LoRA folded in."""
+        dtype = next(self.core.parameters()).dtype
+        full = self.spec.generation_class.from_pretrained(self.base, dtype=dtype)
+        backbone = self.backbone
+        if self.has_lora:
+            backbone = copy.deepcopy(backbone).merge_and_unload()
+        full.model.load_state_dict(backbone.state_dict())
+        return full
 
 
 def to_device(batch, device):
-    """Move a batch's tensors, leaving everything else as it is."""
-    return {
-        k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v
-        for k, v in batch.items()
-    }
+    """Move a batch's tensors to a device; everything else stays as it is."""
+    moved = {}
+    for key, value in batch.items():
+        if isinstance(value, torch.Tensor):
+            value = value.to(device, non_blocking=True)
+        moved[key] = value
+    return moved
 
 
-def find_base(base, adapter):
-    """Find an adapter's base: a path from here, from the adapter's folder or from this repository, else a hub id."""
-    roots = Path(), Path(adapter), Path(__file__).resolve().parent
-    return next(
-        (str(root / base) for root in roots if (root / base / "config.json").is_file()), base
-    )
+# Loading
 
 
-def load_backbone(path, dtype):
-    """Load Qwen2_5_VLModel strictly from any class's checkpoint of it (GVE's Qwen25VLForEmbedding, say), whole or in shards: a
-    tensor that is missing or has no place is an error. The lm_head, tied or not, is left out. No remote code."""
-    tensors = {}
-    try:
-        if not _file(
-            path, "config.json"
-        ):  # transformers would go on with its class default, of 72B's size
-            raise OSError("no config.json")
-        config = Qwen2_5_VLConfig.from_pretrained(path)
-        index = _file(path, "model.safetensors.index.json")
-        shards = (
-            json.loads(Path(index).read_text())["weight_map"].values()
-            if index
-            else ["model.safetensors"]
-        )
-        for name in sorted(set(shards)):
-            for key, tensor in load_file(_file(path, name) or f"{path}/{name}").items():
-                if tensors.setdefault(weight_key(key), tensor) is not tensor:
-                    raise ValueError(
-                        f"{path}: {name} holds {key}, which another name or file holds as well"
-                    )
-    except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"{path}: cannot be loaded as a Qwen2.5-VL checkpoint: {str(error).splitlines()[0]}"
-        ) from error
-    tensors.pop("lm_head.weight", None)
-    model, report = Qwen2_5_VLModel.from_pretrained(
-        None,
-        config=config,
-        state_dict=tensors,
-        dtype=dtype,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
-    )  # they raise below
-    model.name_or_path = str(path)
-    if wrong := {
-        k: sorted(map(str, report[k]))[:3]
-        for k in ("missing_keys", "unexpected_keys", "mismatched_keys")
-        if report[k]
-    }:
-        raise ValueError(f"{path}: weights do not fit Qwen2.5-VL: {wrong}")
-    windows.install(model.visual)
-    torch.backends.cuda.enable_cudnn_sdp(
-        False
-    )  # NaN gradients under a mask on Hopper (pytorch issue 196678), a plan per shape
-    return model
+def checkpoint_file(path, name):
+    """Return the local path of a checkpoint's file, None if it has none.
 
-
-def _attach_adapter(backbone, path, lora):
-    """Put an adapter folder's LoRA weights on a backbone and check that each one found its place; lora: from_pretrained's."""
-    config = PeftConfig.from_pretrained(path)
-    config.inference_mode = not lora
-    config.lora_dropout = (
-        lora["lora_dropout"]
-        if isinstance(lora, dict) and "lora_dropout" in lora
-        else config.lora_dropout
-    )
-    model = get_peft_model(backbone, config)
-    tensors = load_file(
-        _file(path, "adapter_model.safetensors") or f"{path}/adapter_model.safetensors"
-    )
-    tensors = {
-        "base_model.model." + weight_key(k.removeprefix("base_model.model.")): v
-        for k, v in tensors.items()
-    }
-    expected = set(get_peft_model_state_dict(model))
-    if set(tensors) != expected:
-        raise ValueError(
-            f"{path}: adapter does not fit its base: without a place {sorted(set(tensors) - expected)[:3]}, "
-            f"missing {sorted(expected - set(tensors))[:3]}"
-        )
-    set_peft_model_state_dict(model, tensors)
-    return model
-
-
-def weight_key(key):
-    """A tensor's name in Qwen2_5_VLModel: classes with a head put "model." before it, on all but the vision tower until
-    transformers 4.52, when the language model had no level of its own ("model.layers.0", "visual.blocks.0")."""
-    key = key.removeprefix("model.")
-    return "language_model." + key if key.startswith(("layers.", "embed_tokens.", "norm.")) else key
-
-
-def _file(path, name):
-    """The local path of a checkpoint's file, None if it has none; a local folder never asks the network."""
+    Only hub ids ask the network.
+    """
     return cached_file(
         path,
         name,
@@ -526,12 +556,258 @@ def _file(path, name):
     )
 
 
+def name_in_message(path):
+    """Return a checkpoint's path for an error message, with a hint if no such folder exists."""
+    if os.path.exists(path):
+        return path
+    return f"{path} (a hub id, for there is no such folder)"
+
+
+def find_base(base, adapter):
+    """Find an adapter's base: a path from here, from its folder, from this repository, or a hub id.
+
+    base: the name that the adapter gives it; adapter: the adapter's folder.
+    """
+    for root in (Path(), Path(adapter), Path(__file__).resolve().parent):
+        if (root / base / "config.json").is_file():
+            return str(root / base)
+    return base
+
+
+def find_spec(path):
+    """Return the row of BACKBONES for a checkpoint, by its config's model_type."""
+    try:
+        file = checkpoint_file(path, "config.json")
+    except OSError as error:
+        raise ValueError(
+            f"{name_in_message(path)}: cannot be loaded: {first_line(error)}"
+        ) from error
+    if file is None:
+        raise ValueError(f"{name_in_message(path)}: cannot be loaded: no config.json")
+
+    model_type = parse_json(Path(file).read_bytes(), file).get("model_type")
+    if model_type not in BACKBONES:
+        accepted = ", ".join(BACKBONES)
+        raise ValueError(f"{file}: model_type {model_type!r} is unknown; accepted: {accepted}")
+    return BACKBONES[model_type]
+
+
+def load_processor(path, spec):
+    """Load tokenizer, image and video processor of a checkpoint."""
+    try:
+        return spec.processor_class.from_pretrained(path)
+    except (OSError, ValueError, TypeError, ImportError) as error:
+        # transformers raises any of these for absent files.
+        raise ValueError(
+            f"{name_in_message(path)}: no usable processor (its config, tokenizer.json): "
+            f"{first_line(error)}"
+        ) from error
+
+
+def load_backbone(path, spec, dtype):
+    """Load a backbone strictly: a tensor that is missing or has no place is an error.
+
+    The checkpoint may be of any class that contains this backbone (GVE's Qwen25VLForEmbedding, for
+    one), whole or in shards; its lm_head, tied or not, is left out. No remote code runs.
+    """
+    try:
+        config = spec.config_class.from_pretrained(path)
+        tensors = read_tensors(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"{path}: cannot be loaded as a {spec.name} checkpoint: {first_line(error)}"
+        ) from error
+    tensors.pop("lm_head.weight", None)
+
+    model, report = spec.model_class.from_pretrained(
+        None,
+        config=config,
+        state_dict=tensors,
+        dtype=dtype,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # so that they come with the report below
+    )
+    wrong = {}
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report[problem]:
+            wrong[problem] = sorted(map(str, report[problem]))[:3]
+    if wrong:
+        raise ValueError(f"{path}: weights do not fit {spec.name}: {wrong}")
+
+    model.name_or_path = str(path)  # PEFT writes it into adapter_config.json
+    spec.install_fixes(model.visual)
+    # cuDNN's attention gives NaN gradients under a mask on Hopper (pytorch issue 196678), and it
+    # makes a plan for every new shape.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    return model
+
+
+def read_tensors(path):
+    """Read all tensors of a checkpoint -> {name in the backbone: tensor}."""
+    index_file = checkpoint_file(path, "model.safetensors.index.json")
+    shards = ["model.safetensors"]
+    if index_file:
+        index = parse_json(Path(index_file).read_bytes(), index_file)
+        shards = sorted(set(index["weight_map"].values()))
+
+    tensors = {}
+    for shard in shards:
+        # A missing shard is left to load_file, whose error names it.
+        file = checkpoint_file(path, shard) or f"{path}/{shard}"
+        for key, tensor in load_file(file).items():
+            name = backbone_name(key)
+            if name in tensors:
+                raise ValueError(
+                    f"{path}: {shard} holds {key}, which another name or file holds as well"
+                )
+            tensors[name] = tensor
+    return tensors
+
+
+def backbone_name(key):
+    """Return a tensor's name in the backbone for its name in any checkpoint.
+
+    Classes with a head put "model." before it. Before transformers 4.52 they did so on all but the
+    vision tower, and the language model had no level of its own ("model.layers.0",
+    "visual.blocks.0").
+    """
+    key = key.removeprefix("model.")
+    if key.startswith(("layers.", "embed_tokens.", "norm.")):
+        return "language_model." + key
+    return key
+
+
+def load_adapter(backbone, path, lora):
+    """Put an adapter folder's LoRA weights on a backbone and check that each one finds its place.
+
+    lora: as in GVE.from_pretrained; of a dict, only lora_dropout has an effect.
+    """
+    config = PeftConfig.from_pretrained(path)
+    config.inference_mode = not lora
+    if isinstance(lora, dict) and "lora_dropout" in lora:
+        config.lora_dropout = lora["lora_dropout"]
+    model = get_peft_model(backbone, config)
+
+    file = checkpoint_file(path, "adapter_model.safetensors")
+    prefix = "base_model.model."
+    tensors = {}
+    for key, tensor in load_file(file or f"{path}/adapter_model.safetensors").items():
+        tensors[prefix + backbone_name(key.removeprefix(prefix))] = tensor
+
+    expected = set(get_peft_model_state_dict(model))
+    without_place = sorted(set(tensors) - expected)[:3]
+    missing = sorted(expected - set(tensors))[:3]
+    if without_place or missing:
+        raise ValueError(
+            f"{path}: adapter does not fit its base: "
+            f"without a place {without_place}, missing {missing}"
+        )
+    set_peft_model_state_dict(model, tensors)
+    return model
+
+
+def first_line(error):
+    """Return the first line of an error's message; transformers' go on for paragraphs."""
+    return str(error).splitlines()[0]
+
+
+# Saving for other programs
+
+
+def make_chat_template():
+    """Write data.py's prompt as a Jinja template, the pooled token at its very end.
+
+    The checkpoints were trained on a user turn of video, image and text, in this order.
+    """
+    before_role, after_role = USER_START.split("user")
+    pieces = {
+        "SYSTEM": SYSTEM_START + DEFAULT_INSTRUCTION + TURN_END,
+        "BEFORE_ROLE": before_role,
+        "AFTER_ROLE": after_role,
+        "VIDEO": VISION_BLOCK["video"],
+        "IMAGE": VISION_BLOCK["image"],
+        "TURN_END": TURN_END,
+        "ANSWER": ANSWER_START + END,
+    }
+    template = """{%- if messages[0].role != 'system' %}
+{{- SYSTEM }}{%- endif %}
+{%- for message in messages %}{{- BEFORE_ROLE + message.role + AFTER_ROLE }}
+{%- if message.content is string %}{{- message.content }}{%- else %}
+{%- for part in message.content if part.type == 'video' %}{{- VIDEO }}{%- endfor %}
+{%- for part in message.content if part.type == 'image' %}{{- IMAGE }}{%- endfor %}
+{%- for part in message.content if part.type == 'text' %}{{- part.text }}{%- endfor %}
+{%- endif %}{{- TURN_END }}{%- endfor %}
+{{- ANSWER }}"""
+
+    for name, text in pieces.items():
+        literal = "'" + text.replace("\n", r"\n") + "'"
+        template = template.replace(name, literal)
+    return template
+
+
+CHAT_TEMPLATE = make_chat_template()
+
+
+def write_sentence_transformers(folder, dim, pooling):
+    """Write the files from which sentence-transformers >= 5.4 loads a checkpoint folder by itself.
+
+    It then pools and normalises as GVE.forward does; a pooling that it lacks is an error there.
+    """
+    module_types = {
+        "": "sentence_transformers.base.modules.transformer.Transformer",
+        "1_Pooling": "sentence_transformers.sentence_transformer.modules.pooling.Pooling",
+        "2_Normalize": "sentence_transformers.base.modules.normalize.Normalize",
+    }
+    modules = []
+    for i, (path, module_type) in enumerate(module_types.items()):
+        modules.append({"idx": i, "name": str(i), "path": path, "type": module_type})
+
+    forward = {"method": "forward", "method_output_name": "last_hidden_state"}
+    transformer = {
+        "transformer_task": "feature-extraction",
+        "module_output_name": "token_embeddings",
+        "modality_config": {
+            "text": forward,
+            "image": forward,
+            "video": forward,
+            "message": forward | {"format": "structured"},
+        },
+    }
+    their_names = {"last_token": "lasttoken"}  # the others are called as in POOLINGS
+    pool = {
+        "embedding_dimension": dim,
+        "pooling_mode": their_names.get(pooling, pooling),
+        "include_prompt": True,
+    }
+    normalize = {
+        "module_input_name": "sentence_embedding",
+        "module_output_name": "sentence_embedding",
+    }
+
+    files = {
+        "modules.json": modules,
+        "sentence_bert_config.json": transformer,
+        "1_Pooling/config.json": pool,
+        "2_Normalize/config.json": normalize,
+    }
+    for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(json.dumps(content, indent=1))
+
+
+@dataclasses.dataclass
+class Flags:
+    ckpt: str = flag("mini/base", "checkpoint folder or hub id", positional=True)
+
+
+def main(flags):
+    """Print how many parameters a checkpoint has and how many of them LoRA would train."""
+    gve = GVE.from_pretrained(flags.ckpt, lora=True)
+    lora = gve.lora_parameters()
+    trained = sum(p.numel() for p in lora.values())
+    total = sum(p.numel() for p in gve.parameters())
+    print(f"dim {gve.dim}; {total:,} parameters, {trained:,} trained in {len(lora)} LoRA tensors")
+
+
 if __name__ == "__main__":
-    gve = GVE.from_pretrained(sys.argv[1] if len(sys.argv) > 1 else "mini/base", lora=True)
-    trained, total = (
-        sum(p.numel() for p in gve.lora_parameters().values()),
-        sum(p.numel() for p in gve.parameters()),
-    )
-    print(
-        f"dim {gve.dim}; {total:,} parameters, {trained:,} trained in {len(gve.lora_parameters())} LoRA tensors"
-    )
+    main(parse_flags(Flags, doc=__doc__))

@@ -307,13 +307,9 @@ def rehearse(gve, optimizer, collate, flags):
         "video_grid_thw": grid,
         "second_per_grid_ts": torch.ones(1),
     }
-    for name, sample, vision in (
-        ("videos", video, "<|vision_start|><|video_pad|><|vision_end|>"),
-        ("texts", {}, ""),
-    ):
-        sample["ids"] = collate._tokens(
-            vision, "" if vision else "a " * flags.max_length, "", sample
-        )
+    for name, sample in (("videos", video), ("texts", {})):
+        text = "a " * flags.max_length if name == "texts" else ""
+        sample["ids"] = collate.tokenise(text, "", sample)
         length = len(sample["ids"])
         n = min(
             flags.micro_batch,

@@ -113,9 +113,13 @@ def check(path, roots=(), workers=0, seconds=60):
     def wrong(key):
         source, row = sources[key[0]], key[1]
         try:
-            source.load(row, roots, lambda items: decode(items, mixture * source.negatives))
-        except ValueError as error:
+            items = source.load(row, roots)
+        except ValueError as error:  # names file and line
             return str(error)
+        try:
+            decode(items, source.negatives if mixture else 0)
+        except (ValueError, FileNotFoundError) as error:
+            return f"{source.where(row)}: {error}"
 
     def name(key):
         return sources[key[0]].where(key[1])

@@ -1,6 +1,9 @@
-"""Qwen2.5-VL's vision tower without flash-attention: no loop over its windows, and no convolution where a product does.
+"""Qwen2.5-VL's vision tower without flash-attention: few attention calls and no convolution.
 
-transformers' sdpa makes one call per window and layer; the windows of any batch have few distinct lengths, so few calls suffice.
+transformers' sdpa makes one call per window and layer. The windows of any batch have few distinct
+lengths, and windows of one length can share a call.
+
+Legend: P patches, H heads, d head dim, W windows of one length n.
 """
 
 import torch
@@ -12,39 +15,52 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionPat
 def window_attention(
     module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, **_
 ):
-    """Attend inside the vision tower's windows, one call per window length, where transformers' sdpa makes one per window.
+    """Attend inside the vision tower's windows, with one call per window length.
 
-    query, key, value (1, H, P, d) in window order; cu_seq_lens_q (windows + 1,) boundaries along P -> (1, P, H, d), None
+    The signature is transformers'. query, key, value (1, H, P, d) in window order;
+    cu_seq_lens_q (windows + 1,): boundaries of the windows along P -> (1, P, H, d), None
     """
-    out = torch.empty_like(query[0].transpose(0, 1))  # (P, H, d)
-    if not hasattr(
-        cu_seq_lens_q, "windows"
-    ):  # kept on the tensor, which all blocks of a forward share: this waits for the GPU
+    # All blocks of a forward share this tensor, so it carries the windows from one to the next:
+    # to find them waits for the GPU (a sync point).
+    if not hasattr(cu_seq_lens_q, "windows"):
+        starts = cu_seq_lens_q[:-1]
         lengths = cu_seq_lens_q.diff()  # (windows,)
-        cu_seq_lens_q.windows = [
-            cu_seq_lens_q[:-1][lengths == n][:, None] + torch.arange(n, device=query.device)
-            for n in lengths.unique().tolist()
-        ]
-    for at in cu_seq_lens_q.windows:  # (W, n) the windows of one length n
-        q, k, v = (
-            x[0].transpose(0, 1)[at].transpose(1, 2) for x in (query, key, value)
-        )  # (W, H, n, d)
-        out[at] = F.scaled_dot_product_attention(q, k, v, scale=scaling).transpose(1, 2)
+        cu_seq_lens_q.windows = []
+        for n in lengths.unique().tolist():
+            offsets = torch.arange(n, device=query.device)
+            cu_seq_lens_q.windows.append(starts[lengths == n][:, None] + offsets)  # (W, n)
+
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (P, H, d)
+    out = torch.empty_like(q)
+    for window in cu_seq_lens_q.windows:  # (W, n) indices along P
+        attended = F.scaled_dot_product_attention(
+            q[window].transpose(1, 2),  # (W, H, n, d)
+            k[window].transpose(1, 2),
+            v[window].transpose(1, 2),
+            scale=scaling,
+        )
+        out[window] = attended.transpose(1, 2)
     return out[None], None
 
 
-NAME = "flash_windows"  # only a "flash" is handed all windows at once
+# transformers hands all windows to one call only if the name of the attention contains "flash".
+NAME = "flash_windows"
 ALL_ATTENTION_FUNCTIONS.register(NAME, window_attention)
 
 
 class PatchEmbed(Qwen2_5_VisionPatchEmbed):
-    """The projection of patches as one matrix product: a kernel as large as its input needs no conv3d, which is slower."""
+    """The projection of patches as one matrix product.
+
+    Its convolution has a kernel as large as the input, and conv3d is slower than the product.
+    """
 
     def forward(self, patches):
-        weight = self.proj.weight.flatten(1)  # (D, C*2*14*14)
-        return F.linear(patches.to(weight.dtype), weight)  # (P, D)
+        """Project flattened patches: (P, channels x frames x height x width) -> (P, width)."""
+        weight = self.proj.weight.flatten(1)
+        return F.linear(patches.to(weight.dtype), weight)
 
 
 def install(visual):
-    """Give a loaded vision tower both."""
-    visual.config._attn_implementation, visual.patch_embed.__class__ = NAME, PatchEmbed
+    """Give a loaded vision tower this attention and this projection."""
+    visual.config._attn_implementation = NAME
+    visual.patch_embed.__class__ = PatchEmbed

@@ -1,4 +1,10 @@
-"""Vectors and vision features on disk."""
+"""Vectors and vision features on disk, each under a key that names everything it depends on.
+
+    cache = VectorCache("runs/vectors/cache", gve)      # a model's vectors, for embed.encode
+    store = FeatureStore("runs/features/1a2b3c4d")      # a vision tower's output, for data.Collator
+
+A key is a JSON value; its hash is the name of a folder, a row or a file.
+"""
 
 import hashlib
 import json
@@ -14,11 +20,22 @@ import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from support.files import file_fingerprint, read_jsonl, whole_file
+from support.files import file_fingerprint, load_jsonl, whole_file, write_json
+
+# Raise this number with every change of code after which the same weights, settings and item give
+# another vector: prompt, pooled token, choice of frames, resizing, normalisation, positions. It is
+# part of every key, so entries that older code made are not found again. Golden vectors in
+# tests/test_embed.py fail if it is forgotten.
+VECTORS_VERSION = 1
+
+
+def hash_key(key):
+    """Return the SHA-256 of a JSON value as 64 hex digits, whatever the order of a dict's keys."""
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
 
 
 def hash_weights(module):
-    """SHA-256 of a module's weights, names, shapes and dtypes included. About a second per GB."""
+    """Return the SHA-256 of a module's weights, names, shapes and dtypes. About a second per GB."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -27,107 +44,140 @@ def hash_weights(module):
 
 
 def item_key(item):
-    """Hash what an item's vector depends on: text, paths, spans and, standing for the content, the files' sizes and times."""
-    media = [
-        m if isinstance(m, str) else m.get("path", m.get("video"))
-        for m in (item.get("image"), item.get("video"))
-        if m
-    ]
-    stamps = [file_fingerprint(path) if os.path.exists(path) else None for path in media]
-    return hashlib.sha256(json.dumps([item, stamps], sort_keys=True).encode()).hexdigest()
+    """Hash a resolved item: its text, paths and spans, and its files' sizes and times."""
+    fingerprints = []
+    for kind in ("image", "video"):
+        media = item.get(kind)
+        if not media:
+            continue
+        path = media
+        if isinstance(media, dict):
+            path = media.get("path", media.get("video"))
+        fingerprints.append(file_fingerprint(path) if os.path.exists(path) else None)
+    return hash_key([item, fingerprints])
+
+
+class NoCache:
+    """Stands in for a VectorCache when vectors are not kept: nothing is found, nothing written."""
+
+    shared_by_ranks = False
+
+    def open(self, settings):
+        pass
+
+    def allocate(self, n, dim):
+        """Return NaN (n, dim) float32."""
+        return torch.full((n, dim), torch.nan)
+
+    def read(self, index_of, vectors):
+        return set()
+
+    def add(self, rows, vectors):
+        pass
+
+    def flush(self):
+        pass
 
 
 class VectorCache:
-    """A model's vectors on disk: FOLDER/KEY/ holds key.json, what KEY is a hash of (weights, code, instruction, protocol), and
-    shards, each X.npy (n, D) float32 and X.jsonl with a line {"key", "item"} per row.
+    """A model's vectors on disk.
 
-    Shards are only ever added, whole, by any number of processes; a killed one loses at most its last `every` seconds of work.
+    folder/KEY/key.json     everything that KEY is a hash of: weights, versions, settings
+    folder/KEY/X.npy        a shard: vectors (n, D) float32
+    folder/KEY/X.jsonl      its rows: {"key": item_key(item), "item": item}
+
+    Any number of processes may add shards. A shard appears whole and never changes; a killed
+    process loses at most its last `every` seconds of work.
     """
 
+    shared_by_ranks = True
+
     def __init__(self, folder, gve, every=15):
-        self.folder, self.every, processor = Path(folder), every, gve.processor
+        self.folder = Path(folder)
+        self.every = every
         self.folder.mkdir(parents=True, exist_ok=True)
-        parts = [
-            (Path(__file__).parent.parent / name).read_text()
-            for name in ("data.py", "model.py", "kernels/windows.py")
-        ]
-        parts += (
+        processor = gve.processor
+        processor_key = [
             processor.image_processor.to_json_string(),
             processor.video_processor.to_json_string(),
-        )
-        parts.append(processor.tokenizer.backend_tokenizer.to_str())
-        self.key = {
+            processor.tokenizer.backend_tokenizer.to_str(),
+        ]
+        self.model_key = {
+            "version": VECTORS_VERSION,
             "weights": hash_weights(gve),
-            "code and processor": hashlib.sha256("".join(parts).encode()).hexdigest(),
+            "processor": hash_key(processor_key),
             "device": gve.device.type,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         }
 
+    def open(self, settings):
+        """Turn to the shards made with these settings (dict: instruction, frames, ...)."""
+        key = self.model_key | settings
+        self.shards = self.folder / hash_key(key)[:16]
+        self.shards.mkdir(parents=True, exist_ok=True)
+        write_json(self.shards / "key.json", key)
+        self.start_shard()
+
     def allocate(self, n, dim):
-        """NaN (n, dim) float32 in a file without a name: memory that the system can have back at any time."""
+        """Return NaN (n, dim) float32 in a nameless file: memory that the system can reclaim."""
         with tempfile.TemporaryFile(dir=self.folder) as file:
-            return torch.from_numpy(np.memmap(file, np.float32, "w+", shape=(max(n, 1), dim)))[
-                :n
-            ].fill_(torch.nan)
+            array = np.memmap(file, np.float32, "w+", shape=(max(n, 1), dim))
+            return torch.from_numpy(array)[:n].fill_(torch.nan)
 
-    def open(self, instruction, collate):
-        """Turn to the shards of one instruction and one setting of the Collator."""
-        settings = {
-            k: v
-            for k, v in vars(collate).items()
-            if isinstance(v, (int, float, str, dict, type(None)))
-        }
-        content = json.dumps(
-            self.key | settings | {"instruction": instruction}, indent=1, sort_keys=True
-        ).encode()
-        self.here = self.folder / hashlib.sha256(content).hexdigest()[:16]
-        self.here.mkdir(parents=True, exist_ok=True)
-        with whole_file(self.here / "key.json", "wb") as file:
-            file.write(content)
-        self.lines, self.vectors, self.since = [], [], time.monotonic()
-        return self
+    def read(self, index_of, vectors):
+        """Copy the vectors on disk with a key in index_of {key: i} to vectors[i] -> set of i.
 
-    def read(self, first, vectors):
-        """Copy what is there into vectors[first[key]], a memory-mapped shard at a time -> the set of these indices."""
+        Shards are memory-mapped, one at a time.
+        """
         known = set()
-        for path in sorted(self.here.glob("*.jsonl")):
-            keys, shard = (
-                [row["key"] for _, row in read_jsonl(path)],
-                np.load(path.with_suffix(".npy"), mmap_mode="r"),
-            )
-            rows = [row for row, key in enumerate(keys) if key in first]
-            at = [first[keys[row]] for row in rows]
-            vectors[at] = torch.from_numpy(shard[rows])
-            known.update(at)
+        for path in sorted(self.shards.glob("*.jsonl")):
+            shard = np.load(path.with_suffix(".npy"), mmap_mode="r")
+            rows, places = [], []
+            for row, line in enumerate(load_jsonl(path)):
+                if line["key"] in index_of:
+                    rows.append(row)
+                    places.append(index_of[line["key"]])
+            vectors[places] = torch.from_numpy(shard[rows])
+            known.update(places)
         return known
 
-    def add(self, lines, vectors):
-        self.lines += lines
+    def add(self, rows, vectors):
+        """Add vectors (n, D) with a row {"key", "item"} each; they go to disk now and then."""
+        self.rows += rows
         self.vectors.append(vectors)
-        if time.monotonic() - self.since > self.every:
+        if time.monotonic() - self.started > self.every:
             self.flush()
 
     def flush(self):
-        """Write a shard: its vectors, and then the lines, which alone make it one."""
-        if self.lines:
-            name, text = uuid.uuid4().hex, "".join(json.dumps(line) + "\n" for line in self.lines)
-            with whole_file(self.here / f"{name}.npy", "wb") as file:
+        """Write what was added as a shard. The .jsonl comes last: without it there is no shard."""
+        if self.rows:
+            name = uuid.uuid4().hex
+            with whole_file(self.shards / f"{name}.npy", "wb") as file:
                 np.save(file, torch.cat(self.vectors).numpy())
-            with whole_file(self.here / f"{name}.jsonl") as file:
-                file.write(text)
-        self.lines, self.vectors, self.since = [], [], time.monotonic()
+            with whole_file(self.shards / f"{name}.jsonl") as file:
+                for row in self.rows:
+                    file.write(json.dumps(row) + "\n")
+        self.start_shard()
+
+    def start_shard(self):
+        self.rows = []
+        self.vectors = []
+        self.started = time.monotonic()
 
 
 class FeatureStore:
-    """What the frozen vision tower made of each medium, one safetensors file each; a damaged file is computed anew."""
+    """A frozen vision tower's output on disk, one safetensors file for each image or video."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
 
     def find(self, key):
-        """Look a medium up -> (its file, its tensors or None). key: everything that the features depend on, as JSON."""
-        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+        """Look features up -> (file, tensors by name, or None if the file is absent or damaged).
+
+        key: everything that the features depend on besides the tower's weights, a JSON value.
+        """
+        name = hash_key([VECTORS_VERSION, key])
         file = self.folder / name[:2] / f"{name}.safetensors"
         try:
             return str(file), load_file(file)
@@ -135,19 +185,21 @@ class FeatureStore:
             return str(file), None
 
     def keep(self, batch):
-        """Save the features of a batch (GVE.encode_vision) that were computed just now: those with a file name."""
+        """Save a batch's features (GVE.encode_vision) that were not read from here.
+
+        They are the ones with a file name in batch["image_file"] or batch["video_file"].
+        """
         for kind in ("image", "video"):
             for i, file in enumerate(batch.get(f"{kind}_file") or ()):
                 if file is None:
                     continue
-                tensors = {
-                    f"{kind}_features": batch[f"{kind}_features"][i].contiguous(),
-                    f"{kind}_grid_thw": batch[f"{kind}_grid_thw"][i : i + 1],
-                }
+                names = [f"{kind}_grid_thw"]
                 if kind == "video":
-                    tensors["second_per_grid_ts"] = batch["second_per_grid_ts"][i : i + 1]
+                    names.append("second_per_grid_ts")
+                tensors = {name: batch[name][i : i + 1] for name in names}
+                tensors[f"{kind}_features"] = batch[f"{kind}_features"][i].contiguous()
+
+                # Several ranks may write the same file at once: each writes it whole.
                 os.makedirs(os.path.dirname(file), exist_ok=True)
-                with whole_file(
-                    file, "wb"
-                ) as out:  # several ranks may meet the same medium at once
+                with whole_file(file, "wb") as out:
                     out.write(save(tensors))

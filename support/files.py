@@ -1,4 +1,4 @@
-"""Files: JSON lines, writes that are whole or absent, locks, and fingerprints that stand for a file's content.
+"""Files: JSON lines, writes that are whole or absent, locks, fingerprints, hashes.
 
 for number, row in read_jsonl("items.jsonl"): ...
 with whole_file("vectors.npy", "wb") as file: np.save(file, vectors)
@@ -51,14 +51,15 @@ def load_jsonl(path):
 def whole_file(path, mode="w"):
     """Open a file for writing that gets its name only once it is complete and on the disk.
 
-    A reader sees the old file or the new one, never half of it. If the block raises, the old file stays.
+    A reader sees the old file or the new one, never half of it. If the block raises, the old file
+    stays.
     """
     path = Path(path)
-    part = path.with_name(
-        f"{path.name}.{uuid.uuid4().hex}.part"
-    )  # several processes may write at once
+    # A name of its own for each writer: several processes may write the same file at once.
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
+    encoding = None if "b" in mode else "utf-8"
     try:
-        with open(part, mode, encoding=None if "b" in mode else "utf-8") as file:
+        with open(part, mode, encoding=encoding) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -82,7 +83,7 @@ def write_jsonl(path, rows, indent=None):
 
 @contextlib.contextmanager
 def file_lock(path, wait=True):
-    """Hold an exclusive lock on `path`; yields False if another process holds it and wait is False.
+    """Hold an exclusive lock on `path` and yield True; False if it is taken and wait is False.
 
     The operating system releases the lock when its process dies, however it dies.
     """
@@ -108,17 +109,22 @@ def file_fingerprint(path):
 
 
 def hash_files(folder, pattern="*.safetensors"):
-    """Return the SHA-256 over the matching files of a folder, None if there are none (a hub id). About a second per GB."""
+    """Return the SHA-256 of a folder's matching files; None if it has none (a hub id, say).
+
+    Takes about a second per GB.
+    """
     files = sorted(Path(folder).glob(pattern))
+    if not files:
+        return None
     digest = hashlib.sha256()
     for path in files:
         with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest() if files else None
+    return digest.hexdigest()
 
 
 def git_commit():
-    """Return the checked-out commit of this repository for the record, None outside a git checkout."""
+    """Return this repository's checked-out commit, for the record; None outside a checkout."""
     repository = Path(__file__).resolve().parent.parent
     try:
         found = subprocess.run(

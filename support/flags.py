@@ -5,7 +5,7 @@ class Flags:
     path: str = flag(..., "file of items", positional=True)
     lr: float = flag(2e-3, "peak learning rate")
 
-flags = parse_flags(Flags)          # --lr 1e-3; unknown flags are errors; --help shows the defaults
+flags = parse_flags(Flags)          # items.jsonl --lr 1e-3
 """
 
 import argparse
@@ -13,7 +13,10 @@ import dataclasses
 
 
 def flag(default, help, *, choices=None, positional=False):
-    """Declare a field of a dataclass of flags. `default` may be a list; `...` means that the user must give a value."""
+    """Declare a field of a dataclass of flags.
+
+    default: any value, or a list of them; `...` means that the user must give one.
+    """
     metadata = {"help": help, "choices": choices, "positional": positional}
     if default is ...:
         return dataclasses.field(metadata=metadata)
@@ -25,8 +28,11 @@ def flag(default, help, *, choices=None, positional=False):
 def parse_flags(cls, argv=None, doc=None, presets=None):
     """Fill the dataclass `cls` from the command line and return it.
 
-    bool fields become --x / --no-x, list fields take several words. presets {name: {field: value}}: other
-    defaults, chosen by --preset. Unknown and abbreviated flags end the program with status 2.
+    bool fields become --x and --no-x, list fields take several words. Unknown and abbreviated flags
+    end the program with status 2.
+
+    doc: description for --help, which shows the defaults
+    presets: {name: {field: other default}}, chosen by --preset; `cls` then has a field `preset`
     """
     parser = argparse.ArgumentParser(
         description=doc,

@@ -1,99 +1,97 @@
-"""What a training step costs, for MFU."""
+"""The cost of a training step, for MFU: the share of a GPU's peak that the arithmetic makes use of.
 
-import math
+    flops = step_flops(gve)
+    done = flops(batch)                          # of one collated micro-batch, forward and backward
+    mfu = done / seconds / peak_flops(device, "bfloat16")
+
+The rule is that of nanoGPT's estimate_mfu (6N + 12LHQT per token; PaLM, arXiv 2204.02311, appendix
+B) with two changes: a frozen weight has no gradient of its own and costs 4 instead of 6, and the
+vision tower only runs forward.
+"""
+
 import resource
 
 import torch
 
+# Dense bfloat16 FLOPs per second, from the makers' data sheets.
 PEAK = {
     "NVIDIA H100 80GB HBM3": 989e12,
     "NVIDIA H200": 989e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,  # from the maker's data sheets
+    "NVIDIA A100-SXM4-80GB": 312e12,
     "NVIDIA A100-SXM4-40GB": 312e12,
     "NVIDIA A100 80GB PCIe": 312e12,
 }
 
 
-def peak_memory_gib(device):
-    """Peak GiB: of the GPU where there is one, else of this process."""
-    process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else process) / 2**30
-
-
 def peak_flops(device, dtype):
-    """Operations a second that this GPU promises in dense bfloat16; None for others and where nobody has looked it up."""
-    return (
-        PEAK.get(torch.cuda.get_device_name(device))
-        if device.type == "cuda" and dtype == "bfloat16"
-        else None
-    )
+    """Return a device's peak in FLOPs per second; None for another dtype or if PEAK lacks it."""
+    if device.type != "cuda" or dtype != "bfloat16":
+        return None
+    return PEAK.get(torch.cuda.get_device_name(device))
 
 
-def multiply_adds(gve):
-    """Return a function: collated batch -> the multiply-adds that one training step needs for it, the vision tower and the
-    language model forward and, for LoRA's sake, the latter backward.
+def peak_memory_gib(device):
+    """Return the peak memory so far in GiB: the GPU's if `device` is one, else this process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30
 
-    Not counted: padding, gradients of frozen weights, recomputation, what causality or a vision window hides, norms, the loss.
-    Counted although only the pooled token needs it: the last layer of all other tokens.
+
+def step_flops(gve):
+    """Return a function: collated micro-batch -> FLOPs (float) of its forward and backward pass.
+
+    Not counted: padding, features that were on disk, recomputation (GradCache, checkpointing),
+    norms, softmax, the loss. Causal attention counts in full, although half of it is masked.
+    Against torch's own counter the rule is 1 to 5 % too high on models of two to four layers,
+    because it forgets that the first layer's input needs no gradient; the error shrinks with depth
+    (tests/test_flops.py).
+
+    The batch should still be on the CPU: reading its counts from a GPU would wait for the GPU.
     """
-    text, vision, visual = (
-        gve.core.config.text_config,
-        gve.core.config.vision_config,
-        gve.core.visual,
-    )
-    layers, merge, full = (
-        gve.core.language_model.layers,
-        vision.spatial_merge_size,
-        len(vision.fullatt_block_indexes),
-    )
-    weights = {
-        name: m.weight.numel()
-        for name, m in layers.named_modules()
-        if isinstance(m, torch.nn.Linear)
-    }
-    lora = sum(
-        n for name, n in weights.items() if ".lora_" in name
-    )  # these have a gradient of their own
-    first = sum(
-        n
-        for name, n in weights.items()  # the embeddings, which these read, need none
-        if name.startswith("0.self_attn") and ".o_proj" not in name and ".lora_B" not in name
-    )
-    per_token = 2 * sum(weights.values()) + lora - first
-    per_pair = (
-        6 * text.num_hidden_layers * text.num_attention_heads * layers[0].self_attn.head_dim
-    )  # scores, values; thrice
-    matrices = {name: p.numel() for name, p in visual.named_parameters() if p.dim() > 1}
-    per_patch = sum(
-        n / merge**2 if name.startswith("merger") else n for name, n in matrices.items()
-    )
-    window = (
-        vision.window_size // vision.patch_size // merge
-    )  # its side in cells of merge x merge patches
+    text = gve.core.config.text_config
+    vision = gve.core.config.vision_config
+    layers = gve.core.language_model.layers
 
-    def count(batch):
-        macs = sum(
-            n * per_token + n * (n + 1) // 2 * per_pair
-            for n in batch["attention_mask"].sum(1).tolist()
-        )
+    # Language model, per weight and token: 2 forward, 2 for the gradient of the input,
+    # and 2 more for the gradient of the weight if it is trained.
+    per_token = 0
+    for weight in layers.parameters():
+        if weight.dim() == 2:
+            per_token += 4 * weight.numel()
+            if weight.requires_grad:
+                per_token += 2 * weight.numel()
+
+    # Attention, per pair of tokens and channel: 2 for scores, 2 for values, twice that backward.
+    channels = text.num_attention_heads * layers[0].self_attn.head_dim
+    per_token_pair = 12 * channels * text.num_hidden_layers
+
+    # Vision tower, forward only. The merger sees one token where the blocks see several patches.
+    per_patch = 0
+    for name, weight in gve.core.visual.named_parameters():
+        if weight.dim() > 1:
+            patches = vision.spatial_merge_size**2 if name.startswith("merger") else 1
+            per_patch += 2 * weight.numel() / patches
+    per_patch_pair = 4 * vision.hidden_size
+
+    # Some layers attend within a whole frame, the others within windows of it.
+    frame_layers = len(vision.fullatt_block_indexes)
+    window_layers = vision.depth - frame_layers
+    side = vision.window_size // vision.patch_size  # of a window, in patches
+
+    def flops(batch):
+        tokens = batch["attention_mask"].sum(1).double()  # (B,)
+        total = per_token * tokens.sum() + per_token_pair * (tokens**2).sum()
+
         for kind in ("image", "video"):
-            grids = batch[f"{kind}_grid_thw"].tolist() if f"{kind}_grid_thw" in batch else []
-            known = batch.get(
-                f"{kind}_features", [None] * len(grids)
-            )  # those from the store cost nothing
-            for t, h, w in (
-                grid for grid, features in zip(grids, known, strict=True) if features is None
-            ):
-                sides = (
-                    [min(window, n // merge - at) for at in range(0, n // merge, window)]
-                    for n in (h, w)
-                )
-                near = merge**4 * math.prod(
-                    sum(n * n for n in side) for side in sides
-                )  # pairs of patches that share a window
-                macs += t * h * w * per_patch + 2 * vision.hidden_size * t * (
-                    full * (h * w) ** 2 + (vision.depth - full) * near
-                )
-        return macs
+            if f"{kind}_grid_thw" not in batch:
+                continue
+            grids = batch[f"{kind}_grid_thw"]
+            features = batch.get(f"{kind}_features") or [None] * len(grids)
+            fresh = [i for i, known in enumerate(features) if known is None]
+            t, h, w = grids[fresh].double().T
+            window = h.clamp(max=side) * w.clamp(max=side)
+            pairs = t * h * w * (frame_layers * h * w + window_layers * window)
+            total += per_patch * (t * h * w).sum() + per_patch_pair * pairs.sum()
+        return float(total)
 
-    return count
+    return flops

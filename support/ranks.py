@@ -1,6 +1,8 @@
 """The processes that torchrun starts: join them, gather objects, add up gradients.
 
 rank, world, device = join_ranks("cuda")
+sums = sum_over_ranks(parameters, {"loss": loss, "rows": rows})
+leave_ranks()
 """
 
 import datetime
@@ -16,10 +18,12 @@ TIMEOUT = datetime.timedelta(days=7)
 def join_ranks(device=""):
     """Join torchrun's other processes if it started this one -> (rank, world, torch.device).
 
-    device: "cpu" or "cuda"; empty: cuda if there is one. On GPUs tensors travel by NCCL, objects by gloo.
+    device: "cpu" or "cuda"; empty: cuda if there is one. On GPUs tensors travel by NCCL, objects by
+    gloo.
     """
-    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(kind)
+    if not device:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     if device.type == "cuda":
@@ -49,15 +53,20 @@ def all_gather_object(value):
 
 
 def sum_over_ranks(parameters, sums):
-    """Sum gradients, and a dict of scalar tensors, over all ranks with one flat all-reduce -> {name: float}.
+    """Sum gradients and scalars over all ranks with one flat all-reduce -> {name: float}.
 
-    Each rank's gradient is its part of the gradient of the *global* mean loss, so parts are added, never averaged.
+    parameters: tensors; their .grad is replaced by the sum, zero where no rank has one
+    sums: {name: scalar tensor}
+
+    Each rank's gradient is its part of the gradient of the *global* mean loss, so parts are added,
+    never averaged.
     """
     for p in parameters:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
     scalars = torch.stack([value.double() for value in sums.values()])
 
+    # One message for all: an all-reduce per tensor would cost hundreds of round trips.
     if dist.is_initialized():
         gradients = [p.grad.flatten() for p in parameters]
         flat = torch.cat([*gradients, scalars.to(parameters[0].dtype)])

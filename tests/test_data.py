@@ -1,32 +1,41 @@
-"""data.py: decoding, items, mixtures and the sampler, with every kind of bad input."""
+"""data.py and support/media.py: decoding, items, mixtures, training batches, and bad input."""
 
 import json
 import os
+import shutil
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import moving_square, write_video
+from PIL import Image
 from transformers import Qwen2_5_VLProcessor
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-import data  # noqa: E402
-from data import (  # noqa: E402
+from data import (
     Collator,
-    MediaError,
+    TrainLoader,
     content_id,
-    load_image,
     load_mixture,
-    load_video,
     micro_batches,
     resolve,
 )
-from extras.check_data import check  # noqa: E402
+from extras.check_data import check
+from support.media import MediaError, load_image, load_video, sample_indices
+
+
+@pytest.fixture(scope="module")
+def collate(tiny):
+    return Collator(Qwen2_5_VLProcessor.from_pretrained(tiny))
+
+
+def first_batch(sources, collate, rows, **options):
+    """The first training batch of a plan that draws `rows` of source 0."""
+    plan = [(0, np.asarray(rows))]
+    return next(TrainLoader(sources, collate, **options)(plan))
+
+
+# Frames and images
 
 
 @pytest.mark.parametrize(
@@ -40,58 +49,62 @@ from extras.check_data import check  # noqa: E402
     ],
 )
 def test_eight_uniform_indices(n, expected):
-    assert data.sample_indices(n, 8).tolist() == expected
+    assert sample_indices(n, 8).tolist() == expected
 
 
 @pytest.mark.parametrize("frames", [0, 1, 7])
 def test_odd_frame_counts_are_refused(frames):
     with pytest.raises(ValueError, match="even"):
-        data.sample_indices(10, frames)
+        sample_indices(10, frames)
 
 
 def columns(frames):
-    """Where the square of moving_square stands in each frame: the first column that differs from the ground."""
-    return [
-        int((np.abs(f.astype(int) - f[0, -1].astype(int)).sum(-1).max(0) > 60).argmax())
-        for f in frames
-    ]
+    """Where moving_square's square stands in each frame: the first column unlike the ground."""
+    found = []
+    for frame in frames:
+        frame = frame.astype(int)
+        difference = np.abs(frame - frame[0, -1]).sum(-1)  # (H, W) to the ground's colour
+        found.append(int((difference.max(0) > 60).argmax()))
+    return np.array(found)
+
+
+def assert_columns(frames, expected):
+    difference = np.abs(columns(frames) - expected)
+    assert difference.max() <= 1, f"off by {difference.tolist()} columns"
 
 
 def test_decoded_frames_are_the_ones_asked_for(media):
+    path = str(media / "a.mp4")
     truth = columns(moving_square(16, seed=0))
-    frames, seconds = load_video(str(media / "a.mp4"))
+
+    frames, seconds = load_video(path)
     assert frames.shape == (8, 56, 56, 3) and frames.dtype == np.uint8 and seconds == 2.0
-    assert (
-        np.abs(np.array(columns(frames)) - [truth[i] for i in (0, 2, 4, 6, 9, 11, 13, 15)]).max()
-        <= 1
-    )
-    window, seconds = load_video(
-        {"path": str(media / "a.mp4"), "start": 0.5, "end": 1.5}
-    )  # frames 4 .. 11
-    assert seconds == 1.0 and np.abs(np.array(columns(window)) - truth[4:12]).max() <= 1
-    one, seconds = load_video(
-        {"path": str(media / "a.mp4"), "start": 1.0, "end": 1.01}
-    )  # at least one frame
-    assert seconds == 0.125 and np.abs(np.array(columns(one)) - truth[8]).max() <= 1
-    picture = load_image({"video": str(media / "a.mp4"), "time": 1.0})
-    assert picture.shape == (56, 56, 3) and abs(columns([picture])[0] - truth[8]) <= 1
+    assert_columns(frames, truth[[0, 2, 4, 6, 9, 11, 13, 15]])
+
+    window, seconds = load_video({"path": path, "start": 0.5, "end": 1.5})  # frames 4 .. 11
+    assert seconds == 1.0
+    assert_columns(window, truth[4:12])
+
+    one, seconds = load_video({"path": path, "start": 1.0, "end": 1.01})  # at least one frame
+    assert seconds == 0.125
+    assert_columns(one, truth[8])
+
+    picture = load_image({"video": path, "time": 1.0})
+    assert picture.shape == (56, 56, 3)
+    assert_columns([picture], truth[8])
 
 
 def test_short_clips_and_frame_folders(media):
     frames, seconds = load_video(str(media / "short.mp4"))
     assert frames.shape[0] == 8 and seconds == pytest.approx(3 / 8)
+
     write_video(media / "one.mp4", moving_square(1))
     frames, seconds = load_video(str(media / "one.mp4"))
     assert frames.shape[0] == 8 and (frames == frames[0]).all() and seconds == pytest.approx(1 / 8)
+
     folder, seconds = load_video(str(media / "frames"))
     assert folder.shape == (8, 56, 56, 3) and seconds == 10 / 8  # 8 frames per second unless told
-    assert (
-        np.abs(
-            np.array(columns(folder))
-            - np.array(columns(moving_square(10, seed=7)))[[0, 1, 3, 4, 5, 6, 8, 9]]
-        ).max()
-        <= 1
-    )
+    assert_columns(folder, columns(moving_square(10, seed=7))[[0, 1, 3, 4, 5, 6, 8, 9]])
     assert load_video({"path": str(media / "frames"), "fps": 2})[1] == 5.0
 
 
@@ -103,18 +116,20 @@ def test_av1_is_read_by_pyav_and_said_once(tmp_path):
 
 
 def damaged(media, folder):
-    """One file for each way in which a video can be bad -> {name: path}."""
+    """Write one file for each way in which a video can be bad -> {name: path}."""
     good = (media / "a.mp4").read_bytes()
-    files = {
+    contents = {
         "empty": b"",
         "text": b"not a video at all\n" * 20,
         "truncated": good[: len(good) // 2],
         "header": b"\0" * 200 + good[200:],
         "jpeg": (media / "frames" / "000.jpg").read_bytes()[:100],
     }
-    for name, content in files.items():
-        (folder / f"{name}.mp4").write_bytes(content)
-    return {**{name: folder / f"{name}.mp4" for name in files}, "missing": folder / "gone.mp4"}
+    paths = {"missing": folder / "gone.mp4"}
+    for name, content in contents.items():
+        paths[name] = folder / f"{name}.mp4"
+        paths[name].write_bytes(content)
+    return paths
 
 
 def test_bad_videos_raise_one_error_that_names_the_file(media, tmp_path):
@@ -126,22 +141,23 @@ def test_bad_videos_raise_one_error_that_names_the_file(media, tmp_path):
             load_image({"video": str(path), "time": 0})
         with pytest.raises((MediaError, FileNotFoundError), match=path.name):
             load_image(str(path))
+
     (tmp_path / "none").mkdir()
     with pytest.raises(MediaError, match="without frames"):
         load_video(str(tmp_path / "none"))
 
 
 def test_bytes_damaged_inside_the_stream_never_end_the_process(media, tmp_path):
+    """Decoders conceal such damage: the right number of frames, or an error that names the file."""
     good = bytearray((media / "wide.mp4").read_bytes())
     rng = np.random.default_rng(0)
-    for trial in range(
-        10
-    ):  # decoders conceal such damage: frames of the right shape, or an error that names the file
+    for trial in range(10):
         broken = bytearray(good)
-        for at in rng.integers(0, len(good), 40):
-            broken[at] = int(rng.integers(256))
+        for place in rng.integers(0, len(good), 40):
+            broken[place] = int(rng.integers(256))
         path = tmp_path / f"{trial}.mp4"
         path.write_bytes(broken)
+
         try:
             assert load_video(str(path))[0].shape[0] == 8
         except MediaError as error:
@@ -156,36 +172,58 @@ def test_windows_outside_the_clip_are_errors(media, spec):
         load_image({"video": str(media / "a.mp4"), "time": 2.5})
 
 
-def test_tiny_odd_and_extreme_sizes(tiny, media, tmp_path):
-    from PIL import Image
-
-    collate = Collator(Qwen2_5_VLProcessor.from_pretrained(tiny))
+def test_tiny_odd_and_extreme_sizes(collate, media, tmp_path):
     for width, height in ((1, 1), (3, 5), (57, 31), (3000, 1500)):
         path = tmp_path / f"{width}x{height}.png"
         Image.new("RGB", (width, height), (10, 200, 30)).save(path)
         grid = collate.prepare({"image": str(path)})["image_grid_thw"][0]
         assert 4 <= grid.prod() // 4 <= 256
+
     Image.new("RGB", (2000, 3)).save(tmp_path / "strip.png")
     with pytest.raises(MediaError, match="strip.png.*aspect ratio"):
         collate.prepare({"image": str(tmp_path / "strip.png")})
+
     for max_tokens in (4, 20, 200):
-        grid = Collator(collate.processor, max_tokens=max_tokens).prepare(
-            {"video": str(media / "wide.mp4")}
-        )["video_grid_thw"][0]
+        small = Collator(collate.processor, max_tokens=max_tokens)
+        grid = small.prepare({"video": str(media / "wide.mp4")})["video_grid_thw"][0]
         assert grid[0] == 4 and grid[1] * grid[2] // 4 <= max_tokens
 
 
+# Items
+
+
 def test_paths_stay_under_their_roots(media, tmp_path):
-    assert resolve({"video": "a.mp4"}, media) == {"video": str(media / "a.mp4")}
-    assert resolve({"video": str(media / "a.mp4")}, media)["video"] == str(media / "a.mp4")
-    link = tmp_path / "link.mp4"
-    os.symlink(media / "a.mp4", link)
-    for bad in ("../a.mp4", str(media / "a.mp4"), "link.mp4"):
+    inside = str(media / "a.mp4")
+    assert resolve({"video": "a.mp4"}, media) == {"video": inside}
+    assert resolve({"video": inside}, media)["video"] == inside
+
+    os.symlink(inside, tmp_path / "link.mp4")
+    for bad in ("../a.mp4", inside, "link.mp4"):
         with pytest.raises(ValueError, match="leaves the allowed roots"):
             resolve({"video": bad}, tmp_path)
-    assert resolve({"video": "link.mp4"}, tmp_path, [media])["video"] == str(media / "a.mp4")
+    assert resolve({"video": "link.mp4"}, tmp_path, [media])["video"] == inside
+
     with pytest.raises(FileNotFoundError, match="gone.mp4"):
         resolve({"video": "gone.mp4"}, media)
+
+
+def test_a_sibling_folder_whose_name_begins_like_a_root_is_outside_it(media, tmp_path):
+    root = tmp_path / "root"
+    sibling = tmp_path / "root-x"
+    root.mkdir()
+    sibling.mkdir()
+    shutil.copy(media / "a.mp4", sibling / "a.mp4")
+    os.symlink(sibling / "a.mp4", root / "link.mp4")
+
+    for path in (str(sibling / "a.mp4"), "../root-x/a.mp4", "link.mp4"):
+        for media_item in ({"video": path}, {"image": {"video": path, "time": 0}}):
+            with pytest.raises(ValueError, match="leaves the allowed roots"):
+                resolve(media_item, root)
+    with pytest.raises(ValueError, match="leaves the allowed roots"):
+        resolve({"video": str(sibling / "a.mp4")}, media, [root])
+
+    allowed = resolve({"video": "../root-x/a.mp4"}, root, [sibling])
+    assert allowed == {"video": str(sibling / "a.mp4")}
 
 
 @pytest.mark.parametrize(
@@ -208,21 +246,24 @@ def test_wrong_items_are_named(media, item, message):
 
 def test_content_ids_follow_content(media):
     a, b = str(media / "a.mp4"), str(media / "b.mp4")
-    same = [content_id({"text": "A  red ball"}), content_id({"text": "a red ball "})]
-    others = [
-        content_id(x)
-        for x in (
-            {"text": "a red cube"},
-            {"video": a},
-            {"video": b},
-            {"video": {"path": a, "start": 1}},
-            {"image": {"video": a, "time": 1}},
-            {"image": a},
-            {"video": a, "text": "a red ball"},
-        )
+    text = content_id({"text": "A  red ball"})
+    assert content_id({"text": "a red ball "}) == text
+
+    different = [
+        {"text": "a red cube"},
+        {"video": a},
+        {"video": b},
+        {"video": {"path": a, "start": 1}},
+        {"image": {"video": a, "time": 1}},
+        {"image": a},
+        {"video": a, "text": "a red ball"},
     ]
-    assert same[0] == same[1] and len({same[0], *others}) == len(others) + 1
-    assert all(0 <= i < 2**63 for i in others)
+    ids = {content_id(item) for item in different}
+    assert len(ids) == len(different) and text not in ids
+    assert all(0 <= number < 2**63 for number in ids)
+
+
+# Mixtures
 
 
 @pytest.mark.parametrize(
@@ -241,37 +282,46 @@ def test_wrong_mixtures_name_file_entry_and_what_is_accepted(media, mixture, cha
     (media / "empty.jsonl").write_text("\n")
     entries = json.loads(mixture.read_text())
     path = media / "wrong.json"
+
     path.write_text(json.dumps([entries[0], {**entries[1], **change}]))
     with pytest.raises(ValueError, match=f"(?s)wrong.json: entry 1.*{message}"):
         load_mixture(path)
+
     path.write_text(json.dumps([entries[0], entries[0]]))
     with pytest.raises(ValueError, match="entry 1 .*same name"):
         load_mixture(path)
 
 
-def test_ranks_share_a_global_batch_without_overlap(tiny, mixture):
+# Training batches
+
+
+def query_texts(batches, collate):
+    """The prompts of all queries, without padding and in alphabetical order."""
+    texts = []
+    for batch in batches:
+        for micro_batch in batch.query.micro_batches:
+            for text in collate.tokenizer.batch_decode(micro_batch["input_ids"]):
+                texts.append(text.replace("<|endoftext|>", ""))
+    return sorted(texts)
+
+
+def test_ranks_share_a_global_batch_without_overlap(collate, mixture):
     sources = load_mixture(mixture)
-    plan = [(0, np.array([5, 2, 0, 6, 1, 3]))]
-    collate = Collator(Qwen2_5_VLProcessor.from_pretrained(tiny))
+    rows = [5, 2, 0, 6, 1, 3]
+    whole = query_texts([first_batch(sources, collate, rows, micro_batch=2)], collate)
+    assert len(whole) == 6
+
     for world in (1, 2, 3):
-        parts = [
-            next(batches(plan, sources, collate, rank=r, world=world, micro_batch=2))
-            for r in range(world)
-        ]
-        ids = torch.cat([p["positive_ids"] for p in parts])
-        texts = sorted(
-            t
-            for p in parts
-            for b in p["query"]
-            for t in collate.tokenizer.batch_decode(b["input_ids"])
-        )
-        assert len(ids) == 6 and len(texts) == 6 and {p["source"] for p in parts} == {0}
-        assert all(len(b["input_ids"]) <= 2 for p in parts for b in p["query"])
-        if world == 1:
-            whole = texts
-        assert [t.replace("<|endoftext|>", "") for t in texts] == [
-            t.replace("<|endoftext|>", "") for t in whole
-        ]
+        parts = []
+        for rank in range(world):
+            options = {"rank": rank, "world": world, "micro_batch": 2}
+            parts.append(first_batch(sources, collate, rows, **options))
+
+        assert sum(len(part.positive.ids) for part in parts) == 6
+        assert {part.source for part in parts} == {0}
+        for part in parts:
+            assert all(len(batch["input_ids"]) <= 2 for batch in part.query.micro_batches)
+        assert query_texts(parts, collate) == whole
 
 
 @pytest.mark.parametrize(("most", "tokens"), [(3, 0), (64, 40), (4, 30), (1, 0), (2, 5)])
@@ -280,86 +330,84 @@ def test_micro_batches_hold_every_item_once_within_their_bounds(most, tokens):
     groups = micro_batches(lengths, most, tokens)
     assert sorted(sum(groups, [])) == list(range(10))
     for group in groups:
-        width = max(lengths[i] for i in group)
-        assert len(group) <= most and (
-            not tokens or width * len(group) <= tokens or len(group) == 1
-        )
-    flat = [lengths[i] for i in sum(groups, [])]
-    assert flat == sorted(flat) and micro_batches([], most, tokens) == []
+        padded = max(lengths[i] for i in group) * len(group)
+        assert len(group) <= most
+        assert not tokens or padded <= tokens or len(group) == 1
+
+    in_order = [lengths[i] for i in sum(groups, [])]
+    assert in_order == sorted(in_order)
+    assert micro_batches([], most, tokens) == []
     if (most, tokens) == (64, 40):  # by hand: 1 3 3 7 8 | 9 12 12 | 30 | 30
-        assert list(map(len, groups)) == [5, 3, 1, 1]
+        assert [len(group) for group in groups] == [5, 3, 1, 1]
 
 
-def test_vectors_find_their_rows_again(tiny, mixture):
-    sources, collate = load_mixture(mixture), Collator(Qwen2_5_VLProcessor.from_pretrained(tiny))
-    step = next(batches([(0, np.arange(7))], sources, collate, micro_batch=2))
-    read = [
-        int(ids[mask.bool()].sum())
-        for batch in step["query"]
-        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
-    ]
-    rows = [
-        sum(collate.prepare(sources[0].load(row)[0], sources[0].instruction)["ids"])
-        for row in range(7)
-    ]
-    assert [read[at] for at in step["query_at"]] == rows != read
+def test_vectors_find_their_rows_again(collate, mixture):
+    """The sum of a prompt's token ids stands for its vector."""
+    sources = load_mixture(mixture)
+    query = first_batch(sources, collate, range(7), micro_batch=2).query
+    vectors = []
+    for batch in query.micro_batches:
+        vectors += (batch["input_ids"] * batch["attention_mask"]).sum(1).tolist()
+
+    expected = []
+    for row in range(7):
+        item = sources[0].load(row)[0]
+        expected.append(sum(collate.prepare(item, sources[0].instruction)["ids"]))
+    assert [vectors[place] for place in query.order] == expected != vectors
 
 
 def test_an_unusable_row_is_replaced_by_the_next_one_for_any_rank_and_listed(
-    tiny, media, mixture, tmp_path
+    collate, media, mixture
 ):
     lines = (media / "t2v.jsonl").read_text().splitlines()
     lines[2] = json.dumps({"query": {"text": "gone"}, "positive": {"video": "gone.mp4"}})
     lines[4] = lines[4][:-5]
     (media / "hurt.jsonl").write_text("\n".join(lines) + "\n")
-    (media / "hurt.json").write_text(
-        json.dumps([{"name": "hurt", "task": "T2V", "path": "hurt.jsonl", "batch_size": 7}])
-    )
+    entry = {"name": "hurt", "task": "T2V", "path": "hurt.jsonl", "batch_size": 7}
+    (media / "hurt.json").write_text(json.dumps([entry]))
     sources = load_mixture(media / "hurt.json")
-    collate = Collator(Qwen2_5_VLProcessor.from_pretrained(tiny))
-    step = next(batches([(0, np.arange(7))], sources, collate))
-    ids = step["positive_ids"].tolist()
+
+    batch = first_batch(sources, collate, range(7))
+    ids = batch.positive.ids.tolist()
     assert len(ids) == 7 and ids[2] == ids[3] and ids[4] == ids[5]
-    assert (
-        len(step["bad"]) == 2
-        and "hurt.jsonl:3" in step["bad"][0]
-        and "hurt.jsonl:5" in step["bad"][1]
-    )
-    third = next(batches([(0, np.arange(7))], sources, collate, rank=2, world=3))
-    assert third["positive_ids"].tolist() == step["positive_ids"][2::3].tolist()
+    assert len(batch.bad) == 2
+    assert "hurt.jsonl:3" in batch.bad[0] and "hurt.jsonl:5" in batch.bad[1]
+
+    third = first_batch(sources, collate, range(7), rank=2, world=3)
+    assert third.positive.ids.tolist() == ids[2::3]
 
 
-def test_decoders_ahead_of_training_leave_it_its_threads(tiny, mixture, monkeypatch):
-    sources, collate, said = (
-        load_mixture(mixture),
-        Collator(Qwen2_5_VLProcessor.from_pretrained(tiny)),
-        [],
-    )
-    monkeypatch.setattr(
-        torch, "get_num_threads", lambda: 3
-    )  # a pool of threads that exists would make other tests' forks hang
+def test_a_row_whose_medium_does_not_decode_is_named_by_file_and_line(collate, media, mixture):
+    (media / "noise.mp4").write_bytes(b"not a video")
+    row = {"query": {"text": "a"}, "positive": {"video": "noise.mp4"}}
+    good = {"query": {"text": "b"}, "positive": {"video": "a.mp4"}}
+    (media / "noise.jsonl").write_text(f"\n{json.dumps(row)}\n{json.dumps(good)}\n")
+    entry = {"name": "noise", "task": "T2V", "path": "noise.jsonl"}
+    (media / "noise.json").write_text(json.dumps([entry]))
+
+    (reason,) = first_batch(load_mixture(media / "noise.json"), collate, [0]).bad
+    assert reason.startswith(f"{media / 'noise.jsonl'}:2: ") and "noise.mp4" in reason
+
+
+def test_decoders_ahead_of_training_leave_it_its_threads(collate, mixture, monkeypatch):
+    sources = load_mixture(mixture)
+    said = []
+    # Pretended: a real pool of threads would make other tests' forks hang.
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     monkeypatch.setattr(torch, "set_num_threads", said.append)
-    apart, inline = (
-        next(batches([(0, np.arange(7))], sources, collate, workers=n)) for n in (1, 0)
-    )
+
+    apart = first_batch(sources, collate, range(7), workers=1)
+    inline = first_batch(sources, collate, range(7), workers=0)
     assert set(said) == {3}
-    assert torch.equal(
-        apart["positive"][0]["pixel_values_videos"], inline["positive"][0]["pixel_values_videos"]
-    )
+    pixels = [batch.positive.micro_batches[0]["pixel_values_videos"] for batch in (apart, inline)]
+    assert torch.equal(*pixels)
 
 
-def command(*words):
-    return subprocess.run(
-        [sys.executable, "data.py", *map(str, words)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+# extras/check_data.py
 
 
 def test_check_lists_every_bad_row_with_file_and_line(media, mixture, tmp_path):
-    assert command("check", mixture).returncode == 0
+    assert list(check(mixture)) == []
     (media / "broken.mp4").write_bytes(b"no")
     a = {"text": "a"}
     rows = [
@@ -372,53 +420,24 @@ def test_check_lists_every_bad_row_with_file_and_line(media, mixture, tmp_path):
         {"query": a, "positive": {"text": "b"}, "negatives": [{"image": "no.png"}]},
     ]
     (media / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n{broken\n")
-    done = command("check", media / "rows.jsonl")
-    assert done.returncode == 1
-    bad, total = done.stdout.splitlines(), done.stderr.strip()
-    assert [line.split("rows.jsonl:")[1].split(":")[0] for line in bad] == [
-        "2",
-        "3",
-        "4",
-        "5",
-        "6",
-        "7",
-        "8",
-    ], done.stdout
-    assert "negatives must be a list of items, got 3" in bad[1] and total.endswith(
-        "7 unusable rows"
-    )
+    bad = list(check(media / "rows.jsonl"))
+    lines = [reason.split("rows.jsonl:")[1].split(":")[0] for reason in bad]
+    assert lines == ["2", "3", "4", "5", "6", "7", "8"], bad
+    assert "negatives must be a list of items, got 3" in bad[1]
 
 
 def test_check_survives_what_kills_its_decoder(media, mixture, monkeypatch):
-    rows = [
-        {"query": {"text": c}, "positive": {"video": f"{c}.mp4"}, "negatives": None} for c in "abcd"
-    ]
+    rows = []
+    for c in "abcd":
+        positive = {"video": f"{c}.mp4"}
+        rows.append({"query": {"text": c}, "positive": positive, "negatives": None})
     (media / "deadly.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert list(check(media / "deadly.jsonl", workers=2)) == []  # null: no negatives
-    monkeypatch.setattr(
-        "extras.check_data.load_video",
-        lambda video: "b.mp4" in video and os.kill(os.getpid(), signal.SIGKILL),
-    )
-    assert [
-        line.split("deadly.jsonl:")[1] for line in check(media / "deadly.jsonl", workers=2)
-    ] == ["2: its decoder crashed"]
 
+    def deadly(video):
+        if "b.mp4" in video:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-def test_a_misspelt_mixture_is_named(tmp_path):
-    for content in (
-        [{"name": "x", "task": "T2T", "path": "x.jsonl", "batchsize": 3}],
-        ["x"],
-        {"name": "x"},
-    ):
-        (tmp_path / "x.jsonl").write_text('{"query": {"text": "a"}, "positive": {"text": "b"}}\n')
-        (tmp_path / "m.json").write_text(json.dumps(content))
-        done = command("mixture", tmp_path / "m.json")
-        assert (
-            done.returncode == 1
-            and "m.json: not a mixture of sources" in done.stderr
-            and "Traceback" not in done.stderr
-        )
-
-
-def test_unknown_flags_are_errors():
-    assert command("check", "x.jsonl", "--rot", "y").returncode == 2
+    monkeypatch.setattr("extras.check_data.load_video", deadly)
+    (bad,) = check(media / "deadly.jsonl", workers=2)
+    assert bad.endswith("deadly.jsonl:2: its decoder crashed")

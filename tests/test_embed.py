@@ -17,6 +17,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from conftest import moving_square
 from PIL import Image
 from tqdm import tqdm
 
@@ -25,8 +26,9 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import embed  # noqa: E402
 from embed import Flags, encode, main, top_k  # noqa: E402
-from model import GVE
-from support.cache import VectorCache, hash_weights  # noqa: E402
+from model import GVE  # noqa: E402
+from support import cache as cache_module  # noqa: E402
+from support.cache import FeatureStore, VectorCache, hash_key, hash_weights  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -34,15 +36,19 @@ def gve(tiny):
     return GVE.from_pretrained(tiny)
 
 
-def close(ours, theirs, most=1e-6):
+def assert_close(ours, theirs, most=1e-6):
     error = (ours - theirs).abs()
     assert error.max() <= most, f"max {error.max():.2e}, mean {error.mean():.2e}"
+
+
+# Order, batches, failures
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_results_come_in_order_and_a_bad_item_shifts_nothing(gve, media, workers):
     (media / "bad.mp4").write_bytes(b"bad")
-    a, b = {"video": str(media / "a.mp4")}, {"text": "b"}
+    a = {"video": str(media / "a.mp4")}
+    b = {"text": "b"}
     items = [
         a,
         {"text": "a longer text than the other"},
@@ -55,113 +61,120 @@ def test_results_come_in_order_and_a_bad_item_shifts_nothing(gve, media, workers
     ]
     good = [0, 1, 3, 4, 5, 7]
     vectors, failed = encode(gve, items, batch_tokens=200, workers=workers)
-    assert sorted(failed) == [2, 6] and "bad.mp4" in failed[2] and "nowhere.mp4" in failed[6]
+
+    assert sorted(failed) == [2, 6]
+    assert "bad.mp4" in failed[2]
+    assert "nowhere.mp4" in failed[6]
     assert vectors[[2, 6]].isnan().all()
-    close(vectors[good], torch.cat([gve.embed([items[i]]) for i in good]), 1e-5)
+    one_by_one = torch.cat([gve.embed([items[i]]) for i in good])
+    assert_close(vectors[good], one_by_one, 1e-5)
 
 
 def test_decoders_have_cores_of_their_own_and_the_threads_come_back(gve, media, monkeypatch):
-    before, seen, to_device = torch.get_num_threads(), [], embed.to_device
-    monkeypatch.setattr(
-        embed, "to_device", lambda *given: seen.append(torch.get_num_threads()) or to_device(*given)
-    )
+    before = torch.get_num_threads()
+    to_device = embed.to_device
+    seen = []
+
+    def spy(*given):
+        seen.append(torch.get_num_threads())
+        return to_device(*given)
+
+    monkeypatch.setattr(embed, "to_device", spy)
+    clips = [{"video": str(media / "a.mp4")}, {"video": str(media / "b.mp4")}]
     try:
         torch.set_num_threads(3)
-        encode(
-            gve,
-            [{"video": str(media / "a.mp4")}, {"video": str(media / "b.mp4")}],
-            workers=2,
-            batch_tokens=1,
-        )
-        assert (
-            seen == [1, 3] and torch.get_num_threads() == 3
-        )  # the last batch has the cores to itself
+        encode(gve, clips, workers=2, batch_tokens=1)
+        assert seen == [1, 3]  # the last batch has the cores to itself
+        assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
 
 
 def test_only_equal_items_share_a_vector(gve):
-    vectors, _ = encode(
-        gve, [{"text": t} for t in ("Red ball", "red  ball", "red ball", "Red ball")]
-    )
+    texts = ["Red ball", "red  ball", "red ball", "Red ball"]
+    vectors, _ = encode(gve, [{"text": text} for text in texts])
     assert torch.equal(vectors[0], vectors[3])
-    assert all((vectors[i] - vectors[j]).abs().max() > 1e-3 for i, j in ((0, 1), (0, 2), (1, 2)))
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        assert (vectors[i] - vectors[j]).abs().max() > 1e-3
 
 
 def test_batches_hold_at_most_so_many_tokens_and_no_fewer_than_they_could(gve, media, monkeypatch):
-    shapes, forward = [], GVE.forward
-    monkeypatch.setattr(
-        GVE,
-        "forward",
-        lambda self, batch: shapes.append(batch["input_ids"].shape) or forward(self, batch),
-    )
-    items = [{"text": "x" * n} for n in (900, 5, 80, 3, 70, 4, 200, 6)] + [
-        {"video": str(media / f"{c}.mp4")} for c in "abcd"
-    ]
+    shapes = []
+    forward = GVE.forward
+
+    def spy(self, batch):
+        shapes.append(tuple(batch["input_ids"].shape))
+        return forward(self, batch)
+
+    monkeypatch.setattr(GVE, "forward", spy)
+    items = [{"text": "x" * n} for n in (900, 5, 80, 3, 70, 4, 200, 6)]
+    items += [{"video": str(media / f"{name}.mp4")} for name in "abcd"]
     encode(gve, items, batch_tokens=700)
-    single = [len(data.Collator(gve.processor).prepare(item)["ids"]) for item in items]
-    assert sum(b for b, _ in shapes) == len(items) and max(single) > 700
-    assert all(b * t <= 700 or b == 1 for b, t in shapes), shapes
-    texts, clips = sorted(single[:8]), single[8:]
-    wanted, batch = [], []
-    for length in texts + clips:  # texts from short to long, then videos
+
+    collate = data.Collator(gve.processor)
+    lengths = [len(collate.prepare(item)["ids"]) for item in items]
+    assert sum(rows for rows, _ in shapes) == len(items)
+    assert max(lengths) > 700
+    assert all(rows * tokens <= 700 or rows == 1 for rows, tokens in shapes), shapes
+
+    # Greedily: texts from short to long, then videos.
+    expected = []
+    batch = []
+    for length in sorted(lengths[:8]) + lengths[8:]:
         if batch and max(*batch, length) * (len(batch) + 1) > 700:
-            wanted, batch = [*wanted, (len(batch), max(batch))], []
+            expected.append((len(batch), max(batch)))
+            batch = []
         batch.append(length)
-    assert [tuple(s) for s in shapes] == [*wanted, (len(batch), max(batch))]
+    expected.append((len(batch), max(batch)))
+    assert shapes == expected
 
 
-def damaged(folder, clip):
-    """Ten ways in which a clip cannot be used: {name in the reason: item}."""
-    content, frame = clip.read_bytes(), np.zeros((40, 40, 3), np.uint8)
+def write_damaged(folder, clip):
+    """Write clips that cannot be used in ten ways -> {name that the reason must hold: item}."""
+    content = clip.read_bytes()
     (folder / "empty.mp4").write_bytes(b"")
     (folder / "page.mp4").write_text("<html>404 Not Found</html>" * 50)
     (folder / "half.mp4").write_bytes(content[: len(content) // 2])  # its index was at the end
     (folder / "zeroed.mp4").write_bytes(bytes(len(content)))
+
     with av.open(str(folder / "sound.mp4"), "w") as file:
         stream = file.add_stream("aac", rate=44100)
-        sound = av.AudioFrame.from_ndarray(
-            np.zeros((1, 44100), np.float32), format="fltp", layout="mono"
-        )
+        silence = np.zeros((1, 44100), np.float32)
+        sound = av.AudioFrame.from_ndarray(silence, format="fltp", layout="mono")
         sound.sample_rate = 44100
         for packet in [*stream.encode(sound), *stream.encode()]:
             file.mux(packet)
-    for name, sizes in (("nothing", ()), ("torn", (40, 40)), ("uneven", (40, 44))):
+
+    heights = {"nothing": [], "torn": [40, 40], "uneven": [40, 44]}
+    for name, of_frames in heights.items():
         (folder / name).mkdir()
-        for i, size in enumerate(sizes):
-            Image.fromarray(np.resize(frame, (size, 40, 3))).save(folder / name / f"{i}.jpg")
-    (folder / "torn" / "1.jpg").write_bytes((folder / "torn" / "0.jpg").read_bytes()[:100])
-    out = {
-        name: {"video": str(folder / name)}
-        for name in (
-            "empty.mp4",
-            "page.mp4",
-            "half.mp4",
-            "zeroed.mp4",
-            "sound.mp4",
-            "nothing",
-            "torn",
-            "uneven",
-            "absent.mp4",
-        )
-    }
-    return out | {clip.name: {"video": {"path": str(clip), "start": 60.0}}}
+        for i, height in enumerate(of_frames):
+            frame = np.zeros((height, 40, 3), np.uint8)
+            Image.fromarray(frame).save(folder / name / f"{i}.jpg")
+    whole = (folder / "torn" / "0.jpg").read_bytes()
+    (folder / "torn" / "1.jpg").write_bytes(whole[:100])
+
+    files = ["empty.mp4", "page.mp4", "half.mp4", "zeroed.mp4", "sound.mp4", "absent.mp4"]
+    items = {name: {"video": str(folder / name)} for name in [*files, *heights]}
+    items[clip.name] = {"video": {"path": str(clip), "start": 60.0}}
+    return items
 
 
 def test_ten_damaged_clips_and_one_that_hangs_cost_nothing_but_themselves(
     gve, media, tmp_path, monkeypatch
 ):
-    """200 clips. The decoder of one sleeps in C and holds the interpreter's lock meanwhile: only killing its process ends it."""
+    """200 clips. One decoder sleeps in C holding the interpreter's lock: only a kill ends it."""
     clips = []
     for i in range(189):
-        shutil.copy(media / f"{'abcd'[i % 4]}.mp4", tmp_path / f"{i:03d}.mp4")
-        clips.append({"video": {"path": str(tmp_path / f"{i:03d}.mp4"), "start": i % 5 / 10}})
+        path = tmp_path / f"{i:03d}.mp4"
+        shutil.copy(media / f"{'abcd'[i % 4]}.mp4", path)
+        clips.append({"video": {"path": str(path), "start": i % 5 / 10}})
     shutil.copy(media / "a.mp4", tmp_path / "hang.mp4")
-    bad = damaged(tmp_path, tmp_path / "000.mp4") | {
-        "hang.mp4": {"video": str(tmp_path / "hang.mp4")}
-    }
+    bad = write_damaged(tmp_path, tmp_path / "000.mp4")
+    bad["hang.mp4"] = {"video": str(tmp_path / "hang.mp4")}
     items = clips + list(bad.values())
     random.Random(0).shuffle(items)
+
     load = data.load_video
 
     def sleepy(video, frames):
@@ -172,54 +185,69 @@ def test_ten_damaged_clips_and_one_that_hangs_cost_nothing_but_themselves(
     monkeypatch.setattr(data, "load_video", sleepy)
     began = time.time()
     vectors, failed = encode(gve, items, workers=2, seconds=8)
-    assert time.time() - began < 120 and len(failed) == 11
+    assert time.time() - began < 120
+
+    assert len(failed) == 11
     for name, item in bad.items():
         assert name in failed[items.index(item)], name
     assert failed[items.index(bad["hang.mp4"])].endswith("not decoded within 8 s")
     good = [i for i in range(200) if i not in failed]
-    assert vectors[sorted(failed)].isnan().all() and len(good) == 189
-    close(vectors[good], encode(gve, [items[i] for i in good])[0])
+    assert len(good) == 189
+    assert vectors[sorted(failed)].isnan().all()
+    alone, _ = encode(gve, [items[i] for i in good])
+    assert_close(vectors[good], alone)
 
 
 def test_a_decoder_that_dies_is_replaced(gve, media, monkeypatch):
     load = data.load_video
-    monkeypatch.setattr(
-        data,
-        "load_video",
-        lambda video, frames: (
-            os.kill(os.getpid(), signal.SIGKILL) if "b.mp4" in str(video) else load(video, frames)
-        ),
-    )
-    items = [{"video": str(media / f"{c}.mp4")} for c in "abcd"]
+
+    def deadly(video, frames):
+        if "b.mp4" in str(video):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return load(video, frames)
+
+    monkeypatch.setattr(data, "load_video", deadly)
+    items = [{"video": str(media / f"{name}.mp4")} for name in "abcd"]
     vectors, failed = encode(gve, items, workers=1)
-    assert list(failed) == [1] and "b.mp4" in failed[1] and "crashed" in failed[1]
-    close(vectors[[0, 2, 3]], gve.embed([items[i] for i in (0, 2, 3)]))
+    assert list(failed) == [1]
+    assert "b.mp4" in failed[1] and "crashed" in failed[1]
+    good = [0, 2, 3]
+    assert_close(vectors[good], gve.embed([items[i] for i in good]))
 
 
-# ---- cache ----
+# The cache
 
 
-def lines_of(folder):
+def cached_keys(folder):
     """Every key in a cache, in all its shards, as a person would read them."""
-    return [
-        json.loads(line)["key"]
-        for path in sorted(Path(folder).rglob("*.jsonl"))
-        for line in open(path)
-    ]
+    keys = []
+    for path in sorted(Path(folder).rglob("*.jsonl")):
+        for line in path.read_text().splitlines():
+            keys.append(json.loads(line)["key"])
+    return keys
 
 
 @pytest.fixture
-def count(monkeypatch):
-    """How many items the model has been given."""
-    seen, forward = [], GVE.forward
-    monkeypatch.setattr(
-        GVE, "forward", lambda self, batch: seen.extend(batch["input_ids"]) or forward(self, batch)
-    )
-    return lambda: [len(seen), seen.clear()][0]
+def items_seen(monkeypatch):
+    """Return a function: how many items the model has been given since it was last asked."""
+    seen = []
+    forward = GVE.forward
+
+    def spy(self, batch):
+        seen.extend(batch["input_ids"])
+        return forward(self, batch)
+
+    def count():
+        n = len(seen)
+        seen.clear()
+        return n
+
+    monkeypatch.setattr(GVE, "forward", spy)
+    return count
 
 
 def test_what_is_in_the_cache_is_not_encoded_again_and_can_be_read_by_hand(
-    tiny, gve, media, tmp_path, count
+    tiny, gve, media, tmp_path, items_seen
 ):
     items = [
         {"text": "one"},
@@ -228,33 +256,36 @@ def test_what_is_in_the_cache_is_not_encoded_again_and_can_be_read_by_hand(
         {"video": str(media / "frames")},
     ]
     vectors, _ = encode(gve, items, "Find it.", cache=VectorCache(tmp_path, gve))
-    assert count() == 3
-    again, failed = encode(
-        other := GVE.from_pretrained(tiny),
-        [*items[::-1], {"text": "two"}],
-        "Find it.",
-        cache=VectorCache(tmp_path, other),
-        workers=1,
-    )
-    assert count() == 1 and not failed and torch.equal(again[:4], vectors.flip(0))
+    assert items_seen() == 3
+    other = GVE.from_pretrained(tiny)
+    more = [*items[::-1], {"text": "two"}]
+    again, failed = encode(other, more, "Find it.", cache=VectorCache(tmp_path, other), workers=1)
+    assert items_seen() == 1
+    assert not failed
+    assert torch.equal(again[:4], vectors.flip(0))
+
     (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
-    shards = {
-        path: [json.loads(line)["item"] for line in open(path)] for path in folder.glob("*.jsonl")
-    }
-    assert sorted(map(len, shards.values())) == [1, 3]
-    for path, rows in shards.items():
-        for row, vector in zip(rows, np.load(path.with_suffix(".npy")), strict=True):
-            close(torch.from_numpy(vector)[None], gve.embed([row], "Find it."))
+    sizes = []
+    for path in folder.glob("*.jsonl"):
+        rows = [json.loads(line)["item"] for line in open(path)]
+        shard = torch.from_numpy(np.load(path.with_suffix(".npy")))
+        sizes.append(len(rows))
+        assert len(shard) == len(rows)
+        for row, vector in zip(rows, shard, strict=True):
+            assert_close(vector[None], gve.embed([row], "Find it."))
+    assert sorted(sizes) == [1, 3]
+
     key = json.loads((folder / "key.json").read_text())
-    assert (
-        key["weights"] == hash_weights(gve)
-        and key["instruction"] == "Find it."
-        and key["frames"] == 8
+    assert key["weights"] == hash_weights(gve)
+    assert key["instruction"] == "Find it."
+    assert key["frames"] == 8
+    assert hash_key(key).startswith(folder.name), (
+        "key.json is not all that the folder's name hashes"
     )
 
 
 def test_another_model_prompt_protocol_or_file_never_meets_an_old_vector(
-    tiny, media, tmp_path, count
+    tiny, media, tmp_path, items_seen
 ):
     clip = Path(shutil.copy(media / "a.mp4", tmp_path / "clip.mp4"))
     frames = Path(shutil.copytree(media / "frames", tmp_path / "frames"))
@@ -262,39 +293,107 @@ def test_another_model_prompt_protocol_or_file_never_meets_an_old_vector(
 
     def encoded(gve=None, *args, **options):
         gve = gve or GVE.from_pretrained(tiny)
-        vectors, failed = encode(
-            gve, items, *args, **options, cache=VectorCache(tmp_path / "cache", gve)
-        )
+        cache = VectorCache(tmp_path / "cache", gve)
+        _, failed = encode(gve, items, *args, **options, cache=cache)
         assert not failed
-        return count()
+        return items_seen()
 
-    assert encoded() == 2 and encoded() == 0
+    assert encoded() == 2
+    assert encoded() == 0
     for options in (
-        dict(instruction="x"),
-        dict(frames=4),
-        dict(max_tokens=100),
-        dict(max_length=4096),
+        {"instruction": "x"},
+        {"frames": 4},
+        {"max_tokens": 100},
+        {"max_length": 4096},
     ):
         assert encoded(**options) == 2, options
-    nudged, lora = GVE.from_pretrained(tiny), GVE.from_pretrained(tiny, lora=True)
+
+    nudged = GVE.from_pretrained(tiny)
     with torch.no_grad():
         nudged.core.language_model.norm.weight[0] += 1e-3
+    lora = GVE.from_pretrained(tiny, lora=True)
     paler = GVE.from_pretrained(tiny)
     paler.processor.video_processor.image_mean = [0.5, 0.5, 0.5]
-    for gve in (nudged, lora, paler):
+    user = GVE.from_pretrained(tiny, prompt_style="user")
+    for gve in (nudged, lora, paler, user):
         assert encoded(gve) == 2
     with torch.no_grad():
         next(p for name, p in lora.lora_parameters().items() if "lora_B" in name)[0, 0] = 1e-3
     assert encoded(lora) == 2
+
     os.utime(clip, ns=(1, 1))
     assert encoded() == 1
     Image.fromarray(np.zeros((56, 56, 3), np.uint8)).save(frames / "003.jpg")
-    assert encoded() == 1 and encoded() == 0
+    assert encoded() == 1
+    assert encoded() == 0
+
+
+def test_a_new_vectors_version_drops_old_vectors_and_features(
+    gve, tmp_path, items_seen, monkeypatch
+):
+    def encoded():
+        encode(gve, [{"text": "one"}], cache=VectorCache(tmp_path, gve))
+        return items_seen()
+
+    file, _ = FeatureStore(tmp_path).find(["video", "a.mp4"])
+    assert FeatureStore(tmp_path).find(["video", "a.mp4"])[0] == file
+    assert encoded() == 1
+    assert encoded() == 0
+    monkeypatch.setattr(cache_module, "VECTORS_VERSION", cache_module.VECTORS_VERSION + 1)
+    assert encoded() == 1
+    assert FeatureStore(tmp_path).find(["video", "a.mp4"])[0] != file
+
+
+# The first 16 of 64 numbers of golden_items' vectors under conftest's tiny model (seed 0).
+# fmt: off
+GOLDEN = {
+    "text": [
+        -0.2547, 0.3940, 0.1109, 0.0573, -0.0176, -0.1322, -0.0644, -0.0517,
+        -0.3161, -0.0666, -0.0923, -0.0016, 0.1946, 0.0877, 0.0843, 0.0025,
+    ],
+    "image": [
+        0.0484, 0.1175, -0.0360, -0.0564, -0.0084, -0.1765, 0.0662, 0.2423,
+        0.0684, 0.0425, 0.0361, 0.0792, 0.0636, -0.0199, 0.2141, -0.0149,
+    ],
+    "video": [
+        0.0094, 0.1487, -0.0406, 0.0181, -0.0395, -0.2545, -0.0215, 0.0325,
+        -0.0251, -0.1627, 0.1087, 0.1333, 0.0602, -0.0431, 0.2353, 0.0050,
+    ],
+}
+# fmt: on
+
+
+def golden_items(folder):
+    """Text, an image above the most vision tokens, a video below the least; no codec decides."""
+    rng = np.random.default_rng(0)
+    coarse = rng.integers(0, 256, (10, 12, 3), np.uint8)
+    image = Image.fromarray(coarse).resize((600, 500), Image.Resampling.NEAREST)
+    image.save(folder / "image.png")
+    (folder / "video").mkdir()
+    for i, frame in enumerate(moving_square(12, 40, 32, seed=1)):
+        Image.fromarray(frame).save(folder / "video" / f"{i:03d}.png")
+    return {
+        "text": {"text": "a red ball falls"},
+        "image": {"image": str(folder / "image.png")},
+        "video": {"video": {"path": str(folder / "video"), "fps": 2}, "text": "at night"},
+    }
+
+
+def test_vectors_are_those_of_this_vectors_version(gve, tmp_path):
+    """Cached vectors outlive the code that made them, so a change of vectors must be noticed."""
+    for kind, item in golden_items(tmp_path).items():
+        found = gve.embed([item], "Find it.")[0, :16]
+        error = (found - torch.tensor(GOLDEN[kind])).abs().max()
+        assert error < 2e-3, (
+            f"{kind}: vectors changed: raise VECTORS_VERSION and renew these numbers "
+            f"(by up to {error:.4f}; now {[round(x, 4) for x in found.tolist()]})"
+        )
 
 
 def test_a_shard_is_there_only_with_both_files(gve, tmp_path, monkeypatch):
     """The run ends between the first and the second file."""
-    replace, moved = os.replace, []
+    replace = os.replace
+    moved = []
 
     def third_fails(a, b):
         moved.append(b)
@@ -305,131 +404,132 @@ def test_a_shard_is_there_only_with_both_files(gve, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(os, "replace", third_fails)
         encode(gve, [{"text": "one"}], cache=VectorCache(tmp_path, gve))
-    assert (
-        moved[0].name == "key.json"
-        and moved[1].exists()
-        and not moved[2].exists()
-        and lines_of(tmp_path) == []
-    )
+    key, vectors_file, rows_file = moved
+    assert key.name == "key.json"
+    assert vectors_file.exists()
+    assert not rows_file.exists()
+    assert cached_keys(tmp_path) == []
+
     vectors, failed = encode(gve, [{"text": "one"}], cache=VectorCache(tmp_path, gve))
-    assert not failed and len(lines_of(tmp_path)) == 1
-    close(vectors, gve.embed([{"text": "one"}]))
+    assert not failed
+    assert len(cached_keys(tmp_path)) == 1
+    assert_close(vectors, gve.embed([{"text": "one"}]))
 
 
-def encode_alone(*args, **how):
-    """For a process that will be killed: tqdm's lock is shared by forks, and a dead one that held it stops all others."""
+def encode_alone(*args, **options):
+    """Encode in a process that will be killed.
+
+    tqdm's lock is shared by forks, and a dead one that held it stops all others.
+    """
     tqdm.set_lock(threading.RLock())
-    encode(*args, **how)
+    encode(*args, **options)
 
 
-def children(pid):
-    return [
-        int(c)
-        for task in Path(f"/proc/{pid}/task").glob("*/children")
-        for c in task.read_text().split()
-    ]
+def child_processes(pid):
+    pids = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        pids += [int(word) for word in task.read_text().split()]
+    return pids
+
+
+def is_running(pid):
+    """Whether a process exists and is no zombie."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return stat.split(")")[1].split()[0] != "Z"
+
+
+def count_shards(folder):
+    return len(list(folder.rglob("*.npy")))
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds child processes in /proc")
 def test_killed_at_20_moments_it_goes_on_each_time_and_loses_and_repeats_nothing(
     gve, media, tmp_path
 ):
-    items = [{"text": f"item {i}"} for i in range(120)] + [
-        {"video": {"path": str(media / f"{c}.mp4"), "start": i / 100}}
-        for i in range(40)
-        for c in "abcd"
-    ]
-    rng, known = random.Random(0), set()
+    items = [{"text": f"item {i}"} for i in range(120)]
+    for i in range(40):
+        for name in "abcd":
+            items.append({"video": {"path": str(media / f"{name}.mp4"), "start": i / 100}})
+    rng = random.Random(0)
+    known = set()
+
     for attempt in range(20):
+        cache = VectorCache(tmp_path, gve, every=0)
         work = multiprocessing.get_context("fork").Process(
             target=encode_alone,
             args=(gve, items),
-            kwargs=dict(
-                batch_tokens=300, workers=attempt % 2, cache=VectorCache(tmp_path, gve, every=0)
-            ),
+            kwargs={"batch_tokens": 300, "workers": attempt % 2, "cache": cache},
         )
         work.start()
-        some = len(list(tmp_path.rglob("*.npy"))) + rng.randrange(
-            5
-        )  # strike amid the writing, whatever the machine's speed
-        while len(list(tmp_path.rglob("*.npy"))) < some:
-            assert work.is_alive(), (
-                f"the work ended with status {work.exitcode} before the kills did"
-            )
+        # Strike amid the writing, whatever the machine's speed.
+        enough = count_shards(tmp_path) + rng.randrange(5)
+        while count_shards(tmp_path) < enough:
+            assert work.is_alive(), f"it ended with status {work.exitcode} before the kills did"
             time.sleep(0.001)
         time.sleep(rng.uniform(0, 0.02))
-        decoders = children(work.pid)
+        decoders = child_processes(work.pid)
         os.kill(work.pid, signal.SIGKILL)
         work.join()
-        keys = lines_of(tmp_path)
+
+        keys = cached_keys(tmp_path)
         assert len(set(keys)) == len(keys) and known <= set(keys), "an item twice, or lost"
+        known = set(keys)
         for path in tmp_path.rglob("*.jsonl"):
             assert len(np.load(path.with_suffix(".npy"))) == len(path.read_text().splitlines())
-        known = set(keys)
+
         for _ in range(100):
-            decoders = [
-                pid
-                for pid in decoders
-                if Path(f"/proc/{pid}").exists()
-                and Path(f"/proc/{pid}/stat").read_text().split(")")[1].split()[0] != "Z"
-            ]
-            time.sleep(0.1 if decoders else 0)
+            decoders = [pid for pid in decoders if is_running(pid)]
+            if not decoders:
+                break
+            time.sleep(0.1)
         assert not decoders, "a decoder has outlived its parent"
+
     assert 0 < len(known) < len(items), "the kills did not meet the work"
     vectors, failed = encode(gve, items, cache=VectorCache(tmp_path, gve))
-    assert not failed and len(lines_of(tmp_path)) == len(items)
-    close(vectors, encode(gve, items)[0])
+    assert not failed
+    assert len(cached_keys(tmp_path)) == len(items)
+    assert_close(vectors, encode(gve, items)[0])
 
 
 def test_two_ranks_equal_one(tiny, media, tmp_path):
-    rows = (
-        [{"text": f"a text of {n}" * n} for n in range(1, 9)]
-        + [{"video": f"{c}.mp4"} for c in "abcdb"]
-        + [{"image": "i.png"}]
-    )
+    rows = [{"text": f"a text of {n}" * n} for n in range(1, 9)]
+    rows += [{"video": f"{name}.mp4"} for name in "abcdb"]
+    rows += [{"image": "i.png"}]
     (media / "bad.mp4").write_bytes(b"bad")
     rows.insert(3, {"video": "bad.mp4"})
-    (media / "shared.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    path, flags = str(media / "shared.jsonl"), {"ckpt": tiny, "workers": 1, "device": "cpu"}
-    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    path = media / "shared.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
+    flags = ["--ckpt", tiny, "--workers", "1", "--device", "cpu", "--out", str(tmp_path / "two")]
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            "2",
-            "embed.py",
-            path,
-            *words,
-            "--out",
-            str(tmp_path / "two"),
-        ],
+        [sys.executable, *torchrun, "embed.py", str(path), *flags],
         cwd=ROOT,
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0 and done.stdout.count("14 of 15 items") == 1, done.stderr
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("14 of 15 items") == 1, done.stderr
     assert "shared.jsonl:4:" in done.stdout
-    keys = lines_of(tmp_path / "two" / "cache")
-    assert (
-        len(keys) == len(set(keys)) == 13
-        and len(list((tmp_path / "two" / "cache").rglob("*.npy"))) == 2
-    )
-    main(path, Flags(**flags, out=str(tmp_path / "one")))
-    one, two = (
-        torch.from_numpy(np.load(tmp_path / name / "vectors.npy")) for name in ("one", "two")
-    )
+    keys = cached_keys(tmp_path / "two" / "cache")
+    assert len(keys) == len(set(keys)) == 13
+    assert count_shards(tmp_path / "two" / "cache") == 2
+
+    main(Flags(str(path), ckpt=tiny, workers=1, device="cpu", out=str(tmp_path / "one")))
+    one = torch.from_numpy(np.load(tmp_path / "one" / "vectors.npy"))
+    two = torch.from_numpy(np.load(tmp_path / "two" / "vectors.npy"))
     assert torch.equal(one.isnan(), two.isnan())
-    close(one.nan_to_num(), two.nan_to_num())
-    assert torch.equal(top_k(one.nan_to_num(), one, 5)[1], top_k(two.nan_to_num(), two, 5)[1])
-    assert (tmp_path / "one" / "items.jsonl").read_text() == (
-        tmp_path / "two" / "items.jsonl"
-    ).read_text()
+    assert_close(one.nan_to_num(), two.nan_to_num())
+    neighbours = top_k(one.nan_to_num(), one, 5)[1]
+    assert torch.equal(neighbours, top_k(two.nan_to_num(), two, 5)[1])
+    lines = (tmp_path / "one" / "items.jsonl").read_text()
+    assert lines == (tmp_path / "two" / "items.jsonl").read_text()
 
 
-# ---- ranking ----
+# Exact top-k
 
 
 @pytest.mark.parametrize(
@@ -438,15 +538,14 @@ def test_two_ranks_equal_one(tiny, media, tmp_path):
 )
 def test_top_k_is_exact_and_ties_go_by_corpus_order(n, m, k, block):
     torch.manual_seed(0)
-    queries, corpus = (
-        torch.randint(-2, 3, (n, 3)).float(),
-        torch.randint(-2, 3, (m, 3)).float(),
-    )  # integers: many exact ties
+    queries = torch.randint(-2, 3, (n, 3)).float()  # integers: many exact ties
+    corpus = torch.randint(-2, 3, (m, 3)).float()
     scores, indices = top_k(queries, corpus, k, block=block, query_block=3)
     for i in range(n):
         row = [float(queries[i] @ c) for c in corpus]
         order = sorted(range(m), key=lambda j: (-row[j], j))[:k]
-        assert indices[i].tolist() == order and scores[i].tolist() == [row[j] for j in order]
+        assert indices[i].tolist() == order
+        assert scores[i].tolist() == [row[j] for j in order]
 
 
 def test_top_k_reads_a_memory_mapped_half_precision_corpus(tmp_path):
@@ -459,18 +558,21 @@ def test_top_k_reads_a_memory_mapped_half_precision_corpus(tmp_path):
     assert np.abs(scores.numpy() - np.sort(full)[:, ::-1][:, :3]).max() < 1e-4
 
 
-def test_top_k_takes_any_order_of_scores_and_never_finds_a_nan(tmp_path):
+def test_top_k_takes_any_order_of_scores_and_never_finds_a_nan():
     rising = torch.arange(1.0, 3001)[:, None]  # every score beats all before it
-    scores, indices = top_k(torch.tensor([[1.0], [-1.0], [0.0]]), rising, 7, block=500)
+    queries = torch.tensor([[1.0], [-1.0], [0.0]])
+    scores, indices = top_k(queries, rising, 7, block=500)
     assert indices.tolist() == [list(range(2999, 2992, -1)), list(range(7)), list(range(7))]
     assert scores[0].tolist() == list(range(3000, 2993, -1))
+
     rising[[0, 5]] = torch.nan
     scores, indices = top_k(torch.tensor([[-1.0]]), rising[:8], 8, block=3)
-    assert (
-        indices.tolist() == [[1, 2, 3, 4, 6, 7, -1, -1]]
-        and scores[0, 6:].tolist() == [-torch.inf] * 2
-    )
+    assert indices.tolist() == [[1, 2, 3, 4, 6, 7, -1, -1]]
+    assert scores[0, 6:].tolist() == [-torch.inf] * 2
     assert top_k(torch.ones(2, 1), torch.ones(0, 1), 3)[1].shape == (2, 0)
+
+
+# The command
 
 
 def test_command_writes_vectors_and_names_what_failed(tiny, media, tmp_path):
@@ -479,118 +581,143 @@ def test_command_writes_vectors_and_names_what_failed(tiny, media, tmp_path):
         {"id": "y", "video": "gone.mp4"},
         {"id": "z", "video": "b.mp4"},
     ]
-    (media / "items.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    words = [
-        "embed.py",
-        str(media / "items.jsonl"),
-        "--ckpt",
-        tiny,
-        "--out",
-        str(tmp_path),
-        "--workers",
-        "0",
-    ]
-    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "2 of 3 items" in done.stdout, done.stderr
+    path = media / "items.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    flags = ["--ckpt", tiny, "--out", str(tmp_path), "--workers", "0"]
+    done = subprocess.run(
+        [sys.executable, "embed.py", str(path), *flags], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 of 3 items" in done.stdout, done.stderr
     assert "items.jsonl:2: video 'gone.mp4'" in done.stdout
-    vectors, lines = (
-        np.load(tmp_path / "vectors.npy"),
-        [json.loads(x) for x in open(tmp_path / "items.jsonl")],
-    )
-    assert (
-        [line["id"] for line in lines] == ["x", "y", "z"]
-        and "error" in lines[1]
-        and np.isnan(vectors[1]).all()
-    )
+
+    vectors = np.load(tmp_path / "vectors.npy")
+    lines = [json.loads(line) for line in open(tmp_path / "items.jsonl")]
+    assert [line["id"] for line in lines] == ["x", "y", "z"]
+    assert "error" in lines[1]
+    assert np.isnan(vectors[1]).all()
     gve = GVE.from_pretrained(tiny)
     expected = gve.embed([{"text": "hello"}, {"video": str(media / "b.mp4")}]).numpy()
     assert np.abs(vectors[[0, 2]] - expected).max() < 1e-5
 
 
 def test_the_commands_prompt_style_and_frames_reach_the_vectors(tiny, media, tmp_path):
-    rows, made = [{"text": "hello"}, {"video": "b.mp4"}], []
-    (media / "few.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    path = media / "few.jsonl"
+    rows = [{"text": "hello"}, {"video": "b.mp4"}]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    items = [rows[0], {"video": str(media / "b.mp4")}]
+
+    made = []
     for i, (style, frames) in enumerate((("system", 8), ("user", 8), ("system", 4))):
-        more = dict(
-            instruction="Find it.", prompt_style=style, frames=frames, workers=0, device="cpu"
+        flags = Flags(
+            str(path),
+            ckpt=tiny,
+            out=str(tmp_path / str(i)),
+            instruction="Find it.",
+            prompt_style=style,
+            frames=frames,
+            workers=0,
+            device="cpu",
         )
-        main(str(media / "few.jsonl"), Flags(ckpt=tiny, out=str(tmp_path / str(i)), **more))
+        main(flags)
         made.append(np.load(tmp_path / str(i) / "vectors.npy"))
-        items = [rows[0], {"video": str(media / "b.mp4")}]
-        expected = (
-            GVE.from_pretrained(tiny, prompt_style=style)
-            .embed(items, "Find it.", frames=frames)
-            .numpy()
-        )
+        gve = GVE.from_pretrained(tiny, prompt_style=style)
+        expected = gve.embed(items, "Find it.", frames=frames).numpy()
         assert np.abs(made[-1] - expected).max() < 1e-5
-    assert np.abs(made[0] - made[1]).max() > 1e-3 and np.abs(made[0] - made[2])[1].max() > 1e-3
+    assert np.abs(made[0] - made[1]).max() > 1e-3
+    assert np.abs(made[0] - made[2])[1].max() > 1e-3
 
 
 def test_the_command_ends_with_one_line_for_a_missing_file():
     done = subprocess.run(
         [sys.executable, "embed.py", "gone.jsonl"], cwd=ROOT, capture_output=True, text=True
     )
-    assert (
-        done.returncode == 1
-        and done.stderr.strip().splitlines()[-1].startswith("embed.py:")
-        and "gone.jsonl" in done.stderr
-    )
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("embed.py:")
+    assert "gone.jsonl" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def anonymous():
+# Large inputs, kills of the whole evaluation
+
+
+def anonymous_gb():
     """Memory of this process that no file backs, in GB."""
-    return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) / 1e6
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0]) / 1e6
+
+
+class Stopwatch:
+    """Seconds by the clock and of processor time since it was made."""
+
+    def __init__(self):
+        self.clock = time.perf_counter()
+        self.work = time.process_time()
+
+    def stop(self):
+        self.clock = time.perf_counter() - self.clock
+        self.work = time.process_time() - self.work
+        return self
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads RssAnon in /proc")
 @pytest.mark.parametrize("n, m", [(1000, 100_000), (10_000, 1_000_000)])
-def test_top_k_over_a_million_vectors_costs_little_more_than_the_products(tmp_path, n, m):
-    """1,024 wide in half precision on disk, k = 100. The values are small integers, so that scores are exact and ties abound."""
+@pytest.mark.parametrize("largest, most_work", [(60, 1.3), (3, 3.5)])
+def test_top_k_over_a_million_vectors_costs_little_more_than_the_products(
+    tmp_path, n, m, largest, most_work
+):
+    """1,024 wide in half precision on disk, k = 100.
+
+    The values are integers of at most `largest`, so that scores are exact. With 3 nearly every row
+    ties at its k-th place, which top_k settles by sorting.
+    """
     corpus = np.lib.format.open_memmap(tmp_path / "c.npy", "w+", np.float16, (m, 1024))
     for start in range(0, m, 50_000):
-        corpus[start : start + 50_000] = np.random.default_rng(start).integers(
-            -3, 4, (min(50_000, m), 1024), np.int8
-        )
+        size = (min(50_000, m), 1024)
+        rng = np.random.default_rng(start)
+        corpus[start : start + 50_000] = rng.integers(-largest, largest + 1, size, np.int8)
     corpus.flush()
-    corpus, queries = (
-        np.load(tmp_path / "c.npy", mmap_mode="r"),
-        torch.randint(-3, 4, (n, 1024)).float(),
-    )
-    peak, done, began, spent = (
-        anonymous(),
-        threading.Event(),
-        time.perf_counter(),
-        time.process_time(),
-    )
+    corpus = np.load(tmp_path / "c.npy", mmap_mode="r")
+    queries = torch.randint(-largest, largest + 1, (n, 1024)).float()
+
+    peak = anonymous_gb()
+    done = threading.Event()
 
     def watch():
         nonlocal peak
         while not done.wait(0.02):
-            peak = max(peak, anonymous())
+            peak = max(peak, anonymous_gb())
 
     threading.Thread(target=watch).start()
+    ours = Stopwatch()
     scores, indices = top_k(queries, corpus, 100)
+    ours.stop()
     done.set()
-    clock, work = time.perf_counter() - began, time.process_time() - spent
-    began, spent = time.perf_counter(), time.process_time()
+
+    products = Stopwatch()
     for start in range(0, m, 16384):
         block = torch.from_numpy(np.array(corpus[start : start + 16384])).float()
         for row in range(0, n, 1024):
             queries[row : row + 1024] @ block.T
-    clock, work = clock / (time.perf_counter() - began), work / (time.process_time() - spent)
+    products.stop()
+    clock = ours.clock / products.clock
+    work = ours.work / products.work
     print(
-        f"{n} x {m}: {clock:.2f} times cast and product by the clock, {work:.2f} in processor time, peak {peak:.2f} GB"
+        f"{n} x {m}, values up to {largest}: {clock:.2f} times cast and product by the clock, "
+        f"{work:.2f} in processor time, peak {peak:.2f} GB"
     )
+
     some = torch.arange(0, n, n // 20)
-    full = [
-        queries[some] @ torch.from_numpy(np.array(corpus[i : i + 10_000])).float().T
-        for i in range(0, m, 10_000)
-    ]
+    full = []
+    for start in range(0, m, 10_000):
+        block = torch.from_numpy(np.array(corpus[start : start + 10_000])).float()
+        full.append(queries[some] @ block.T)
     best, order = torch.cat(full, 1).sort(dim=1, descending=True, stable=True)
-    assert torch.equal(scores[some], best[:, :100]) and torch.equal(indices[some], order[:, :100])
-    assert peak <= 2 and work <= 1.3
+    assert torch.equal(scores[some], best[:, :100])
+    assert torch.equal(indices[some], order[:, :100])
+    assert peak <= 2
+    assert work <= most_work
 
 
 @pytest.mark.slow
@@ -598,7 +725,9 @@ def test_top_k_over_a_million_vectors_costs_little_more_than_the_products(tmp_pa
 def test_mini_uvrb_killed_at_20_moments_gives_the_numbers_of_an_uninterrupted_run(tmp_path):
     import eval as ev
 
-    gve, rng, finished = GVE.from_pretrained(ROOT / "mini/prober"), random.Random(0), 0
+    gve = GVE.from_pretrained(ROOT / "mini/prober")
+    rng = random.Random(0)
+    finished = 0
 
     def score(out, workers):
         os.chdir(ROOT)
@@ -614,23 +743,23 @@ def test_mini_uvrb_killed_at_20_moments_gives_the_numbers_of_an_uninterrupted_ru
             target=score, args=(tmp_path / "killed", attempt % 3)
         )
         work.start()
-        some = len(list(tmp_path.rglob("*.npy"))) + rng.randrange(3)
-        while len(list(tmp_path.rglob("*.npy"))) < some and work.is_alive():
+        enough = count_shards(tmp_path) + rng.randrange(3)
+        while count_shards(tmp_path) < enough and work.is_alive():
             time.sleep(0.001)
         time.sleep(rng.uniform(0, 0.2))
         finished += not work.is_alive()
         work.kill()
         work.join()
     assert finished == 0, "the kills came too late"
+
+    datasets = {}
     for out in ("killed", "whole"):
         score(tmp_path / out, 0)
-    killed, whole = (
-        json.loads((tmp_path / out / "results.json").read_text())["datasets"]
-        for out in ("killed", "whole")
-    )
-    assert killed == whole
+        results = json.loads((tmp_path / out / "results.json").read_text())
+        datasets[out] = results["datasets"]
+    assert datasets["killed"] == datasets["whole"]
     for folder in (tmp_path / "killed" / "cache").iterdir():
-        assert len(lines_of(folder)) == len(set(lines_of(folder))), "an item was encoded twice"
-    assert sorted(lines_of(tmp_path / "killed" / "cache")) == sorted(
-        lines_of(tmp_path / "whole" / "cache")
-    )
+        keys = cached_keys(folder)
+        assert len(keys) == len(set(keys)), "an item was encoded twice"
+    killed_keys = sorted(cached_keys(tmp_path / "killed" / "cache"))
+    assert killed_keys == sorted(cached_keys(tmp_path / "whole" / "cache"))
