@@ -34,11 +34,12 @@ import torch
 import transformers
 from PIL import Image
 
-from model import mrope_positions
+from model import BACKBONES
 from support.decoders import DecoderPool, Failed
 from support.media import load_image, load_video
 
-TOKEN_SIDE = 28  # pixels: Qwen2.5-VL sees 28 x 28 pixels as one vision token
+# Pixels along the side of a vision token of the embedder. Other captioners get the same frames.
+TOKEN_SIDE = BACKBONES["qwen2_5_vl"].token_side
 
 # Annotation rectification (section 3.3): patterns of uploaders' texts that describe nothing
 
@@ -514,8 +515,8 @@ def model_inputs(processor, config, prompts, media):
         }
     texts = processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
     inputs = processor(text=texts, padding=True, return_tensors="pt", **options)
-    if config.model_type == "qwen2_5_vl":
-        inputs["position_ids"] = qwen_positions(config, inputs, videos)
+    if config.model_type in BACKBONES:
+        inputs["position_ids"] = backbone_positions(config, inputs, videos)
     return inputs
 
 
@@ -525,22 +526,25 @@ def video_metadata(video):
     return {"fps": n / video.seconds, "total_num_frames": n, "duration": video.seconds}
 
 
-def qwen_positions(config, inputs, videos):
-    """Compute Qwen2.5-VL's positions (3, B, T) by our own rule.
+def backbone_positions(config, inputs, videos):
+    """Compute the positions (3, B, T) of a Qwen-VL model by our own rule.
 
     transformers >= 4.52 truncates the seconds per temporal grid.
     """
+    spec = BACKBONES[config.model_type]
+    geometry = spec.read_geometry(config)
     is_video = inputs["input_ids"] == config.video_token_id
     is_image = inputs["input_ids"] == config.image_token_id
     seconds = torch.tensor([video.seconds for video in videos])
     frames = len(videos[0].pixels) if videos else 1
-    return mrope_positions(
+    return spec.positions(
         is_image + 2 * is_video,
         inputs["attention_mask"],
         inputs.get("image_grid_thw"),
         inputs.get("video_grid_thw"),
-        2 / frames * seconds,  # two frames share a temporal grid
-        tokens_per_second=config.vision_config.tokens_per_second,
+        geometry.temporal_patch_size / frames * seconds,  # per temporal grid
+        tokens_per_second=geometry.tokens_per_second,
+        merge_size=geometry.merge_size,
     )
 
 
