@@ -54,12 +54,13 @@ from support.flags import flag, parse_flags
 from support.jobs import print_summary, run_sharded
 from support.media import read_frames
 
-# Quality control
+# Quality control. The paper gives no thresholds; these were tuned on the mini world (NOTES.md).
 SCRIPT = "LATIN"  # captions are in this script: first word of its letters' Unicode names
 MIN_SIDE = 2 * TOKEN_SIDE  # pixels: least height and width
 MIN_FRAMES = 8  # the embedder sees eight; fewer would repeat
 PROBE_FPS = 8.0  # frames per second on which motion and cuts are measured
 THUMBNAIL = 32  # pixels: side of the shrunk frames on which they are measured
+PATIENCE = 10  # a whole video has this many times the seconds that eight of its frames have
 KEY_FRAMES = 3  # most key frames per video
 CLIPS = 2  # most clips per video
 CLIP_SECONDS = (2, 10)
@@ -137,7 +138,9 @@ class Flags:
     max_new_tokens: int = flag(1024, "tokens per answer")
     concurrency: int = flag(32, "openai: requests in flight")
     workers: int = flag(2, "decoding processes; 0 decodes inline")
-    seconds: float = flag(60, "time a worker has for a video, in seconds")
+    seconds: float = flag(
+        60, "time a worker has for a clip's frames, in seconds; ten times that for a whole video"
+    )
 
     @functools.cached_property
     def pairs_per_video(self):
@@ -245,15 +248,16 @@ def sample_frames(path, fps):
     """Read a whole video at about `fps` -> Sample. At most 32 full-size frames are held at once."""
     thumbnails = []
     done = 0  # frames sampled so far
-    frames, rate, step = 1, fps, 1  # of the file; known once it is open
+    frames = rate = step = None  # the reader tells once the file is open
 
-    def choose(n, file_rate):
+    def choose(n, frames_per_second):
         nonlocal frames, rate, step
-        frames, rate = n, file_rate
+        frames = n
+        rate = frames_per_second
         step = max(1, round(rate / fps))
         return np.arange(0, frames, step)[done : done + 32]
 
-    while done * step < frames:
+    while done == 0 or done * step < frames:
         block = torch.from_numpy(read_frames(path, choose)).movedim(-1, 1)  # (<= 32, 3, H, W)
         thumbnails.append(F.adaptive_avg_pool2d(block.float(), THUMBNAIL))
         done += len(block)
@@ -265,6 +269,7 @@ def find_shots(thumbnails):
 
     A cut is a change of more than 8 levels that stands out from the two changes on either side.
     """
+    # A fade or a pan changes many frames on end; a cut changes one.
     change = (thumbnails[1:] - thumbnails[:-1]).abs().mean((1, 2, 3))  # (n - 1,)
     windows = F.pad(change, (2, 3)).unfold(0, 5, 1)  # (n, 5); window i is centred on change i
     around = windows[: len(change), [0, 1, 3, 4]].amax(1)  # (n - 1,)
@@ -285,6 +290,7 @@ def measure_motion(thumbnails, shots):
 
 def choose_key_frames(thumbnails, shots):
     """Choose thumbnails unlike each other, middles of long shots first -> their indices."""
+    # All shots give their middle before any gives a second frame.
     longest_first = sorted(shots, key=lambda shot: shot[0] - shot[1])
     chosen = []
     for place in (0.5, 0.2, 0.8):
@@ -372,11 +378,12 @@ def inspect_videos(rows, flags):
     if not os.path.isdir(base):
         base = os.path.dirname(os.path.abspath(base))
 
+    # Captions and paths need no decoder.
     rows = [dict(row) for row in rows]
     found = []
     for i, row in enumerate(rows):
         useless = useless_text(row["text"], SCRIPT)
-        if useless:  # the video stays: it can do without
+        if useless:  # the video stays: it can do without a caption
             row["text"] = ""
             row["text_dropped"] = useless
         try:
@@ -390,7 +397,7 @@ def inspect_videos(rows, flags):
         lambda i: measure(rows[i]["video"], rows[i]["id"], flags),
         lambda i: rows[i]["video"],
         workers=flags.workers,
-        seconds=flags.seconds,
+        seconds=PATIENCE * flags.seconds,
     )
     for i, measured in pool.map(found):
         if isinstance(measured, Failed):
@@ -411,7 +418,8 @@ def check_part(p, jobs, prober, flags):
         items.append({"video": row["video"]} if row["fate"] == "kept" else PLACEHOLDER)
     vectors, failed = prober.embed(items)
     for i, reason in failed.items():
-        drop(rows[i], f"not embedded: {reason}")
+        if rows[i]["fate"] == "kept":
+            drop(rows[i], f"not embedded: {reason}")
 
     score_captions(rows, vectors, prober)
     with whole_file(Path(flags.out) / "1-pool" / f"{p:05}.npy", "wb") as file:
@@ -427,6 +435,7 @@ def score_captions(rows, vectors, prober):
     captioned = [i for i, row in enumerate(rows) if row["fate"] == "kept" and row["text"]]
     texts, text_failed = prober.embed([{"text": rows[i]["text"]} for i in captioned])
 
+    # Shots of half a second and more; the only shot of a video is the video.
     owners = []  # of each shot: index into captioned
     shots = []
     for n, i in enumerate(captioned):
@@ -446,7 +455,7 @@ def score_captions(rows, vectors, prober):
     lost = {captioned[n]: reason for n, reason in text_failed.items()}
     lost |= {captioned[owners[m]]: reason for m, reason in shot_failed.items()}
     for i, reason in lost.items():
-        del rows[i]["consistency"]  # not known
+        del rows[i]["consistency"]  # the best cosine is not known
         drop(rows[i], f"not embedded: {reason}")
 
 
@@ -464,6 +473,7 @@ def select_pool(rows, flags):
     drop_inconsistent(rows, flags.consistency)
     drop_duplicates(rows, flags.duplicate)
 
+    # After the duplicates: copies of one video may share a caption.
     kept = [i for i, row in enumerate(rows) if row["fate"] == "kept"]
     uses = collections.Counter(rows[i]["text"].lower() for i in kept)
     for i in kept:
@@ -505,7 +515,7 @@ def drop_duplicates(rows, least):
     n_bits = signs.shape[1]
     for n, i in enumerate(kept):
         alike = others[n][agreement[n] >= least * n_bits].tolist()
-        first = min((kept[m] for m in alike), default=i)
+        first = min((kept[m] for m in alike), default=i)  # the earliest stays
         if first < i:
             drop(rows[i], f"duplicate: of {rows[first]['id']}")
 

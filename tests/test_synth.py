@@ -563,6 +563,7 @@ def test_a_clip_that_hangs_or_crashes_its_decoder_is_dropped_when_measured(
     clips, tmp_path, monkeypatch
 ):
     spoil(monkeypatch, synth, "read_frames")
+    monkeypatch.setattr(synth, "PATIENCE", 1)
     words = ["--videos", clips, "--out", tmp_path / "out", "--stages", 1, "--seconds", 8]
     words += ["--duplicate", 2]
     printed = run(*words)
