@@ -211,6 +211,7 @@ def make_requests(kind, media, prompts, rng, raw=""):
             requests.append(request)
         return requests
 
+    # The profile is drawn in this order, so that equal seeds give equal prompts.
     hint = ""
     if raw:
         hint = f"\nIts uploader wrote, perhaps wrongly: {' '.join(raw.split()[:200])}"
@@ -238,7 +239,8 @@ def print_dry_run(n, pairs_per_video, prompts, frames, max_tokens):
     tokens_per_word = 1.35
     count = {"video": 1, "image": min(1, pairs_per_video["T2I"]), **pairs_per_video}
 
-    total = np.zeros(3, int)  # calls, tokens read, tokens written
+    # Each cost is [calls, tokens read, tokens written].
+    total = np.zeros(3, int)
     for kind in WORDS:
         requests = make_requests(kind, [], prompts, random.Random(0))
         cost = np.zeros(3)
@@ -450,8 +452,9 @@ def transformers_captioner(
 def answer_batch(model, processor, requests, media, max_new_tokens):
     """Generate the answers to a batch -> [Reply], one per request.
 
-    media: each request's [Shown], or Failed; those that failed take no part in the batch.
+    media: each request's [Shown], or Failed.
     """
+    # Requests without media take no part in the batch.
     replies = {}
     readable = []
     for i, shown in enumerate(media):
@@ -487,6 +490,7 @@ def model_inputs(processor, config, prompts, media):
 
     A processor that knows no videos gets their frames as images.
     """
+    # A chat turn per request; images and videos are lists over the whole batch, in order.
     has_video_processor = getattr(processor, "video_processor", None) is not None
     turns = []
     images = []
@@ -599,6 +603,7 @@ def server_captioner(
             "temperature": 0,
         }
 
+        # Waits grow, and differ between threads so that these do not come back all at once.
         wait = 0.0
         for attempt in range(retries + 1):
             time.sleep(wait)

@@ -142,18 +142,13 @@ class Flags:
         60, "time a worker has for a clip's frames, in seconds; ten times that for a whole video"
     )
 
-    @functools.cached_property
-    def pairs_per_video(self):
-        """Return {task: expected pairs}; a fraction is the chance of one pair more."""
+    def __post_init__(self):
+        # Table 7's numbers by task. A fraction of pairs per video is the chance of one pair more.
         t2v = TABLE7["T2V"]["samples"]
-        defaults = {task: source["samples"] / t2v for task, source in TABLE7.items()}
-        return read_task_numbers(self.shares, defaults, float)
-
-    @functools.cached_property
-    def negatives_per_pair(self):
-        """Return {task: hard negatives}."""
-        defaults = {task: source["negatives"] for task, source in TABLE7.items()}
-        return read_task_numbers(self.negatives, defaults, int)
+        per_video = {task: source["samples"] / t2v for task, source in TABLE7.items()}
+        per_pair = {task: source["negatives"] for task, source in TABLE7.items()}
+        self.pairs_per_video = read_task_numbers(self.shares, per_video, float)
+        self.negatives_per_pair = read_task_numbers(self.negatives, per_pair, int)
 
 
 # Flags that decide the contents of the files: all runs on one --out must agree on them.
@@ -194,6 +189,11 @@ def drop(row, why):
     """Mark a row as dropped, with the reason."""
     row["fate"] = "dropped"
     row["why"] = why
+
+
+def kept_indices(rows):
+    """Return the indices of the rows that are kept."""
+    return [i for i, row in enumerate(rows) if row["fate"] == "kept"]
 
 
 # Stage 1: quality control
@@ -279,6 +279,7 @@ def find_shots(thumbnails):
 
 def measure_motion(thumbnails, shots):
     """Return the share of pixels that change by more than 24 levels within their shot."""
+    # A cut is no motion: each shot is measured alone, and counts by its length.
     gray = thumbnails.mean(1)  # (n, 32, 32)
     moved = 0.0
     for first, end in shots:
@@ -432,7 +433,7 @@ def score_captions(rows, vectors, prober):
 
     Why shots: a long video's caption often tells of a part only. vectors (rows, D): the videos'.
     """
-    captioned = [i for i, row in enumerate(rows) if row["fate"] == "kept" and row["text"]]
+    captioned = [i for i in kept_indices(rows) if rows[i]["text"]]
     texts, text_failed = prober.embed([{"text": rows[i]["text"]} for i in captioned])
 
     # Shots of half a second and more; the only shot of a video is the video.
@@ -452,11 +453,14 @@ def score_captions(rows, vectors, prober):
         row = rows[captioned[n]]
         row["consistency"] = max(row["consistency"], cosine(vector, texts[n]))
 
-    lost = {captioned[n]: reason for n, reason in text_failed.items()}
-    lost |= {captioned[owners[m]]: reason for m, reason in shot_failed.items()}
-    for i, reason in lost.items():
-        del rows[i]["consistency"]  # the best cosine is not known
-        drop(rows[i], f"not embedded: {reason}")
+    # Without its text or one of its shots, a video's best cosine is not known.
+    lost = dict(text_failed)
+    for m, reason in shot_failed.items():
+        lost[owners[m]] = reason
+    for n, reason in lost.items():
+        row = rows[captioned[n]]
+        del row["consistency"]
+        drop(row, f"not embedded: {reason}")
 
 
 def cosine(a, b):
@@ -474,7 +478,7 @@ def select_pool(rows, flags):
     drop_duplicates(rows, flags.duplicate)
 
     # After the duplicates: copies of one video may share a caption.
-    kept = [i for i, row in enumerate(rows) if row["fate"] == "kept"]
+    kept = kept_indices(rows)
     uses = collections.Counter(rows[i]["text"].lower() for i in kept)
     for i in kept:
         text = rows[i]["text"]
@@ -482,8 +486,8 @@ def select_pool(rows, flags):
             rows[i]["text"] = ""
             rows[i]["text_dropped"] = "of several videos"
 
-    parts = [np.load(path) for path in sorted((out / "1-pool").glob("*.npy"))]
-    vectors = np.concatenate(parts)  # (rows, D)
+    parts = sorted((out / "1-pool").glob("*.npy"))
+    vectors = np.concatenate(list(map(np.load, parts)))  # (rows, D)
     with whole_file(out / "pool.npy", "wb") as file:
         np.save(file, vectors[kept].astype(np.float32))
     write_jsonl(out / "pool.jsonl", rows)
@@ -502,7 +506,7 @@ def drop_inconsistent(rows, consistency):
 
 def drop_duplicates(rows, least):
     """Drop kept rows like an earlier one. least: agreement of fingerprints, 1 all, 0 by chance."""
-    kept = [i for i, row in enumerate(rows) if row["fate"] == "kept"]
+    kept = kept_indices(rows)
     if not kept:
         return
     signs = []
@@ -554,10 +558,10 @@ class Pool:
     """The kept videos of stage 1, with their vectors as a matrix (N, D)."""
 
     def __init__(self, rows, matrix):
-        kept = [row for row in rows if row["fate"] == "kept"]
         self.matrix = matrix
         self.videos = []
-        for n, (row, vector) in enumerate(zip(kept, matrix, strict=True)):
+        for n, i in enumerate(kept_indices(rows)):
+            row = rows[i]
             video = Video(
                 id=row["id"],
                 path=row["video"],
@@ -566,7 +570,7 @@ class Pool:
                 key_frames=row["key_frames"],
                 clips=row["clips"],
                 row=n,
-                vector=vector,
+                vector=matrix[n],
             )
             self.videos.append(video)
         self.by_id = {video.id: video for video in self.videos}
@@ -607,6 +611,7 @@ def caption_jobs(video, flags):
 
 def caption_part(p, jobs, ask, flags):
     """Do stage 2 of part p: caption videos and key frames -> rows."""
+    # One batch of requests for the whole part: a captioner is fastest with many at once.
     requests = []
     owners = []  # index of each request's job
     for n, job in enumerate(jobs):
@@ -622,7 +627,7 @@ def caption_part(p, jobs, ask, flags):
 
 
 def merge_answers(answers):
-    """Join the Answers about one item -> the rest of its row. All must be valid."""
+    """Join the Answers about one item -> the rest of its row. It is kept if all are valid."""
     worst = min(answers, key=lambda answer: ("failed", "dropped", "kept").index(answer.fate))
     row = {}
     if worst.fate == "kept":
@@ -696,6 +701,7 @@ def plan_pairs(rows, pool, flags):
         elif row["fate"] == "kept":
             videos.append(row)
 
+    # Each draw has a generator of its own, seeded by its name.
     jobs = []
     for row in videos:
         video = pool.by_id[row["of"]]
@@ -737,7 +743,7 @@ def extend_part(p, jobs, pool, ask, prober, caption_vectors, flags):
     pairs = [Pair(**job) for job in jobs]
     compose_queries([pair for pair in pairs if pair.task in COMPOSED], pool, ask, flags)
 
-    # Composed queries are embedded without their references, too: does the text alone suffice?
+    # Composed queries are embedded without their references, too, to see whether these matter.
     to_video = [pair for pair in pairs if pair.fate == "kept" and pair.task.endswith("2V")]
     texts = []
     for pair in to_video:
@@ -809,6 +815,7 @@ def mine(pair, query, k, pool, caption_vectors):
     than the target is, and a composed query's reference. For T2V the likeliest negatives are ranked
     by their captions, which tell twins apart better than videos do (NOTES.md).
     """
+    # Exclude possible right answers.
     target = pool.by_id[pair.of]
     scores = pool.matrix @ query  # (N,)
     excluded = pool.matrix @ target.vector >= TWIN  # the target itself among them
@@ -816,6 +823,7 @@ def mine(pair, query, k, pool, caption_vectors):
     if pair.reference:
         excluded[pool.by_id[pair.reference].row] = True
 
+    # Rank the likeliest negatives by their captions; one that says the same as the query is none.
     if pair.task == "T2V":
         likely = scores.masked_fill(excluded, -2).topk(min(LIKELY, len(scores))).indices
         scores = torch.full_like(scores, -2)
@@ -883,6 +891,7 @@ def check_flags(rows, flags):
     now = {"videos": f"of {len(rows)} rows, checksum {checksum}"}
     now |= {key: getattr(flags, key) for key in DECISIVE}
 
+    # The first process to come writes the file, under the lock.
     with file_lock(Path(flags.out) / "lock"):
         if not path.exists():
             write_jsonl(path, [now])
@@ -950,14 +959,13 @@ def main(flags):
         flags.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     if flags.prompts == "auto":
         flags.prompts = "short" if flags.captioner == "mini" else "full"
-    share_per_task = flags.pairs_per_video  # raises, as the next line, if a flag is wrong
-    assert share_per_task.keys() == flags.negatives_per_pair.keys()
 
     rows = list_videos(flags)
     if not rows:
         raise ValueError(f"{flags.videos}: nothing in it")
     if flags.dry_run:
-        print_dry_run(len(rows), share_per_task, flags.prompts, flags.frames, flags.max_tokens)
+        shares = flags.pairs_per_video
+        print_dry_run(len(rows), shares, flags.prompts, flags.frames, flags.max_tokens)
         return
 
     out = Path(flags.out)
@@ -978,7 +986,7 @@ def main(flags):
 
     seconds = print_summary(out, "1-pool", rows)
     useless = collections.Counter(row["text_dropped"] for row in rows if "text_dropped" in row)
-    n_cuts = sum(len(row.get("cuts", ())) for row in rows)
+    n_cuts = len(join(row.get("cuts", []) for row in rows))
     print(f"    captions dropped: {dict(useless)}; {n_cuts} cuts")
     if flags.stages < 2:
         return
