@@ -1,14 +1,20 @@
-"""Texts for synth.py: what is no caption, prompts, checked answers, captioners behind one signature (arXiv 2510.27571, A.6).
+"""Texts of V-SynFlow: caption filters, prompts, answer validation, captioners.
 
-A captioner is ask(requests) -> one (answer or None, why there is none, tokens read, tokens written) per request, in order and as
-they come. A request is {"media": [item, ...], "prompt": str}; the items are data.py's and are shown before the prompt.
+Paper: arXiv 2510.27571, sections 3.3 and A.6. A captioner is a function ask(requests) that yields
+one Reply per request, in order. A request is {"media": [item, ...], "prompt": str}; the items are
+data.py's and are shown before the prompt.
 
-    ask = transformers_captioner("mini/base", frames=8, max_tokens=200, device="cpu", batch_size=32, max_new_tokens=64)
-    list(ask([{"media": [{"video": "a.mp4"}], "prompt": "Describe the video in the concise style."}]))
+    options = {"frames": 8, "max_tokens": 200, "max_new_tokens": 64}
+    ask = transformers_captioner("mini/base", device="cpu", **options)
+    prompt = "Describe the video in the concise style."
+    print(next(ask([{"media": [{"video": "a.mp4"}], "prompt": prompt}])).text)
+
+Legend: F frames, H height, W width, B batch, T tokens.
 """
 
 import base64
 import collections
+import dataclasses
 import io
 import itertools
 import json
@@ -16,9 +22,11 @@ import math
 import os
 import random
 import re
+import threading
 import time
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import httpx
 import numpy as np
@@ -26,32 +34,115 @@ import torch
 import transformers
 from PIL import Image
 
-from model import mrope_positions
+from model import BACKBONES
+from support.decoders import DecoderPool, Failed
 from support.media import load_image, load_video
 
+# Pixels along the side of a vision token of the embedder. Other captioners get the same frames.
+TOKEN_SIDE = BACKBONES["qwen2_5_vl"].token_side
+
+# Annotation rectification (section 3.3): patterns of uploaders' texts that describe nothing
+
+
 URL = r"https?://|www\.|\b\w+\.(com|org|net)\b"
-FILE = r"\.(mp4|avi|mov|mkv|webm|wmv|jpe?g|png|gif)\b|^\W*(img|dsc|vid|mvi|gopr|pxl|clip|video|untitled|final)[\W\d_]*$"
-FILLER = (
-    r"subscribe|click (here|the|on|below)|link (below|in)|follow (me|us)|watch (now|more|full)|all rights reserved|©|"
-    r"copyright|royalty[- ]free|stock (footage|video)|no (description|caption|title)|lorem ipsum|sponsored|download|"
-    r"^(#\w+\s*)+$"
+FILE_NAME = (
+    r"\.(mp4|avi|mov|mkv|webm|wmv|jpe?g|png|gif)\b|"
+    r"^\W*(img|dsc|vid|mvi|gopr|pxl|clip|video|untitled|final)[\W\d_]*$"
 )
-RULES = {  # annotation rectification: what is no description. rule(text, its words, script); the first that holds counts
-    "empty": lambda text, words, script: not words,
-    "URL": lambda text, words, script: re.search(URL, text, re.I),
-    "file name": lambda text, words, script: re.search(FILE, text, re.I),
-    "boilerplate": lambda text, words, script: re.search(FILLER, text, re.I),
-    "wrong script": lambda text, words, script: (
-        3 * sum(c.isalpha() for c in text)
-        > 4 * sum(unicodedata.name(c, "").startswith(script) for c in text if c.isalpha())
-    ),
-    "too short": lambda text, words, script: len(words) < 3,
-    "too long": lambda text, words, script: len(words) > 1000,
-    "repetition": lambda text, words, script: (
-        len(words) > 5 and 2 * len(set(itertools.pairwise(words))) < len(words)
-    ),
+BOILERPLATE = (
+    r"subscribe|click (here|the|on|below)|link (below|in)|follow (me|us)|watch (now|more|full)|"
+    r"all rights reserved|©|copyright|royalty[- ]free|stock (footage|video)|"
+    r"no (description|caption|title)|lorem ipsum|sponsored|download|^(#\w+\s*)+$"
+)
+
+
+def useless_text(text, script="LATIN"):
+    """Name the first rule by which a text is no description -> str, or None if it may be one.
+
+    script: first word of the Unicode names of the letters that a caption is written in.
+    """
+    words = text.lower().split()
+    if not words:
+        return "empty"
+    if re.search(URL, text, re.I):
+        return "URL"
+    if re.search(FILE_NAME, text, re.I):
+        return "file name"
+    if re.search(BOILERPLATE, text, re.I):
+        return "boilerplate"
+
+    # At least three letters of four are in the script.
+    letters = [c for c in text if c.isalpha()]
+    in_script = sum(unicodedata.name(c, "").startswith(script) for c in letters)
+    if 3 * len(letters) > 4 * in_script:
+        return "wrong script"
+
+    if len(words) < 3:
+        return "too short"
+    if len(words) > 1000:
+        return "too long"
+
+    # "a a a a a a a": fewer than half of the pairs of neighbouring words are new.
+    pairs = set(itertools.pairwise(words))
+    if len(words) > 5 and 2 * len(pairs) < len(words):
+        return "repetition"
+    return None
+
+
+# Prompts: our wording of A.6's specification. make_requests() fills the slots in braces.
+
+
+VIDEO_PROMPT = """Describe the video for a search engine in five captions:
+- concise (10-25 words): what happens, in one sentence;
+- rich (80-200 words): who and what is where, what it looks like, and what it does in which order;
+- abstract (30-100 words): topic and mood, for someone who forgot the details;
+- keywords (5-30 words): key terms, separated by commas;
+- partial (10-70 words): one object, moment or place only.
+In each, 30-60 % is spatial (objects, looks, positions), 30-60 % temporal (actions, changes, order),
+up to 20 % theme, background, style and camera, up to 10 % anything else; give most room to {focus}.
+At least one caption has fewer than 20 words and one more than 100. State only what can be seen: no
+names, causes or sounds. Write {readability} sentences for readers with {education}.{raw}"""
+
+IMAGE_PROMPT = """Describe this frame of a video for a search engine in five captions:
+- concise (10-25 words): the moment and where things are, in one sentence;
+- rich (50-200 words): every object, its looks and where it stands to the others;
+- abstract (30-100 words): what the arrangement of the space is about;
+- keywords (5-30 words): key terms, the moment's among them, separated by commas;
+- minimal (10-70 words): one object and its place.
+In each, 50-70 % is spatial, up to 30 % what this one moment proves (no sequence of events), 10-20 %
+style and composition, up to 10 % anything else. At least one caption has fewer than 20 words. State
+only what can be seen. Write {readability} sentences for readers with {education}.{raw}"""
+
+IMAGE_AND_TEXT_PROMPT = """First comes a reference image, then the target video. Write the text that
+finds the target together with the image, by this strategy: {strategy}. Check that it
+1. has at most 50 words, 2. means nothing without the image, 3. does not describe the image again,
+4. names a specific attribute of the target, 5. rules out at least half of the videos that fit the
+image, 6. is true of the target and not of the reference, 7. reads like something a person would
+type."""
+
+CLIP_AND_TEXT_PROMPT = """First comes a reference clip, then the target video. Write the text,
+usually 5-15 words, that finds the target together with the clip. It says how the target differs,
+by this relation: {strategy}. It means nothing without the clip and does not describe the clip
+again."""
+
+PROMPTS = {
+    "video": VIDEO_PROMPT,
+    "image": IMAGE_PROMPT,
+    "TI2V": IMAGE_AND_TEXT_PROMPT,
+    "TV2V": CLIP_AND_TEXT_PROMPT,
 }
-WORDS = {  # A.6: what is asked for, and the least and most words of each
+
+# For captioners too small for the prompts above: one request, and one plain answer, per style
+SHORT_PROMPTS = {
+    "video": "Describe the video in the {style} style.",
+    "image": "Describe the image in the {style} style.",
+    "TI2V": "Describe what changes from the reference to the target video.",
+    "TV2V": "Describe what changes from the reference to the target video.",
+}
+SHORT_WORDS = (2, 70)  # least and most words of a plain answer
+
+# A.6: the texts asked for, and the least and most words of each
+WORDS = {
     "video": {
         "concise": (10, 25),
         "rich": (80, 200),
@@ -69,47 +160,18 @@ WORDS = {  # A.6: what is asked for, and the least and most words of each
     "TI2V": {"query": (3, 50)},
     "TV2V": {"query": (3, 25)},
 }
-PROMPTS = {  # our wording of A.6's specification; requests_for() fills the slots
-    "video": """Describe the video for a search engine in five captions:
-- concise (10-25 words): what happens, in one sentence;
-- rich (80-200 words): who and what is where, what it looks like, and what it does in which order;
-- abstract (30-100 words): topic and mood, for someone who forgot the details;
-- keywords (5-30 words): key terms, separated by commas;
-- partial (10-70 words): one object, moment or place only.
-In each, 30-60 % is spatial (objects, looks, positions), 30-60 % temporal (actions, changes, order), up to 20 % theme,
-background, style and camera, up to 10 % anything else; give most room to {focus}. At least one caption
-has fewer than 20 words and one more than 100. State only what can be seen: no names, causes or sounds. Write {readability}
-sentences for readers with {education}.{raw}""",
-    "image": """Describe this frame of a video for a search engine in five captions:
-- concise (10-25 words): the moment and where things are, in one sentence;
-- rich (50-200 words): every object, its looks and where it stands to the others;
-- abstract (30-100 words): what the arrangement of the space is about;
-- keywords (5-30 words): key terms, the moment's among them, separated by commas;
-- minimal (10-70 words): one object and its place.
-In each, 50-70 % is spatial, up to 30 % what this one moment proves (no sequence of events), 10-20 % style and composition, up to
-10 % anything else. At least one caption has fewer than 20 words. State only what can be seen. Write {readability} sentences for
-readers with {education}.{raw}""",
-    "TI2V": """First comes a reference image, then the target video. Write the text that finds the target together with the image,
-by this strategy: {strategy}. Check that it
-1. has at most 50 words, 2. means nothing without the image, 3. does not describe the image again, 4. names a specific attribute
-of the target, 5. rules out at least half of the videos that fit the image, 6. is true of the target and not of the reference,
-7. reads like something a person would type.""",
-    "TV2V": """First comes a reference clip, then the target video. Write the text, usually 5-15 words, that finds the target
-together with the clip. It says how the target differs, by this relation: {strategy}. It means nothing without the clip and does
-not describe the clip again.""",
-}
-SHORT = {
-    "video": "Describe the video in the {style} style.",
-    "image": "Describe the image in the {style} style.",
-    "TI2V": "Describe what changes from the reference to the target video.",
-    "TV2V": "Describe what changes from the reference to the target video.",
-}
+
+# A.6: profiles of a request, drawn with these weights
 FOCUS = {
     "what things look like and where they are": 0.3,
     "what happens and in which order": 0.6,
     "theme, style and camera": 0.1,
 }
-STRATEGY = {
+READABILITY = ("simple", "everyday", "elaborate")
+EDUCATION = ("primary school", "high school", "a university degree")
+
+# A.6: how the target of a composed query relates to its reference
+STRATEGIES = {
     "TI2V": (
         "the same subject in another action",
         "the same subject in another place",
@@ -125,367 +187,507 @@ STRATEGY = {
 }
 
 
-def useless_text(text, script="LATIN"):
-    """Name the first rule by which a text is no description, None if there is none (annotation rectification, section 3.3)."""
-    words = text.lower().split()
-    return next((name for name, rule in RULES.items() if rule(text, words, script)), None)
+def make_requests(kind, media, prompts, rng, raw=""):
+    """Word the requests for a video's or image's captions, or for a composed query.
 
+    kind     "video" or "image", to be captioned; "TI2V" or "TV2V", a composed query.
+    media    items to show: one to caption, or reference and target.
+    prompts  "full": one request, answered by one JSON object;
+             "short": a request and a plain answer per style.
+    rng      random.Random that draws the profile of a full request.
+    raw      the uploader's caption, if there is one.
 
-def requests_for(kind, media, prompts, rng, raw=""):
-    """Word the requests for five captions of a "video" or "image", or for a composed "TI2V" or "TV2V" query.
-
-    prompts: "full", one request answered by one JSON object, or "short", one request and a plain answer per style (for captioners
-    too small for the former). raw: the uploader's caption, if any. Returns [{"media", "prompt", "want", "plain"}].
+    Returns [{"media", "prompt", "want": {name: (least, most words)}, "plain": bool}].
     """
     if prompts == "short":
-        return [
-            {
+        requests = []
+        for style in WORDS[kind]:
+            request = {
                 "media": media,
-                "prompt": SHORT[kind].format(style=style),
-                "want": {style: (2, 70)},
+                "prompt": SHORT_PROMPTS[kind].format(style=style),
+                "want": {style: SHORT_WORDS},
                 "plain": True,
             }
-            for style in WORDS[kind]
-        ]
-    slots = {
-        "focus": rng.choices(list(FOCUS), list(FOCUS.values()))[0],
-        "strategy": rng.choice(STRATEGY.get(kind, [""])),
-        "readability": rng.choice(("simple", "everyday", "elaborate")),
-        "education": rng.choice(("primary school", "high school", "a university degree")),
-        "raw": f"\nIts uploader wrote, perhaps wrongly: {' '.join(raw.split()[:200])}"
-        if raw
-        else "",
-    }
-    form = json.dumps(dict.fromkeys(WORDS[kind], "..."))
-    return [
-        {
-            "media": media,
-            "prompt": f"{PROMPTS[kind].format(**slots)}\nAnswer with one JSON object and nothing else: {form}",
-            "want": WORDS[kind],
-            "plain": False,
-        }
-    ]
+            requests.append(request)
+        return requests
 
-
-def task_numbers(words, default, kind):
-    """Read a flag's TASK=NUMBER words over its defaults by task."""
-    for word in words:
-        task, _, value = word.partition("=")
-        if task not in default or not re.fullmatch(
-            r"\d+(\.\d+)?" if kind is float else r"\d+", value
-        ):
-            raise ValueError(f"{word}: wanted TASK=NUMBER, TASK one of {', '.join(default)}")
-        default[task] = kind(value)
-    return default
-
-
-def dry_run(n, share, prompts, frames, max_tokens):
-    """Print the prompts and what n videos cost if none is dropped; 1.35 tokens a word, the middle of each range of words.
-
-    share: pairs per video of each task; frames per video; max_tokens vision tokens per frame, of which two frames share one.
-    """
-    vision, half = (
-        {"video": frames / 2, "image": 1, "TI2V": frames / 2 + 1, "TV2V": frames},
-        1.35 / 2,
+    # The profile is drawn in this order, so that equal seeds give equal prompts.
+    hint = ""
+    if raw:
+        hint = f"\nIts uploader wrote, perhaps wrongly: {' '.join(raw.split()[:200])}"
+    prompt = PROMPTS[kind].format(
+        focus=rng.choices(list(FOCUS), list(FOCUS.values()))[0],
+        strategy=rng.choice(STRATEGIES.get(kind, [""])),
+        readability=rng.choice(READABILITY),
+        education=rng.choice(EDUCATION),
+        raw=hint,
     )
-    share, total = {"video": 1, "image": min(1, share["T2I"]), **share}, np.zeros(3, int)
+    form = json.dumps(dict.fromkeys(WORDS[kind], "..."))
+    prompt += f"\nAnswer with one JSON object and nothing else: {form}"
+    return [{"media": media, "prompt": prompt, "want": WORDS[kind], "plain": False}]
+
+
+def print_dry_run(n, pairs_per_video, prompts, frames, max_tokens):
+    """Print the prompts, and the calls and tokens that n videos cost if none is dropped.
+
+    pairs_per_video  {task: expected number}.
+    max_tokens       vision tokens per frame; two frames of a video share theirs.
+
+    A word counts as 1.35 tokens, and an answer as the middle of its range of words.
+    """
+    vision_frames = {"video": frames / 2, "image": 1, "TI2V": frames / 2 + 1, "TV2V": frames}
+    tokens_per_word = 1.35
+    count = {"video": 1, "image": min(1, pairs_per_video["T2I"]), **pairs_per_video}
+
+    # Each cost is [calls, tokens read, tokens written].
+    total = np.zeros(3, int)
     for kind in WORDS:
-        requests = requests_for(kind, [], prompts, random.Random(0))
-        each = [
-            (
-                1,
-                max_tokens * vision[kind] + 2 * half * len(request["prompt"].split()),
-                half * sum(map(sum, request["want"].values())),
-            )
-            for request in requests
-        ]
-        total += (cost := (n * share[kind] * np.sum(each, 0)).round().astype(int))
-        print(
-            f"--- {kind}: calls, tokens read, tokens written: {cost.tolist()}",
-            *(x["prompt"] for x in requests),
-            sep="\n",
-        )
+        requests = make_requests(kind, [], prompts, random.Random(0))
+        cost = np.zeros(3)
+        for request in requests:
+            prompt_words = len(request["prompt"].split())
+            read = max_tokens * vision_frames[kind] + tokens_per_word * prompt_words
+            answer_words = sum((least + most) / 2 for least, most in request["want"].values())
+            cost += (1, read, tokens_per_word * answer_words)
+        cost = (n * count[kind] * cost).round().astype(int)
+        total += cost
+
+        print(f"--- {kind}: calls, tokens read, tokens written: {cost.tolist()}")
+        for request in requests:
+            print(request["prompt"])
     print(f"--- {n} videos: calls, tokens read, tokens written: {total.tolist()}")
 
 
-def parse(answer, want, plain):
-    """Read an answer as {name: text} with the wanted names and numbers of words; ValueError tells the captioner what is wrong."""
+# Answers
+
+
+class Reply(NamedTuple):
+    """A captioner's reply to one request."""
+
+    text: str | None  # None: there is none
+    failure: str | None  # the reason why there is none
+    tokens_read: int
+    tokens_written: int
+
+
+@dataclasses.dataclass
+class Answer:
+    """The outcome of one request, after all attempts."""
+
+    fate: str  # kept; dropped: no valid answer; failed: no answer at all
+    texts: dict | None  # {name: text} if kept
+    why: str | None  # the reason if not kept
+    tokens: list  # [read, written], over all attempts
+
+
+def parse_answer(answer, want, plain):
+    """Read an answer as {name: text} with the names and numbers of words of `want`.
+
+    Raises ValueError, worded so that it tells the captioner its mistake.
+    """
     if plain:
-        got = dict.fromkeys(want, answer.strip())
+        texts = dict.fromkeys(want, answer.strip())
     else:
+        without_fence = re.sub(r"^\s*```\w*|```\s*$", "", answer)
         try:
-            got = json.loads(re.sub(r"^\s*```\w*|```\s*$", "", answer))
+            texts = json.loads(without_fence)
         except ValueError as error:
             raise ValueError(f"not JSON: {error}") from error
-        if (
-            not isinstance(got, dict)
-            or set(got) != set(want)
-            or not all(isinstance(text, str) for text in got.values())
-        ):
+        fits = isinstance(texts, dict) and set(texts) == set(want)
+        if not fits or not all(isinstance(text, str) for text in texts.values()):
             raise ValueError(
-                f"schema: it must be one object with strings under {', '.join(want)} and no other key"
+                f"schema: it must be one object with strings under {', '.join(want)} "
+                "and no other key"
             )
-    for name, (low, high) in want.items():
-        if not low <= (n := len(got[name].split())) <= high:
-            raise ValueError(f"length: {name} has {n} words and must have {low}-{high}")
-    if len({text.lower() for text in got.values()}) < len(got):
+
+    for name, (least, most) in want.items():
+        n = len(texts[name].split())
+        if not least <= n <= most:
+            raise ValueError(f"length: {name} has {n} words and must have {least}-{most}")
+    if len({text.lower() for text in texts.values()}) < len(texts):
         raise ValueError("repetition: two captions are the same")
-    return got
+    return texts
 
 
-def obtain(ask, requests, tries):
-    """Ask until every answer parses or its tries are spent -> one {"fate", "got" or "why", "tokens": [read, written]} each."""
-    out, pending = [{"tokens": [0, 0]} for _ in requests], list(range(len(requests)))
+def ask_until_valid(ask, requests, tries):
+    """Ask until each answer is valid, at most `tries` times -> one Answer per request, in order.
+
+    Later attempts tell the captioner why the answer before was refused. A request that got no reply
+    at all is not repeated.
+    """
+    answers = [Answer("dropped", None, None, [0, 0]) for _ in requests]
+    pending = list(range(len(requests)))
     for _ in range(tries):
-        shown = [
-            f"\nYour last answer was refused: {out[i]['why']}. Answer again."
-            if "why" in out[i]
-            else ""
-            for i in pending
-        ]
-        asked = [
-            {**requests[i], "prompt": requests[i]["prompt"] + error}
-            for i, error in zip(pending, shown, strict=True)
-        ]
-        for i, (answer, failure, *tokens) in zip(pending, ask(asked), strict=True):
-            fate = {"fate": "failed", "why": failure}
-            if not failure:
-                try:
-                    fate = {
-                        "fate": "kept",
-                        "got": parse(answer, requests[i]["want"], requests[i]["plain"]),
-                    }
-                except ValueError as error:
-                    fate = {"fate": "dropped", "why": str(error)}
-            out[i] = fate | {
-                "tokens": [a + b for a, b in zip(out[i]["tokens"], tokens, strict=True)]
-            }
-        pending = [i for i in pending if out[i]["fate"] == "dropped"]
-    return out
+        asked = []
+        for i in pending:
+            prompt = requests[i]["prompt"]
+            if answers[i].why:
+                prompt += f"\nYour last answer was refused: {answers[i].why}. Answer again."
+            asked.append({**requests[i], "prompt": prompt})
+
+        for i, reply in zip(pending, ask(asked), strict=True):
+            judge(answers[i], reply, requests[i])
+        pending = [i for i in pending if answers[i].fate == "dropped"]
+    return answers
 
 
-def ahead(make, things, workers, depth):
-    """Map `make` over `things` in threads, in order, at most `depth` results waiting: decoding overlaps with what follows."""
+def judge(answer, reply, request):
+    """Update an Answer in place by the reply to one more attempt."""
+    answer.tokens = [answer.tokens[0] + reply.tokens_read, answer.tokens[1] + reply.tokens_written]
+    if reply.failure:
+        answer.fate = "failed"
+        answer.why = reply.failure
+        return
+    try:
+        answer.texts = parse_answer(reply.text, request["want"], request["plain"])
+    except ValueError as error:
+        answer.fate = "dropped"
+        answer.why = str(error)
+    else:
+        answer.fate = "kept"
+        answer.why = None
+
+
+# Media, decoded in processes that may hang or crash
+
+
+class Shown(NamedTuple):
+    """One decoded item of a request."""
+
+    kind: str  # "video" or "image"
+    pixels: np.ndarray  # (F, H, W, 3) uint8; F = 1 for an image
+    seconds: float  # duration of a video
+
+
+def load_media(items, frames, max_tokens):
+    """Decode a request's items -> [Shown], frames shrunk to at most max_tokens vision tokens.
+
+    Raises ValueError or FileNotFoundError as load_video and load_image do.
+    """
+    shown = []
+    for item in items:
+        if "video" in item:
+            pixels, seconds = load_video(item["video"], frames)
+            shown.append(Shown("video", shrink(pixels, max_tokens), seconds))
+        else:
+            pixels = load_image(item["image"])[None]
+            shown.append(Shown("image", shrink(pixels, max_tokens), 0.0))
+    return shown
+
+
+def shrink(pixels, max_tokens):
+    """Resize frames (F, H, W, 3) uint8 that take more than max_tokens vision tokens each."""
+    height, width = pixels.shape[1:3]
+    scale = math.sqrt(max_tokens * TOKEN_SIDE**2 / (height * width))
+    if scale >= 1:
+        return pixels
+    size = max(TOKEN_SIDE, int(width * scale)), max(TOKEN_SIDE, int(height * scale))
+    return np.stack([np.asarray(Image.fromarray(frame).resize(size)) for frame in pixels])
+
+
+def decode_ahead(requests, decode, workers, seconds, fork_lock=None):
+    """Yield decode(request), or Failed, for each request in order; processes work ahead.
+
+    Only `workers` processes touch media files, and each request has `seconds` of their time: a clip
+    that hangs or crashes its decoder costs its own request. fork_lock: see DecoderPool.
+    """
+    pool = DecoderPool(
+        lambda i: decode(requests[i]),
+        lambda i: str(requests[i]["media"]),
+        workers=workers,
+        seconds=seconds,
+        fork_lock=fork_lock,
+    )
+    for _, result in pool.map(range(len(requests))):
+        yield result
+
+
+# Captioner 1: any image-text-to-text model of transformers
+
+
+def transformers_captioner(
+    name,
+    *,
+    frames,
+    max_tokens,
+    max_new_tokens,
+    device,
+    batch_size=32,
+    workers=2,
+    seconds=60.0,
+):
+    """Open an image-text-to-text model as a captioner -> ask(requests).
+
+    It answers greedily, in batches.
+
+    frames, max_tokens  frames per video, vision tokens per frame.
+    max_new_tokens      tokens per answer.
+    workers, seconds    decoding processes, and their time limit per request; without workers the
+                        media are decoded inline and without a limit.
+    """
+    transformers.logging.set_verbosity_error()
+    processor = transformers.AutoProcessor.from_pretrained(name)
+    processor.tokenizer.padding_side = "left"
+    dtype = torch.bfloat16 if "cuda" in device else torch.float32
+    model = transformers.AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
+    model = model.to(device).eval()
+
+    def decode(request):
+        return load_media(request["media"], frames, max_tokens)
+
+    @torch.inference_mode()
+    def ask(requests):
+        fork_lock = threading.Lock()
+        decoded = decode_ahead(requests, decode, workers, seconds, fork_lock)
+        for start in range(0, len(requests), batch_size):
+            batch = requests[start : start + batch_size]
+            media = list(itertools.islice(decoded, len(batch)))
+            with fork_lock:
+                replies = answer_batch(model, processor, batch, media, max_new_tokens)
+            yield from replies
+
+    return ask
+
+
+def answer_batch(model, processor, requests, media, max_new_tokens):
+    """Generate the answers to a batch -> [Reply], one per request.
+
+    media: each request's [Shown], or Failed.
+    """
+    # Requests without media take no part in the batch.
+    replies = {}
+    readable = []
+    for i, shown in enumerate(media):
+        if isinstance(shown, Failed):
+            replies[i] = Reply(None, f"media: {shown.reason}", 0, 0)
+        else:
+            readable.append(i)
+
+    if readable:
+        prompts = [requests[i]["prompt"] for i in readable]
+        inputs = model_inputs(processor, model.config, prompts, [media[i] for i in readable])
+        pad = processor.tokenizer.pad_token_id
+        output = model.generate(
+            **inputs.to(model.device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=pad,
+        )
+        output = output[:, inputs["input_ids"].shape[1] :]  # (B, T), without the prompt
+
+        texts = processor.batch_decode(output, skip_special_tokens=True)
+        tokens_read = inputs["attention_mask"].sum(1).tolist()
+        tokens_written = (output != pad).sum(1).tolist()
+        for i, text, read, written in zip(
+            readable, texts, tokens_read, tokens_written, strict=True
+        ):
+            replies[i] = Reply(text, None, read, written)
+    return [replies[i] for i in range(len(requests))]
+
+
+def model_inputs(processor, config, prompts, media):
+    """Turn prompts and their [Shown] into model inputs.
+
+    A processor that knows no videos gets their frames as images.
+    """
+    # A chat turn per request; images and videos are lists over the whole batch, in order.
+    has_video_processor = getattr(processor, "video_processor", None) is not None
+    turns = []
+    images = []
+    videos = []
+    for prompt, shown in zip(prompts, media, strict=True):
+        content = []
+        for one in shown:
+            if one.kind == "video" and has_video_processor:
+                videos.append(one)
+                content.append({"type": "video"})
+            else:
+                images += [Image.fromarray(frame) for frame in one.pixels]
+                content += [{"type": "image"}] * len(one.pixels)
+        content.append({"type": "text", "text": prompt})
+        turns.append([{"role": "user", "content": content}])
+
+    options = {}
+    if images:
+        options["images"] = images
+    if videos:
+        options["videos"] = [video.pixels for video in videos]
+        # Frames are sampled already; the metadata tells the processor their true times.
+        options["videos_kwargs"] = {
+            "do_sample_frames": False,
+            "video_metadata": [video_metadata(video) for video in videos],
+        }
+    texts = processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    inputs = processor(text=texts, padding=True, return_tensors="pt", **options)
+    if config.model_type in BACKBONES:
+        inputs["position_ids"] = backbone_positions(config, inputs, videos)
+    return inputs
+
+
+def video_metadata(video):
+    """Describe a Shown video's timing in the words of transformers' video processors."""
+    n = len(video.pixels)
+    return {"fps": n / video.seconds, "total_num_frames": n, "duration": video.seconds}
+
+
+def backbone_positions(config, inputs, videos):
+    """Compute the positions (3, B, T) of a Qwen-VL model by our own rule.
+
+    transformers >= 4.52 truncates the seconds per temporal grid.
+    """
+    spec = BACKBONES[config.model_type]
+    geometry = spec.read_geometry(config)
+    is_video = inputs["input_ids"] == config.video_token_id
+    is_image = inputs["input_ids"] == config.image_token_id
+    seconds = torch.tensor([video.seconds for video in videos])
+    frames = len(videos[0].pixels) if videos else 1
+    return spec.positions(
+        is_image + 2 * is_video,
+        inputs["attention_mask"],
+        inputs.get("image_grid_thw"),
+        inputs.get("video_grid_thw"),
+        geometry.temporal_patch_size / frames * seconds,  # per temporal grid
+        tokens_per_second=geometry.tokens_per_second,
+        merge_size=geometry.merge_size,
+    )
+
+
+# Captioner 2: a server that speaks OpenAI's chat completions (vLLM, SGLang)
+
+
+def server_captioner(
+    url,
+    model,
+    *,
+    frames,
+    max_tokens,
+    max_new_tokens,
+    workers=2,
+    seconds=60.0,
+    concurrency=32,
+    retries=5,
+    backoff=1.0,
+    timeout=300.0,
+):
+    """Open a server as a captioner -> ask(requests). Each frame is sent as a JPEG data URL.
+
+    frames ... seconds  as in transformers_captioner.
+    concurrency         requests in flight.
+    retries             further attempts after status 408, 409, 429 or 5xx, time-outs, broken
+                        connections and replies that are no completion.
+    backoff             seconds before the second attempt, doubled for each further one; a
+                        server's Retry-After may ask for more.
+    timeout             seconds of silence after which an attempt is given up.
+
+    $OPENAI_API_KEY is sent where it is set.
+    """
+    headers = {}
+    if os.environ.get("OPENAI_API_KEY"):
+        headers["Authorization"] = f"Bearer {os.environ['OPENAI_API_KEY']}"
+    limits = httpx.Limits(max_connections=concurrency)
+    client = httpx.Client(timeout=timeout, headers=headers, limits=limits)
+    endpoint = f"{url.rstrip('/')}/chat/completions"
+
+    def decode(request):
+        shown = load_media(request["media"], frames, max_tokens)
+        return message_content(shown, request["prompt"])
+
+    def complete(content):
+        """Send one message until the server answers it -> Reply."""
+        if isinstance(content, Failed):
+            return Reply(None, f"media: {content.reason}", 0, 0)
+        body = {
+            "model": model,
+            "messages": [{"role": "user", "content": content}],
+            "max_tokens": max_new_tokens,
+            "temperature": 0,
+        }
+
+        # Waits grow, and differ between threads so that these do not come back all at once.
+        wait = 0.0
+        for attempt in range(retries + 1):
+            time.sleep(wait)
+            wait = backoff * 2**attempt * random.uniform(0.8, 1.2)
+            try:
+                response = client.post(endpoint, json=body)
+                if response.status_code == 200:
+                    return read_completion(response.json())
+                why = f"HTTP {response.status_code}: {response.text[:200]}"
+                if response.status_code not in (408, 409, 429) and response.status_code < 500:
+                    break  # the request itself is wrong; another attempt would fail as well
+                wait = max(wait, float(response.headers.get("retry-after", 0)))
+            except (httpx.HTTPError, *NO_COMPLETION) as error:
+                why = f"{type(error).__name__}: {error}"
+        return Reply(None, why, 0, 0)
+
+    def ask(requests):
+        # Processes decode and encode JPEGs; threads wait for the server.
+        decoded = decode_ahead(requests, decode, workers, seconds)
+        return map_in_threads(complete, decoded, concurrency, 2 * concurrency)
+
+    return ask
+
+
+# What read_completion raises over a reply that is no completion: no JSON, or other keys and types
+NO_COMPLETION = (ValueError, KeyError, IndexError, TypeError, AttributeError)
+
+
+def read_completion(reply):
+    """Read the first choice of a chat completion -> Reply. Raises one of NO_COMPLETION."""
+    usage = reply.get("usage") or {}
+    text = reply["choices"][0]["message"]["content"] or ""
+    return Reply(
+        text=str(text),
+        failure=None,
+        tokens_read=usage.get("prompt_tokens", 0),
+        tokens_written=usage.get("completion_tokens", 0),
+    )
+
+
+def message_content(shown, prompt):
+    """Write [Shown] and a prompt as the content of a chat message: texts and JPEG data URLs."""
+    content = []
+    for one in shown:
+        introduction = "An image:"
+        if one.kind == "video":
+            introduction = f"A video of {one.seconds:.1f} s in {len(one.pixels)} frames:"
+        content.append({"type": "text", "text": introduction})
+        for frame in one.pixels:
+            jpeg = io.BytesIO()
+            Image.fromarray(frame).save(jpeg, "JPEG", quality=90)
+            data = base64.b64encode(jpeg.getvalue()).decode()
+            image_url = {"url": f"data:image/jpeg;base64,{data}"}
+            content.append({"type": "image_url", "image_url": image_url})
+    content.append({"type": "text", "text": prompt})
+    return content
+
+
+def map_in_threads(function, things, threads, depth):
+    """Yield function(thing) for each thing, in order; at most `depth` results wait."""
     waiting = collections.deque()
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         for thing in things:
-            waiting.append(pool.submit(make, thing))
+            waiting.append(pool.submit(function, thing))
             if len(waiting) > depth:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
 
 
-def show(request, frames, max_tokens):
-    """Decode a request's media -> [(kind, PIL images of at most max_tokens * 28 * 28 pixels, seconds)], or why not (str)."""
-    shown = []
-    try:
-        for item in request["media"]:
-            pixels, seconds = (
-                load_video(item["video"], frames)
-                if "video" in item
-                else (load_image(item["image"])[None], 0.0)
-            )
-            height, width = pixels.shape[1:3]
-            scale = min(1, math.sqrt(max_tokens * 28 * 28 / (height * width)))
-            size = (
-                (max(28, int(width * scale)), max(28, int(height * scale)))
-                if scale < 1
-                else (width, height)
-            )
-            images = [Image.fromarray(frame).resize(size) for frame in pixels]
-            shown.append(("video" if "video" in item else "image", images, seconds))
-    except (ValueError, FileNotFoundError) as error:
-        return f"media: {error}"
-    return shown
+def open_captioner(name, *, device, concurrency, **options):
+    """Open a captioner by name -> ask(requests).
 
+    name     mini (the embedded base), hf:MODEL or openai:URL#MODEL.
+    options  frames, max_tokens, max_new_tokens, workers, seconds.
 
-def transformers_captioner(
-    name, *, frames, max_tokens, device, batch_size, max_new_tokens, workers=2
-):
-    """Answer with any image-text-to-text model, greedily, in batches; a processor without videos gets their frames as images."""
-    transformers.logging.set_verbosity_error()
-    processor = transformers.AutoProcessor.from_pretrained(name)
-    dtype = torch.bfloat16 if "cuda" in device else torch.float32
-    model = (
-        transformers.AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
-        .to(device)
-        .eval()
-    )
-    processor.tokenizer.padding_side, films = (
-        "left",
-        getattr(processor, "video_processor", None) is not None,
-    )
-    pad = processor.tokenizer.pad_token_id
-
-    def prepare(batch):
-        """-> (why each request's media failed, or None; model inputs of the others)"""
-        shown, turns, images, videos, seconds = (
-            [show(r, frames, max_tokens) for r in batch],
-            [],
-            [],
-            [],
-            [],
-        )
-        for request, media in zip(batch, shown, strict=True):
-            parts = []
-            for kind, pictures, length in media if isinstance(media, list) else ():
-                if kind == "video" and films:
-                    videos.append(np.stack(pictures))
-                    seconds.append(length)
-                    parts.append({"type": "video"})
-                else:
-                    images += pictures
-                    parts += [{"type": "image"}] * len(pictures)
-            if isinstance(media, list):
-                turns.append(
-                    [
-                        {
-                            "role": "user",
-                            "content": [*parts, {"type": "text", "text": request["prompt"]}],
-                        }
-                    ]
-                )
-        failures = [media if isinstance(media, str) else None for media in shown]
-        if not turns:
-            return failures, None
-        media = {"images": images} if images else {}
-        if videos:
-            about = [
-                {"fps": frames / s, "total_num_frames": frames, "duration": s} for s in seconds
-            ]
-            media |= {
-                "videos": videos,
-                "videos_kwargs": {"do_sample_frames": False, "video_metadata": about},
-            }
-        texts = processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-        inputs = processor(text=texts, padding=True, return_tensors="pt", **media)
-        if (
-            model.config.model_type == "qwen2_5_vl"
-        ):  # our positions: transformers >= 4.52 truncates the seconds per grid
-            video, image = (
-                inputs["input_ids"] == i
-                for i in (model.config.video_token_id, model.config.image_token_id)
-            )
-            inputs["position_ids"] = mrope_positions(
-                image + 2 * video,
-                inputs["attention_mask"],
-                inputs.get("image_grid_thw"),
-                inputs.get("video_grid_thw"),
-                2 / frames * torch.tensor(seconds),
-                tokens_per_second=model.config.vision_config.tokens_per_second,
-            )
-        return failures, inputs
-
-    @torch.inference_mode()
-    def ask(requests):
-        batches = [requests[i : i + batch_size] for i in range(0, len(requests), batch_size)]
-        for failures, inputs in ahead(prepare, batches, workers, 2):
-            made = iter(())
-            if inputs is not None:
-                out = model.generate(
-                    **inputs.to(device),
-                    max_new_tokens=max_new_tokens,
-                    do_sample=False,
-                    pad_token_id=pad,
-                )
-                out = out[:, inputs["input_ids"].shape[1] :]  # (B, T)
-                made = zip(
-                    processor.batch_decode(out, skip_special_tokens=True),
-                    inputs["attention_mask"].sum(1).tolist(),
-                    (out != pad).sum(1).tolist(),
-                    strict=True,
-                )
-            for why in failures:
-                answer, n_read, n_written = (None, 0, 0) if why else next(made)
-                yield answer, why, n_read, n_written
-
-    return ask
-
-
-def server_captioner(
-    url, model, *, frames, max_tokens, max_new_tokens, concurrency, retries, backoff, timeout
-):
-    """Answer with a server that speaks OpenAI's chat completions (vLLM, SGLang); every frame goes as a JPEG data URL.
-
-    408, 409, 429, 5xx, time-outs, broken connections and replies that are no completion are tried again `retries` times, after
-    backoff * 2^n seconds or what Retry-After asks for. $OPENAI_API_KEY is sent where it is set.
+    Raises ValueError for any other name.
     """
-    key = os.environ.get("OPENAI_API_KEY")
-    client = httpx.Client(
-        timeout=timeout,
-        headers={"Authorization": f"Bearer {key}"} if key else {},
-        limits=httpx.Limits(max_connections=concurrency),
-    )
-
-    def one(request):
-        shown, content = show(request, frames, max_tokens), []
-        if isinstance(shown, str):
-            return None, shown, 0, 0
-        for kind, images, seconds in shown:
-            caption = (
-                f"A video of {seconds:.1f} s in {frames} frames:"
-                if kind == "video"
-                else "An image:"
-            )
-            content.append({"type": "text", "text": caption})
-            for image in images:
-                image.save(jpeg := io.BytesIO(), "JPEG", quality=90)
-                data = "data:image/jpeg;base64," + base64.b64encode(jpeg.getvalue()).decode()
-                content.append({"type": "image_url", "image_url": {"url": data}})
-        content.append({"type": "text", "text": request["prompt"]})
-        turn, wait = {"role": "user", "content": content}, 0.0
-        body = {"model": model, "messages": [turn], "max_tokens": max_new_tokens, "temperature": 0}
-        for attempt in range(retries + 1):
-            time.sleep(wait)
-            wait = backoff * 2**attempt * random.uniform(0.8, 1.2)
-            try:
-                reply = client.post(f"{url.rstrip('/')}/chat/completions", json=body)
-                if reply.status_code == 200:
-                    said = reply.json()
-                    used = said.get("usage") or {}
-                    return (
-                        str(said["choices"][0]["message"]["content"] or ""),
-                        None,
-                        used.get("prompt_tokens", 0),
-                        used.get("completion_tokens", 0),
-                    )
-                why = f"HTTP {reply.status_code}: {reply.text[:200]}"
-                if reply.status_code not in (408, 409, 429) and reply.status_code < 500:
-                    break
-                wait = max(wait, float(reply.headers.get("retry-after", 0)))
-            except (
-                httpx.HTTPError,
-                ValueError,
-                KeyError,
-                IndexError,
-                TypeError,
-                AttributeError,
-            ) as error:
-                why = f"{type(error).__name__}: {error}"
-        return None, why, 0, 0
-
-    return lambda requests: ahead(one, requests, concurrency, 2 * concurrency)
-
-
-def captioner(
-    name, *, device, batch_size, workers, concurrency, retries, backoff, timeout, **sizes
-):
-    """Open a captioner by name: mini (the embedded base), hf:MODEL or openai:URL#MODEL."""
-    kind, _, rest = ("hf:mini/base" if name == "mini" else name).partition(":")
-    url, _, model = rest.partition("#")
-    if kind == "hf" and rest:
-        return transformers_captioner(
-            rest, device=device, batch_size=batch_size, workers=workers, **sizes
-        )
+    if name == "mini":
+        name = "hf:mini/base"
+    kind, _, place = name.partition(":")
+    url, _, model = place.partition("#")
+    if kind == "hf" and place:
+        return transformers_captioner(place, device=device, **options)
     if kind == "openai" and url.startswith(("http://", "https://")) and model:
-        return server_captioner(
-            url,
-            model,
-            concurrency=concurrency,
-            retries=retries,
-            backoff=backoff,
-            timeout=timeout,
-            **sizes,
-        )
+        return server_captioner(url, model, concurrency=concurrency, **options)
     raise ValueError(f"captioner {name!r}: wanted mini, hf:MODEL or openai:URL#MODEL")

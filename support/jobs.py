@@ -1,7 +1,13 @@
-"""Stages that many processes share and a killed run resumes."""
+"""Stages that many processes share and a killed run resumes.
+
+    rows_by_part = run_sharded("runs/synth", "1-pool", parts, do)
+    print_summary("runs/synth", "1-pool", rows)
+
+A part is a list of jobs, dicts with an "id". do(p, jobs) returns one row per job, with its "id" and
+"fate": "kept", "dropped" (with the reason under "why") or "failed" (the next run tries again).
+"""
 
 import collections
-import itertools
 import json
 import os
 import re
@@ -12,74 +18,115 @@ from support.files import file_lock, load_jsonl, write_jsonl
 
 
 def run_sharded(out, stage, parts, do, shard="0/1"):
-    """Do what is missing or failed of a stage's parts (lists of jobs with an "id") beside others who do the same -> rows by part.
+    """Do a stage's missing and failed jobs beside other processes that do the same.
 
-    do(p, jobs) -> a row with "id" and "fate" per job. The first pass takes what is free, this rank's own parts first; the second
-    waits for parts that others hold and finishes what they left, so that all ranks leave a stage together. `shard` "i/n" leaves
-    all parts but i, i + n, ... to others; ranks are torchrun's. Raises ValueError while others have parts to do.
+    parts   lists of jobs. Part p's rows are a file below <out>/<stage>, whole or not there.
+    do      do(p, jobs) -> rows, one per job, in any order.
+    shard   "i/n" leaves all parts but i, i + n, i + 2n, ... to other machines.
+
+    Returns the rows of each part. torchrun's ranks share the parts and leave a stage together.
+    Raises ValueError while other shards have parts to do.
     """
-    folder, began = Path(out) / stage, time.time()
+    began = time.time()
+    folder = Path(out) / stage
     folder.mkdir(exist_ok=True)
     if not re.fullmatch(r"\d+/[1-9]\d*", shard):
         raise ValueError(f"shard {shard!r}: wanted i/n")
-    (i, n), rank, world = (
-        map(int, shard.split("/")),
-        int(os.environ.get("RANK", 0)),
-        int(os.environ.get("WORLD_SIZE", 1)),
-    )
-    paths, mine = [folder / f"{p:05}.jsonl" for p in range(len(parts))], range(i, len(parts), n)
-    for wait, p in itertools.product(
-        (False, True), sorted(mine, key=lambda p: p // n % world != rank)
-    ):
-        with file_lock(paths[p].with_suffix(".lock"), wait) as held:
-            there = paths[p].exists()
-            if (
-                not held or there and (wait or paths[p].stat().st_mtime > began)
-            ):  # this run's failures wait for the next run
-                continue
-            old, start = (
-                {row["id"]: row for row in load_jsonl(paths[p])} if there else {},
-                time.time(),
-            )
-            jobs = [
-                job
-                for job in parts[p]
-                if job["id"] not in old or old[job["id"]]["fate"] == "failed"
-            ]
-            if jobs or not there:
-                new = {row["id"]: row for row in do(p, jobs)}
-                write_jsonl(paths[p], [new.get(job["id"]) or old[job["id"]] for job in parts[p]])
-                tokens = [sum(row.get("tokens", (0, 0))[k] for row in new.values()) for k in (0, 1)]
-                event = {
-                    "stage": stage,
-                    "part": p,
-                    "seconds": round(time.time() - start, 2),
-                    "tokens": tokens,
-                }
-                with open(Path(out) / "log.jsonl", "a") as file:
-                    file.write(
-                        json.dumps(event | collections.Counter(row["fate"] for row in new.values()))
-                        + "\n"
-                    )
-    if missing := sum(not path.exists() for path in paths):
+    first, step = map(int, shard.split("/"))
+    paths = [folder / f"{p:05}.jsonl" for p in range(len(parts))]
+    order = own_parts_first(range(first, len(parts), step), step)
+
+    # Take free parts: those that no process has done yet, and those with failures of earlier runs.
+    for p in order:
+        with file_lock(paths[p].with_suffix(".lock"), wait=False) as held:
+            if held and (not paths[p].exists() or written_before(paths[p], began)):
+                do_part(out, stage, p, paths[p], parts[p], do)
+
+    # Wait for the rest: a process that held a part may have died without finishing it.
+    for p in order:
+        with file_lock(paths[p].with_suffix(".lock")):
+            if not paths[p].exists():
+                do_part(out, stage, p, paths[p], parts[p], do)
+
+    missing = [path for path in paths if not path.exists()]
+    if missing:
         raise ValueError(
-            f"{stage}: {missing} of {len(paths)} parts belong to other shards; run this again when they are done"
+            f"{stage}: {len(missing)} of {len(paths)} parts belong to other shards; "
+            "run this again when they are done"
         )
-    return [load_jsonl(path) for path in paths]
+    return list(map(load_jsonl, paths))
+
+
+def own_parts_first(parts, step):
+    """Order a shard's parts so that each of torchrun's ranks begins with different ones."""
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    return sorted(parts, key=lambda p: p // step % world != rank)
+
+
+def written_before(path, began):
+    """Say whether an earlier run wrote the file: failures of this run wait for the next one."""
+    return path.stat().st_mtime <= began
+
+
+def do_part(out, stage, p, path, jobs, do):
+    """Do the jobs of a part that have no row yet or failed, write all its rows, log the work."""
+    old = {}
+    if path.exists():
+        old = rows_by_id(load_jsonl(path))
+    to_do = []
+    for job in jobs:
+        if job["id"] not in old or old[job["id"]]["fate"] == "failed":
+            to_do.append(job)
+    if not to_do and path.exists():
+        return
+
+    start = time.time()
+    new = rows_by_id(do(p, to_do))
+    seconds = round(time.time() - start, 2)
+    write_jsonl(path, [new.get(job["id"]) or old[job["id"]] for job in jobs])
+
+    event = {"stage": stage, "part": p, "seconds": seconds, "tokens": sum_tokens(new.values())}
+    fates = collections.Counter(row["fate"] for row in new.values())
+    with open(Path(out) / "log.jsonl", "a") as file:
+        file.write(json.dumps(event | fates) + "\n")
+
+
+def rows_by_id(rows):
+    """Return {id: row}."""
+    return {row["id"]: row for row in rows}
+
+
+def sum_tokens(rows):
+    """Add up "tokens", [read, written], of rows or log events; not all stages have them."""
+    total_read = 0
+    total_written = 0
+    for row in rows:
+        read, written = row.get("tokens", (0, 0))
+        total_read += read
+        total_written += written
+    return [total_read, total_written]
 
 
 def print_summary(out, stage, rows):
-    """Print what a stage kept, why it did not keep the rest, and what that took -> seconds."""
-    count = collections.Counter((row["fate"], row.get("why", "").split(":")[0]) for row in rows)
-    lost = [f", {fate} {n} ({why})" for (fate, why), n in sorted(count.items()) if fate != "kept"]
-    events = [e for e in load_jsonl(Path(out) / "log.jsonl") if e["stage"] == stage] if rows else []
-    seconds, tokens = (
-        sum(e["seconds"] for e in events),
-        [sum(e["tokens"][k] for e in events) for k in (0, 1)],
-    )
-    print(
-        f"{stage}: kept {count['kept', '']} of {len(rows)}{''.join(lost)}; {seconds:.0f} s of one process, {tokens[0]} tokens "
-        f"read, {tokens[1]} written",
-        flush=True,
-    )
+    """Print the number of rows kept, the reasons why others were not, and the cost.
+
+    Returns the seconds that one process would have taken.
+    """
+    counts = collections.Counter()
+    for row in rows:
+        reason = row.get("why", "").split(":")[0]  # "unreadable: <file>: <details>"
+        counts[row["fate"], reason] += 1
+    line = f"{stage}: kept {counts.pop(('kept', ''), 0)} of {len(rows)}"
+    for (fate, reason), n in sorted(counts.items()):
+        line += f", {fate} {n} ({reason})"
+
+    events = []
+    if rows:
+        log = load_jsonl(Path(out) / "log.jsonl")
+        events = [event for event in log if event["stage"] == stage]
+    seconds = sum(event["seconds"] for event in events)
+    read, written = sum_tokens(events)
+    line += f"; {seconds:.0f} s of one process, {read} tokens read, {written} written"
+    print(line, flush=True)
     return seconds
