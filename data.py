@@ -49,8 +49,8 @@ IMAGE_TOKENS = 256  # most vision tokens per image (the released processor's lim
 MIN_TOKENS = 4  # least vision tokens per image or video frame (likewise)
 TASKS = "T2T T2I TI2I TI2T TI2TI I2I I2T T2TI T2V I2V V2V TI2V TV2V".split()
 
-# A medium is a path or a dict: the key of the path in that dict, and the keys of its numbers
-# (seconds, and frames per second).
+# A medium is a path or a dict. A clip is {"path", "start", "end", "fps"}; an image that is a frame
+# of a video is {"video", "time"}. Below: the key of the path, the keys of the numbers.
 PATH_KEY = {"video": "path", "image": "video"}
 NUMBER_KEYS = {"video": {"start", "end", "fps"}, "image": {"time"}}
 PIXELS_KEY = {"video": "pixel_values_videos", "image": "pixel_values"}  # transformers' names
@@ -327,7 +327,7 @@ class Collator:
         Keys of media are absent where no sample has any.
         """
         width = max(len(sample["ids"]) for sample in samples)
-        ids = torch.full((len(samples), width), self.end)
+        ids = torch.full((len(samples), width), self.end)  # any id: the mask excludes padding
         mask = torch.zeros_like(ids)
         for row, sample in enumerate(samples):
             length = len(sample["ids"])
@@ -625,5 +625,6 @@ class TrainLoader:
                 positive=self.group(positives),
                 negative=self.group(negatives),
             )
+            # The caller runs the model until it asks for the next batch: fork no decoder meanwhile.
             with self.fork_lock:
                 yield batch

@@ -102,7 +102,7 @@ def encode(
     was_training = gve.training
     gve.eval()
     with tqdm(total=len(todo), desc=desc, disable=desc is None or rank > 0, leave=False) as bar:
-        for batch, made in run(
+        for batch, made in decode_and_embed(
             gve, collate, items, instruction, todo, batch_tokens, workers, seconds, failed
         ):
             vectors[batch] = made
@@ -128,7 +128,9 @@ def kind_and_length(item):
     return "video" in item, "image" in item, len(item.get("text") or "")
 
 
-def run(gve, collate, items, instruction, todo, batch_tokens, workers, seconds, failed):
+def decode_and_embed(
+    gve, collate, items, instruction, todo, batch_tokens, workers, seconds, failed
+):
     """Decode and embed items[i] for i in todo -> yield ([i, ...], vectors (b, D)) per batch.
 
     failed: dict that gets {i: reason} of the items that cannot be decoded.

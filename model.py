@@ -109,7 +109,7 @@ def mrope_positions(
     (i, y, x) at (p + floor(i * s * tokens_per_second), p + y, p + x); the text after it goes on at
     the block's largest position plus one. This is transformers 4.51.3's rule; later versions
     truncate s to whole seconds or let the text begin inside the video's time range.
-    # PAPER: "1.0 FPS" and 8 frames per clip of any length exclude each other; s is the true time
+    # PAPER: says 1.0 FPS, but 8 frames of a clip of any length cannot be 1 FPS; s is the true time
     between two temporal grids.
 
     token_types (B, T): 0 text, 1 image, 2 video; attention_mask (B, T); image_grid_thw and
@@ -154,7 +154,8 @@ def mrope_positions(
     return torch.where(vision, base_of_block + inside, base) * attention_mask.long()
 
 
-# The seam for backbones: nothing outside this section asks which Qwen-VL a checkpoint is.
+# The table of backbones: everything in which one Qwen-VL family differs from another, except the
+# prompt (data.py) and the count of FLOPs (support/flops.py).
 
 
 @dataclasses.dataclass(frozen=True)
@@ -356,7 +357,8 @@ class GVE(nn.Module):
             # PEFT keeps LoRA weights in float32 over a bfloat16 base (autocast_adapter_dtype).
             backbone = get_peft_model(backbone, LoraConfig(**fields))
         for module in backbone.modules():
-            # LoRA layers must not cast their inputs to float32 where forward's autocast decides.
+            # PEFT casts the inputs of LoRA layers to their weights' float32. Over bfloat16 that is
+            # switched off: there the autocast in forward decides.
             module.cast_input_dtype_enabled = dtype != torch.bfloat16
 
         gve = cls(

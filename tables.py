@@ -75,7 +75,7 @@ def published():
 def comparable(results):
     """Return whether published scores may stand beside these results.
 
-    They may if all results are UVRB's, and if there are none.
+    True if every result is on UVRB, or if there are no results.
     """
     return all(result["benchmark"] == "UVRB" for result in results)
 
@@ -955,8 +955,9 @@ def disagreements(paper):
     """Find published values that do not follow from others.
 
     Returns {(where, row, column): (printed, computed)}, and a line per figure and family for the
-    correlations of Figures 7 and 8. A correlation is judged by itself only if Pearson or Spearman
-    gives nine tenths of its family: it is then known which of the two is shown.
+    correlations of Figures 7 and 8. A correlation is judged by itself only if one statistic,
+    Pearson or Spearman, reproduces nine tenths of its family: only then is it known which of the
+    two was printed.
     """
     wrong = {}
     for check in recompute(paper):

@@ -40,7 +40,7 @@ from tqdm import tqdm
 from data import Collator, TrainLoader, content_id, load_mixture
 from embed import encode
 from kernels.infonce import info_nce_dist
-from model import GVE, to_device
+from model import GVE, POOLINGS, to_device
 from support.cache import FeatureStore, VectorCache, hash_weights
 from support.checkpoint import (
     get_rng_state,
@@ -54,7 +54,7 @@ from support.checkpoint import (
 from support.files import git_commit, read_jsonl, write_jsonl
 from support.flags import flag, parse_flags
 from support.flops import peak_flops, peak_memory_gib, step_flops
-from support.ranks import all_gather_object, join_ranks, leave_ranks, sum_over_ranks
+from support.ranks import all_gather_object, barrier, join_ranks, leave_ranks, sum_over_ranks
 from tables import pyramid_table
 
 # The Modality Pyramid, Figure 5, bottom up.
@@ -67,9 +67,9 @@ LEVELS = (
 )
 LEVEL = {task: level for level, tasks in enumerate(LEVELS, 1) for task in tasks}
 
-# The plain loss holds a few N x M matrices. From this many similarities on, --fused auto takes
-# kernels/infonce.py, which holds none. Measured on a CPU (records/2026-11-25-house.md); not yet on
-# a GPU.
+# The plain loss holds a few (B, M) matrices; kernels/infonce.py holds none. --fused auto takes the
+# kernel for sources whose global batch makes at least so many similarities.
+# Measured on a CPU (records/2026-11-25-house.md), not yet on a GPU.
 FUSED_FROM = 2048 * 2048
 
 PAPER = dict(
@@ -85,7 +85,7 @@ PAPER = dict(
     micro_tokens=32768,
     save_every=200,
     probe_pairs=256,
-    grad_cache=True,  # PAPER: cache off
+    grad_cache=True,  # PAPER: GradCache was off; on, a batch of 1,024 fits any GPU
 )
 PRESETS = {
     "mini": dict(
@@ -119,7 +119,7 @@ PRESETS = {
 
 def pyramid_weights(relevance, sigma_t, sizes, levels, progress):
     """Weigh by P(k) = softmax(R_k / sigma_t)."""
-    # PAPER: k is taken to be a source; its size does not count, as written
+    # PAPER: k is read as a source; as the formula is written, its size does not count.
     z = np.asarray(relevance, float) / sigma_t
     return np.exp(z - z.max())
 
@@ -176,9 +176,9 @@ def sigma(epoch, epochs, low=0.1, high=1.0):
 class Sampler:
     """Draw single-source global batches.
 
-    A draw depends on seed, step and probabilities alone, so every rank draws the same. A source's
-    rows come without replacement and are reshuffled when exhausted (the last batch of a pass may be
-    short). Drawing steps 0..n-1 again restores the position of step n.
+    A draw depends on seed, step, probabilities and earlier draws, so that all ranks draw alike. A
+    source's rows come without replacement and are reshuffled when exhausted (the last batch of a
+    pass may be short). Drawing steps 0..n-1 again restores the position of step n.
 
     sources: objects with samples (pairs of one pass), batch_size and a length (rows).
     """
@@ -191,11 +191,11 @@ class Sampler:
         self.drawn = [0] * len(sources)  # (K,) rows drawn so far
         self.order = functools.lru_cache(2 * len(sources))(self.shuffle)
 
-    def shuffle(self, k, epoch):
-        """Return the rows of source k in the order of its pass number `epoch`."""
+    def shuffle(self, k, pass_number):
+        """Return the rows of source k in the order in which that pass over them draws them."""
         every = np.random.default_rng([self.seed, k]).permutation(len(self.sources[k]))
         subset = every[: self.rows[k]]
-        return np.random.default_rng([self.seed, k, epoch]).permutation(subset)
+        return np.random.default_rng([self.seed, k, pass_number]).permutation(subset)
 
     def passes(self):
         """Return how often each source's rows have been drawn so far (K,)."""
@@ -205,8 +205,8 @@ class Sampler:
         """Draw one step's batch under probabilities (K,) -> (source number, row numbers)."""
         rng = np.random.default_rng([self.seed, step])
         k = int(rng.choice(len(self.sources), p=probabilities))
-        epoch, start = divmod(self.drawn[k], self.rows[k])
-        rows = self.order(k, epoch)[start : start + self.batch[k]]
+        pass_number, start = divmod(self.drawn[k], self.rows[k])
+        rows = self.order(k, pass_number)[start : start + self.batch[k]]
         self.drawn[k] += len(rows)
         return k, rows
 
@@ -288,11 +288,11 @@ def contrastive_loss(q, p, n, p_ids, n_ids, *, tau, margin=None, symmetric=True)
     symmetric   the mean of query -> all candidates and positive -> all queries, under the same
                 masks; else the first alone
 
-    This is the definition, to be read and changed. kernels/infonce.py equals it without the (B, M)
-    matrices.
+    This is the loss to read and to change. kernels/infonce.py computes the same without the (B, M)
+    matrices; after a change here, run with --fused off.
     """
-    # PAPER: Eq. (1) names only a row's own hard negatives, and no masks; the released forward has
-    # all of these.
+    # PAPER: Eq. (1) names only a row's own hard negatives, and no masks; the forward() of the
+    # authors' released model code has all of these.
     margin = torch.inf if margin is None else margin
     if q.dtype in (torch.bfloat16, torch.float16):  # too coarse for scores over tau
         q = q.float()
@@ -517,7 +517,7 @@ def mine_epoch(prober, sources, plan, flags, path):
                 rows |= set(drawn.tolist())
         source.mined = mine_source(prober, source, rows, flags, cache) if rows else {}
 
-    all_gather_object(None)  # a barrier: all have read the cache
+    barrier()  # all have read the cache
     if not dist.is_initialized() or dist.get_rank() == 0:
         write_jsonl(path, [source.mined for source in sources])
         shutil.rmtree(path.parent / "cache")
@@ -549,7 +549,7 @@ class Flags:
         "", "Psi_1, the first epoch's prober: any checkpoint; empty: the starting one"
     )
     schedule: str = flag("pyramid", "how sources are drawn", choices=list(SCHEDULES))
-    # PAPER: or three passes; the paper's curves show one
+    # PAPER: Table 9's three epochs could also mean three passes; the paper's curves show one.
     epochs: int = flag(3, "curriculum epochs; together they are one pass over the data")
     steps: int = flag(0, "optimiser steps; 0: sum over sources of ceil(samples / global batch)")
     sigma_max: float = flag(1.0, "sigma of the last epoch; the first has 0.1")
@@ -572,6 +572,9 @@ class Flags:
     weight_decay: float = flag(0.1, "AdamW's weight decay")
     clip: float = flag(1.0, "largest gradient norm, 0: no limit (not given in the paper)")
     dropout: float = flag(0.1, "LoRA dropout")
+    pooling: str = flag(
+        "", "token that is pooled; empty: the base's own, else the last", choices=["", *POOLINGS]
+    )
     temperature: float = flag(0.03, "tau of the loss")
     margin: float = flag(
         0.1, "a negative that scores this much above the positive (cosine) is false; -1: off"
@@ -624,13 +627,13 @@ def load_sources(flags):
 class RunLog:
     """log.jsonl, one JSON line per event, and messages on the terminal, both from rank 0 only."""
 
-    def __init__(self, out, rank, keep=0):
-        """Open <out>/log.jsonl and cut it after its first `keep` bytes."""
+    def __init__(self, out, rank, length=0):
+        """Open <out>/log.jsonl and cut it after its first `length` bytes."""
         self.file = None
         self.rank = rank
         if rank == 0:
-            self.file = open(out / "log.jsonl", "a" if keep else "w")
-            self.file.truncate(keep)
+            self.file = open(out / "log.jsonl", "a" if length else "w")
+            self.file.truncate(length)
 
     def event(self, name, **values):
         if self.file:
@@ -643,7 +646,7 @@ class RunLog:
             tqdm.write(text)
 
 
-def encode_vision(gve, group, store=None):
+def with_vision_features(gve, group, store=None):
     """Yield a group's micro-batches with the frozen vision tower's features in place of pixels."""
     for micro_batch in group.micro_batches:
         batch = gve.encode_vision(to_device(micro_batch, gve.device))
@@ -656,8 +659,9 @@ def encode_vision(gve, group, store=None):
 def curve_sums(q, p, n, p_ids, n_ids):
     """Return {name: sum over this rank's rows and candidates} for the curves of Figures 9 and 10.
 
-    A gap is a positive's score minus that of the hardest negative; a candidate with the positive's
-    content is none.
+    A gap is a positive's score minus that of the hardest negative. Candidates with the positive's
+    content are not counted as negatives. Only this rank's candidates are looked at, so the curves
+    move a little with the number of ranks.
     """
     scores = q @ torch.cat([p, n]).T  # (B, B + N)
     ids = torch.cat([p_ids, n_ids])
@@ -677,10 +681,10 @@ def curve_sums(q, p, n, p_ids, n_ids):
 def dry_run(gve, optimizer, collate, flags):
     """Try the largest micro-batch that the flags admit, of videos, then of texts; print the memory.
 
-    Each makes a full training step. Nothing is written.
+    Each makes a training step of its own. Without --grad-cache a real step keeps the graphs of all
+    its micro-batches, so its peak is higher than the one printed. Nothing is written.
     """
-    video_processor = gve.processor.video_processor
-    side = video_processor.patch_size * video_processor.merge_size  # of a vision token, in pixels
+    side = gve.geometry.token_side  # of a vision token, in pixels
     high = math.isqrt(flags.max_tokens)
     wide = flags.max_tokens // high
     collate.store = None  # nothing is written
@@ -718,7 +722,9 @@ def build_model(flags, rank, device):
     """Load the model with LoRA -> (gve, its optimiser, its collator)."""
     torch.manual_seed(flags.seed)  # LoRA starts equal on every rank
     lora = {"lora_dropout": flags.dropout}
-    gve = GVE.from_pretrained(flags.base, dtype=flags.dtype, device=device, lora=lora)
+    gve = GVE.from_pretrained(
+        flags.base, dtype=flags.dtype, device=device, lora=lora, pooling=flags.pooling
+    )
     if flags.checkpointing:
         gve.core.language_model.gradient_checkpointing_enable({"use_reentrant": False})
     torch.manual_seed(flags.seed + rank)  # dropout differs between ranks
@@ -816,7 +822,7 @@ def main(flags):
         shutil.rmtree(out / "state.old", ignore_errors=True)
         os.replace(out / "state", out / "state.old")
     out.mkdir(parents=True, exist_ok=True)
-    log = RunLog(out, rank, keep=resumed["log"] if resumed else 0)
+    log = RunLog(out, rank, length=resumed["log"] if resumed else 0)
 
     commit = git_commit()
     about_sources = describe_sources(sources)
@@ -887,6 +893,9 @@ def main(flags):
                 flags.schedule, start["relevance"], sigma_t, sizes, levels, s / steps
             )
         plan, share = draw_epoch(sampler, probabilities)
+        trained_rows = list(start["drawn"])  # (K,) rows of each source that a step has used
+        for k, rows in plan[: step - first_step]:
+            trained_rows[k] += len(rows)
 
         if not resumed:
             about = {
@@ -929,7 +938,7 @@ def main(flags):
             for role in ("query", "positive", "negative"):
                 group = getattr(batch, role)
                 step_cost += sum(count_flops(micro_batch) for micro_batch in group.micro_batches)
-                micro_batches = encode_vision(gve, group, collate.store)
+                micro_batches = with_vision_features(gve, group, collate.store)
                 if flags.grad_cache:
                     made = caches[role].forward(micro_batches)
                 else:
@@ -982,13 +991,14 @@ def main(flags):
                     f"nothing was saved over the last checkpoint in {out}"
                 )
             lr = learning_rate(step, steps, flags.lr, flags.warmup)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            for parameter_group in optimizer.param_groups:
+                parameter_group["lr"] = lr
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
             # Log.
             step += 1
+            trained_rows[batch.source] += len(batch.rows)
             seen += sums["rows"]
             flops += sums["flops"] / world
             for reason in batch.bad:
@@ -1027,7 +1037,7 @@ def main(flags):
                 if rank == 0:
                     data = {}
                     for (name, facts), drawn in zip(
-                        about_sources.items(), sampler.drawn, strict=True
+                        about_sources.items(), trained_rows, strict=True
                     ):
                         data[name] = {"rows": facts["rows"], "drawn": drawn}
                     info = {
@@ -1051,7 +1061,7 @@ def main(flags):
                     save_state(out / "state", optimizer, rng, facts, flags.keep)
             if sums["stops"]:
                 # Wait until rank 0 has saved: torchrun kills the rest 30 s after the first exit.
-                all_gather_object(None)
+                barrier()
                 log.say(f"stopped after step {step} as asked; `--resume auto` continues from here")
                 sys.exit(128 + (received_signals or [15])[0])  # 15: another rank got the signal
             clock = time.perf_counter()

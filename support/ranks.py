@@ -52,6 +52,11 @@ def all_gather_object(value):
     return values
 
 
+def barrier():
+    """Wait until every rank has come this far."""
+    all_gather_object(None)
+
+
 def sum_over_ranks(parameters, sums):
     """Sum gradients and scalars over all ranks with one flat all-reduce -> {name: float}.
 
