@@ -245,8 +245,7 @@ class GatherRows(torch.autograd.Function):
         dist.all_gather(counts, count)
         ctx.counts = [int(n) for n in counts]  # waits for the GPU
 
-        # Ranks may hold different numbers of rows, and gloo gathers equal sizes only: pad, then
-        # cut.
+        # Ranks may hold different numbers of rows; gloo gathers equal sizes only: pad, then cut.
         padded = rows.new_zeros(max(ctx.counts), *rows.shape[1:])
         padded[: len(rows)] = rows
         parts = [torch.empty_like(padded) for _ in ctx.counts]
@@ -255,7 +254,7 @@ class GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        gradient = gradient.contiguous()
+        gradient = gradient.clone(memory_format=torch.contiguous_format)  # not ours to change
         dist.all_reduce(gradient)
         rank = dist.get_rank()
         start = sum(ctx.counts[:rank])
