@@ -223,6 +223,27 @@ def test_the_same_run_twice_is_bit_identical_with_dropout(tiny, mixture, tmp_pat
     assert not all(torch.equal(dropped[name], whole[name]) for name in whole)
 
 
+def test_a_checkpoint_names_its_pooling_and_the_rows_it_was_trained_on(
+    tiny, mixture, tmp_path, monkeypatch
+):
+    drawn = []
+
+    def note_drawn(folder, *rest, save=train.save_state):
+        info = json.loads((tmp_path / "gve.json").read_text())
+        drawn.append(sum(source["drawn"] for source in info["data"].values()))
+        save(folder, *rest)
+
+    monkeypatch.setattr(train, "save_state", note_drawn)
+    same = "--steps 4 --epochs 1 --schedule uniform --save-every 1 --pooling mean"
+    go(*flags_for(tiny, mixture, tmp_path, same))
+    gve = train.GVE.from_pretrained(tmp_path)
+    assert gve.pooling == "mean" and gve.info["pooling"] == "mean"
+
+    log = load_jsonl(tmp_path / "log.jsonl")
+    rows = [line["rows"] for line in events(log, "step")]
+    assert drawn == list(np.cumsum(rows))  # not the whole epoch's, which is drawn at its start
+
+
 def test_grad_cache_replays_dropout(tiny, mixture, tmp_path):
     same = "--dtype float64 --steps 4 --schedule uniform --micro-batch 2 --dropout 0.3"
 
