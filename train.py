@@ -476,11 +476,13 @@ def probe_sources(prober, sources, flags, rank=0, world=1):
     relevance = []
     errors = []
     for k, source in enumerate(sources):
+        # The same pairs on every rank, of which each embeds a part.
         rows = np.random.default_rng([flags.seed, k]).permutation(len(source))
         own = rows[: flags.probe_pairs][rank::world]
         _, q, p = embed_pairs(prober, source, own, flags)
         q = gather_rows(q.to(prober.device))
         p = gather_rows(p.to(prober.device))
+
         if len(q) == 0:
             raise ValueError(
                 f"source {source.name}: none of {flags.probe_pairs} probed pairs can be used; "
@@ -788,7 +790,7 @@ def describe_epoch(sources, sampler, start, share):
 def main(flags):
     rank, world, device = join_ranks(flags.device)
 
-    # Data
+    # Data: sources, and who draws from them
     sources = load_sources(flags)
     sampler = Sampler(sources, flags.batch_scale, flags.seed)
     sizes = [source.samples for source in sources]
@@ -840,7 +842,7 @@ def main(flags):
         f"{trained:,} trained weights -> {out}"
     )
 
-    # What the loop calls
+    # What the loop calls: batches of this rank, the cost of a step, vectors, the loss
     load = TrainLoader(
         sources,
         collate,
@@ -884,7 +886,7 @@ def main(flags):
                 relevance, error = probe_sources(prober, sources, flags, rank, world)
                 start |= {"relevance": relevance, "error": error}
 
-        # Draw the epoch's batches.
+        # Draw the epoch's batches. A resumed run draws all of them again and skips those done.
         sampler.drawn = list(start["drawn"])
         probabilities = {}
         for s in range(first_step, last_step):
@@ -925,7 +927,9 @@ def main(flags):
             set_rng_state(device, rng_states[rank].clone())
         resumed = None
         gve.train()
-        clock = since = time.perf_counter()  # probing and saving are not training time
+
+        # Time since the last log line; probing and saving are not training time.
+        clock = since = time.perf_counter()
         seen, waited, flops = 0, 0.0, 0.0
         for batch in stream:
             waited += time.perf_counter() - clock
@@ -995,7 +999,7 @@ def main(flags):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-            # Log.
+            # Log: sums since the last line, unusable rows once each.
             step += 1
             trained_rows[batch.source] += len(batch.rows)
             seen += sums["rows"]
@@ -1004,6 +1008,7 @@ def main(flags):
                 if reason not in bad_rows:
                     bad_rows.add(reason)
                     tqdm.write(f"replaced an unusable row: {reason}", file=sys.stderr)
+
             if step % flags.log_every == 0 or step == steps:
                 elapsed = time.perf_counter() - since
                 metrics = {
@@ -1021,6 +1026,8 @@ def main(flags):
                 }
                 if peak:
                     metrics["mfu"] = flops / elapsed / peak
+
+                # Six digits are enough to compare runs, and keep the lines readable.
                 metrics = {name: float(f"{value:.6g}") for name, value in metrics.items()}
                 rows = int(sums["rows"])
                 log.event("step", step=step, epoch=epoch, source=source.name, rows=rows, **metrics)
@@ -1028,10 +1035,11 @@ def main(flags):
             bar.update()
             bar.set_postfix(loss=f"{sums['loss']:.3f}", source=source.name, refresh=False)
 
-            # Save: the adapter and the state are whole at every moment.
+            # Save. Adapter and state are whole at every moment; a kill costs the steps since.
             saving = time.perf_counter()
             due = flags.save_every and step % flags.save_every == 0
             if due or step == last_step or sums["stops"]:
+                # Each rank has a random state of its own and has met bad rows of its own.
                 of_ranks = all_gather_object((get_rng_state(device), bad_rows))
                 if rank == 0:
                     data = {}
@@ -1048,6 +1056,7 @@ def main(flags):
                         "data": data,
                     }
                     gve.save_pretrained(out, info=info)
+
                     facts = {
                         "step": step,
                         "epoch": epoch,
@@ -1058,6 +1067,7 @@ def main(flags):
                     }
                     rng = torch.stack([state for state, _ in of_ranks])
                     save_state(out / "state", optimizer, rng, facts, flags.keep)
+
             if sums["stops"]:
                 # Wait until rank 0 has saved: torchrun kills the rest 30 s after the first exit.
                 barrier()
