@@ -206,7 +206,8 @@ class FeatureStore:
                 tensors = {name: batch[name][i : i + 1] for name in names}
                 tensors[f"{kind}_features"] = batch[f"{kind}_features"][i].contiguous()
 
-                # Several ranks may write the same file at once: each writes it whole.
+                # Several ranks may write the same file at once: each writes it whole. Waiting for
+                # the disk takes milliseconds a file, and a damaged one is computed anew.
                 os.makedirs(os.path.dirname(file), exist_ok=True)
-                with whole_file(file, "wb") as out:
+                with whole_file(file, "wb", sync=False) as out:
                     out.write(save(tensors))

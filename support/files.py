@@ -48,11 +48,12 @@ def load_jsonl(path):
 
 
 @contextlib.contextmanager
-def whole_file(path, mode="w"):
+def whole_file(path, mode="w", sync=True):
     """Open a file for writing that gets its name only once it is complete and on the disk.
 
     A reader sees the old file or the new one, never half of it. If the block raises, the old file
-    stays.
+    stays. sync=False does not wait for the disk: whole whatever happens to the process, but not if
+    the machine loses power.
     """
     path = Path(path)
     # A name of its own for each writer: several processes may write the same file at once.
@@ -61,8 +62,9 @@ def whole_file(path, mode="w"):
     try:
         with open(part, mode, encoding=encoding) as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
