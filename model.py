@@ -89,7 +89,8 @@ def mean_pool(hidden, attention_mask):
     return hidden.masked_fill(padding, 0).sum(1) / attention_mask.sum(1, keepdim=True)
 
 
-# gve.json names a checkpoint's pooling; where it names none, the last token was pooled.
+# gve.json names a checkpoint's pooling; where it names none, the last token was pooled. A pooling
+# that sentence-transformers shall load, too, needs its name there (write_sentence_transformers).
 POOLINGS = {"last_token": last_token_pool, "mean": mean_pool}
 
 

@@ -287,8 +287,8 @@ def contrastive_loss(q, p, n, p_ids, n_ids, *, tau, margin=None, symmetric=True)
     symmetric   the mean of query -> all candidates and positive -> all queries, under the same
                 masks; else the first alone
 
-    This is the loss to read and to change. kernels/infonce.py computes the same without the (B, M)
-    matrices; after a change here, run with --fused off.
+    kernels/infonce.py computes the same without the (B, M) matrices, and takes over for large
+    batches: leave this function as it is, and put a loss of yours beside it, in LOSSES.
     """
     # PAPER: Eq. (1) names only a row's own hard negatives, and no masks; the forward() of the
     # authors' released model code has all of these.
@@ -331,11 +331,20 @@ def contrastive_loss(q, p, n, p_ids, n_ids, *, tau, margin=None, symmetric=True)
     return loss / len(all_q)
 
 
-def use_fused(choice, batch, negatives):
-    """Decide whether a source's loss is computed by the fused kernel.
+# By name: functions with contrastive_loss's arguments, called on every rank, also without rows.
+LOSSES = {"infonce": contrastive_loss}
 
-    choice: auto, on or off. batch: the source's global batch. negatives: hard negatives per row.
+
+def use_fused(choice, loss, batch, negatives):
+    """Decide whether a source's loss is computed by the fused kernel, which knows InfoNCE alone.
+
+    choice: auto, on or off. loss: a name in LOSSES. batch: the source's global batch. negatives:
+    hard negatives per row.
     """
+    if loss != "infonce":
+        if choice == "on":
+            raise ValueError(f"--fused on: the kernel computes infonce, not {loss}")
+        return False
     if choice == "auto":
         return batch * batch * (1 + negatives) >= FUSED_FROM
     return choice == "on"
@@ -563,6 +572,7 @@ class Flags:
     micro_batch: int = flag(64, "items per forward")
     micro_tokens: int = flag(0, "tokens per forward, padding included; 0: no limit")
     grad_cache: bool = flag(False, "keep no graphs, embed twice: batches beyond memory (GradCache)")
+    loss: str = flag("infonce", "the loss", choices=list(LOSSES))
     fused: str = flag(
         "auto",
         "loss by the fused kernel, without the similarity matrix; auto: for large batches",
@@ -711,7 +721,10 @@ def dry_run(gve, optimizer, collate, flags):
         batch = gve.encode_vision(to_device(batch, gve.device))
 
         vectors = cache.forward([batch]) if flags.grad_cache else gve(batch)
-        info_nce_dist(vectors, vectors, 1 / flags.temperature).backward()
+        ids = torch.arange(n, device=gve.device)
+        compute_loss = LOSSES[flags.loss]
+        loss = compute_loss(vectors, vectors, vectors[:0], ids, ids[:0], tau=flags.temperature)
+        loss.backward()
         if flags.grad_cache:
             cache.backward()
         optimizer.step()
@@ -817,15 +830,20 @@ def main(flags):
     resumed = None  # the facts of the state to resume from, until its epoch is under way
     if flags.resume:
         folder, resumed = newest_state(out / "state", config)
+    commit = git_commit()
     if resumed:
         rng_states = load_state(folder, optimizer)  # (world, n)
+        before = resumed.get("commit")
+        if before != commit and rank == 0:
+            tqdm.write(
+                f"note: the state is of commit {before}, this is {commit}: numbers may differ"
+            )
     elif rank == 0 and (out / "state").exists():  # another run's
         shutil.rmtree(out / "state.old", ignore_errors=True)
         os.replace(out / "state", out / "state.old")
     out.mkdir(parents=True, exist_ok=True)
     log = RunLog(out, rank, length=resumed["log"] if resumed else 0)
 
-    commit = git_commit()
     about_sources = describe_sources(sources)
     trained = sum(p.numel() for p in parameters)
     log.event(
@@ -859,9 +877,10 @@ def main(flags):
     vector_dtype = torch.float64 if flags.dtype == "float64" else torch.float32
     empty = torch.zeros(0, gve.dim, device=device, dtype=vector_dtype, requires_grad=True)
     caches = {role: GradCache(gve, empty) for role in ("query", "positive", "negative")}
+    compute_loss = LOSSES[flags.loss]
     fused = []  # (K,) by the global batch, so that all ranks choose alike
     for source, global_batch in zip(sources, sampler.batch, strict=True):
-        fused.append(use_fused(flags.fused, global_batch, source.negatives))
+        fused.append(use_fused(flags.fused, flags.loss, global_batch, source.negatives))
     plain = len(fused) - sum(fused)
     log.say(f"loss: fused kernel for {sum(fused)} sources, plain torch for {plain}")
 
@@ -966,7 +985,7 @@ def main(flags):
                     symmetric=flags.symmetric,
                 )
             else:
-                loss = contrastive_loss(
+                loss = compute_loss(
                     q, p, n, p_ids, n_ids, tau=tau, margin=margin, symmetric=flags.symmetric
                 )
 
@@ -1062,6 +1081,7 @@ def main(flags):
                         "epoch": epoch,
                         "epoch_start": start,
                         "config": config,
+                        "commit": commit,
                         "bad_rows": sorted(set().union(*(bad for _, bad in of_ranks))),
                         "log": log.file.tell(),
                     }

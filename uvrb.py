@@ -435,8 +435,8 @@ class Reader:
 def check(root, roots=(), decode=False) -> list:
     """Scan the datasets that `root` should hold and print a line for each.
 
-    These are the 16, or those that benchmark.json names; Table 11's sets are left out, since the
-    paper does not say how large they are.
+    These are the paper's 16 and those that benchmark.json defines; Table 11's sets are left out,
+    since the paper does not say how large they are.
 
     Returns all bad rows and absent media as "file:line: reason".
     """

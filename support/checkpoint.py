@@ -99,7 +99,8 @@ def newest_state(folder, config):
             changed[name] = (then, now)
     if changed:
         raise ValueError(
-            f"{folder.parent}: cannot resume with other settings (then, now): {changed}"
+            f"{folder.parent}: cannot resume with other settings (then, now): {changed}; to train "
+            f"further with others, start a new run with --base {folder.parent} and another --out"
         )
     return states[-1], facts
 

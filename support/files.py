@@ -126,12 +126,14 @@ def hash_files(folder, pattern="*.safetensors"):
 
 
 def git_commit():
-    """Return this repository's checked-out commit, for the record; None outside a checkout."""
+    """Return this repository's checked-out commit, for the record; None outside a checkout.
+
+    "+edited" follows it if tracked files were changed since.
+    """
     repository = Path(__file__).resolve().parent.parent
+    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+edited"]
     try:
-        found = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=repository
-        )
+        found = subprocess.run(command, capture_output=True, text=True, cwd=repository)
     except FileNotFoundError:  # no git on this machine
         return None
     return found.stdout.strip() or None

@@ -43,6 +43,8 @@ def parse_flags(cls, argv=None, doc=None, presets=None):
         allow_abbrev=False,
     )
     preset = presets.get(preset_name(cls, argv), {}) if presets else {}
+    unknown = preset.keys() - {field.name for field in dataclasses.fields(cls)}
+    assert not unknown, f"a preset names flags that do not exist: {unknown}"
 
     for field in dataclasses.fields(cls):
         default = preset.get(field.name, default_of(field))

@@ -244,11 +244,21 @@ def test_a_flag_that_was_renamed_or_added_since_the_state_is_named(tiny, mixture
     go(*flags)
     path = tmp_path / "state" / "step-00000002" / "facts.json"
     facts = json.loads(path.read_text())
-    facts["config"]["learning_rate"] = facts["config"].pop("lr")
+    facts["config"]["gradient_limit"] = facts["config"].pop("clip")
     path.write_text(json.dumps(facts))
-    message = "other settings.*'learning_rate': .*'lr': .'no such flag'"
+    message = "other settings.*'clip': .'no such flag'.*'gradient_limit': .*--base .* another --out"
     with pytest.raises(ValueError, match=message):
         go(*flags, "--resume", "auto")
+
+
+def test_resuming_with_other_code_is_said(tiny, mixture, tmp_path, capsys):
+    flags = flags_for(tiny, mixture, tmp_path, "--steps 2 --schedule uniform")
+    go(*flags)
+    path = tmp_path / "state" / "step-00000002" / "facts.json"
+    facts = json.loads(path.read_text())
+    path.write_text(json.dumps({**facts, "commit": "abc"}))
+    go(*flags, "--resume", "auto")
+    assert "note: the state is of commit abc, this is" in capsys.readouterr().out
 
 
 def contents(folder):

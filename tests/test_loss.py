@@ -165,8 +165,14 @@ def test_on_one_process_gathering_changes_nothing():
 
 
 def test_auto_takes_the_kernel_for_large_batches_only():
-    assert use_fused("on", 2, 0) and not use_fused("off", 10**6, 2)
-    assert not use_fused("auto", 64, 2) and use_fused("auto", 8192, 0)
+    assert use_fused("on", "infonce", 2, 0) and not use_fused("off", "infonce", 10**6, 2)
+    assert not use_fused("auto", "infonce", 64, 2) and use_fused("auto", "infonce", 8192, 0)
     sizes = [2**k for k in range(4, 15)]
-    chosen = [use_fused("auto", size, 1) for size in sizes]
+    chosen = [use_fused("auto", "infonce", size, 1) for size in sizes]
     assert chosen == sorted(chosen) and math.isfinite(sum(chosen))
+
+
+def test_a_loss_of_ones_own_is_never_replaced_by_the_kernel():
+    assert not use_fused("auto", "siglip", 10**6, 2)
+    with pytest.raises(ValueError, match="--fused on: the kernel computes infonce, not siglip"):
+        use_fused("on", "siglip", 8, 0)

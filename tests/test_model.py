@@ -416,9 +416,9 @@ def test_an_unknown_pooling_is_an_error_that_names_the_accepted_ones(lora, tmp_p
     lora.save_pretrained(tmp_path)
     info = json.loads((tmp_path / "gve.json").read_text())
     if named_by == "checkpoint":
-        (tmp_path / "gve.json").write_text(json.dumps({**info, "pooling": "first_token"}))
-    pooling = {"checkpoint": "", "caller": "first_token"}[named_by]
-    with pytest.raises(ValueError, match=r"'first_token'.*accepted: last_token, mean"):
+        (tmp_path / "gve.json").write_text(json.dumps({**info, "pooling": "no such pooling"}))
+    pooling = {"checkpoint": "", "caller": "no such pooling"}[named_by]
+    with pytest.raises(ValueError, match=r"'no such pooling'.*accepted: last_token, mean"):
         GVE.from_pretrained(tmp_path, pooling=pooling)
 
 

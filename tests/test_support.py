@@ -177,6 +177,11 @@ def refused(capsys, cls, *words, presets=None):
     return capsys.readouterr().err
 
 
+def test_a_preset_that_names_no_flag_is_refused():
+    with pytest.raises(AssertionError, match="flags that do not exist: {'step'}"):
+        parse_flags(Flags, ["items.jsonl", "--must", "3"], presets={"small": {"step": 5}})
+
+
 def test_flags_are_typed_and_have_their_defaults():
     defaults = Flags("items.jsonl", 3)
     assert parse() == defaults

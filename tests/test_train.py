@@ -712,7 +712,7 @@ def test_source_probabilities_of_the_paper(sigma_t, expected):
 
 
 def test_an_unknown_schedule_is_an_error_that_names_the_known_ones():
-    with pytest.raises(ValueError, match="'pyramyd'.*pyramid, proportional, uniform, staged"):
+    with pytest.raises(ValueError, match="'pyramyd'.*" + ", ".join(train.SCHEDULES)):
         train.source_probabilities("pyramyd", [0.3, 0.5], 0.1, [1, 1], [1, 2])
 
 
