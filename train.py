@@ -68,9 +68,9 @@ LEVELS = (
 LEVEL = {task: level for level, tasks in enumerate(LEVELS, 1) for task in tasks}
 
 # The plain loss holds a few (B, M) matrices; kernels/infonce.py holds none. --fused auto takes the
-# kernel for sources whose global batch makes at least so many similarities.
-# Measured on a CPU (records/2026-11-25-house.md), not yet on a GPU.
-FUSED_FROM = 2048 * 2048
+# kernel for sources whose global batch makes at least so many similarities: on a CPU it is the
+# faster one from there on (records/2026-11-25-house.md). Not yet measured on a GPU.
+FUSED_FROM = 1024 * 1024
 
 PAPER = dict(
     lr=3e-5,
