@@ -8,8 +8,9 @@ Paper: arXiv 2510.27571, sections 3.3 and A.6, Tables 7 and 8.
 
 Three stages. Each is a folder of JSON lines below --out: one row per job with its fate (kept,
 dropped or failed) and the reason.
-    1-pool      quality control; pool.jsonl beside it is the asset pool, after the filters that
-                compare all videos (consistency threshold, near-duplicates)
+    1-pool      quality control. Beside it, pool.jsonl has all rows with their final fate, after the
+                filters that compare all videos (consistency threshold, near-duplicates), and
+                pool.npy the vectors of those kept: the asset pool
     2-captions  enrichment: five captions per video and per key frame
     3-pairs     task extension: T2T, T2I, T2V, I2V, V2V, composed queries (TI2V, TV2V), negatives
 Then <out>/uvrd: training files, and the mixture.json that train.py takes.
