@@ -368,9 +368,8 @@ class GradCache:
     def __init__(self, encode, empty):
         self.encode = encode
         self.empty = empty
-        self.random = (
-            torch.cuda if empty.is_cuda else torch
-        )  # whose random state dropout draws from
+        # The module whose random state dropout draws from
+        self.random = torch.cuda if empty.is_cuda else torch
 
     @torch.no_grad()
     def forward(self, batches):

@@ -10,9 +10,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parent.parent)
-)  # of a script, only its own folder is there
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository, for a script
 
 from support.files import load_jsonl
 from support.flags import flag, parse_flags

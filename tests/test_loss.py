@@ -1,7 +1,6 @@
 """train.py's plain loss, against a loop over pairs in float64, over ranks, against the kernel."""
 
 import itertools
-import math
 
 import pytest
 import torch
@@ -169,7 +168,7 @@ def test_auto_takes_the_kernel_for_large_batches_only():
     assert not use_fused("auto", "infonce", 64, 2) and use_fused("auto", "infonce", 8192, 0)
     sizes = [2**k for k in range(4, 15)]
     chosen = [use_fused("auto", "infonce", size, 1) for size in sizes]
-    assert chosen == sorted(chosen) and math.isfinite(sum(chosen))
+    assert chosen == sorted(chosen)  # once it pays, it pays for all larger ones
 
 
 def test_a_loss_of_ones_own_is_never_replaced_by_the_kernel():

@@ -168,9 +168,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         assert self.path == "/v1/chat/completions" and body["model"] == "vl"
         content, server = body["messages"][0]["content"], self.server
         images = [part["image_url"]["url"] for part in content if part["type"] == "image_url"]
-        assert all(
-            url.startswith("data:image/jpeg;base64,/9j/") for url in images
-        )  # JPEG's first bytes
+        # JPEG's first bytes
+        assert all(url.startswith("data:image/jpeg;base64,/9j/") for url in images)
         with server.lock:
             server.served.append(content[-1]["text"])
             fault = server.faults.pop(0) if server.faults else ""
@@ -323,9 +322,8 @@ def test_full_prompts_state_the_paper_s_numbers_and_the_profile_is_30_60_10():
         for i in range(600)
     ]
     share = [np.mean([part in prompt for prompt in focus]) for part in caption.FOCUS]
-    assert np.allclose(share, [0.3, 0.6, 0.1], atol=0.06), (
-        share
-    )  # 3 standard deviations of 600 draws
+    # Within 3 standard deviations of 600 draws
+    assert np.allclose(share, [0.3, 0.6, 0.1], atol=0.06), share
 
 
 def test_texts_that_describe_nothing_are_named_and_captions_pass():
@@ -358,9 +356,8 @@ def test_a_server_that_dies_midway_leaves_everything_accounted_for_and_a_rerun_f
     common += ["--shares", "T2I=1", "TI2V=1", "TV2V=1", "--concurrency", 3]
     run(*common, "--captioner", server.name, "--out", tmp_path / "out", ok=False)
     assert accounted(tmp_path / "out", "2-captions")["failed"] > 0
-    shutil.copytree(
-        tmp_path / "out" / "1-pool", tmp_path / "whole" / "1-pool"
-    )  # the same pool: no need to look at it again
+    # The same pool: no need to look at it again
+    shutil.copytree(tmp_path / "out" / "1-pool", tmp_path / "whole" / "1-pool")
     for name in ("pool.jsonl", "pool.npy", "flags.jsonl", "log.jsonl"):
         shutil.copy(tmp_path / "out" / name, tmp_path / "whole" / name)
     run(*common, "--captioner", again.name, "--out", tmp_path / "out")
@@ -401,9 +398,8 @@ def test_mini_makes_a_mixture_that_loads_whole(whole, raw):
     assert list(check(mixture, [raw])) == []
     sources = {source.task: source for source in data.load_mixture(mixture)}
     assert sources.keys() >= {"T2T", "T2I", "T2V", "I2V", "TI2V"}
-    assert {source.samples for source in sources.values()} == {
-        len(sources["T2V"])
-    }  # equal shares, whatever was dropped
+    # Equal shares, however many were dropped
+    assert {source.samples for source in sources.values()} == {len(sources["T2V"])}
     assert sum(map(len, sources.values())) == accounted(whole[1], "3-pairs")["kept"]
 
 
@@ -711,9 +707,8 @@ def test_another_flag_on_the_same_out_is_refused_by_name(raw, tmp_path):
 def test_cuts_clips_motion_and_key_frames_of_known_films(tmp_path, monkeypatch):
     noise = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3))
     scenes = [np.kron(scene, np.ones((12, 12, 1))).astype(np.uint8) for scene in noise]  # 96 x 96
-    film = np.stack(
-        [np.roll(scenes[i // 40], i, axis=1) for i in range(120)]
-    )  # 3 shots of 4 s at 10 fps, panning
+    # 3 shots of 4 s at 10 fps, panning
+    film = np.stack([np.roll(scenes[i // 40], i, axis=1) for i in range(120)])
     write_video(tmp_path / "film.mp4", film, fps=10)
     write_video(tmp_path / "slides.mp4", np.stack([scenes[i // 40] for i in range(120)]), fps=10)
     monkeypatch.setattr(synth, "PROBE_FPS", 10.0)
@@ -729,10 +724,8 @@ def test_cuts_clips_motion_and_key_frames_of_known_films(tmp_path, monkeypatch):
         12.0,
         [96, 96],
     ), film
-    assert slides["why"].startswith("static") and slides["cuts"] == [
-        4.0,
-        8.0,
-    ]  # cuts are not motion
+    # Cuts are not motion.
+    assert slides["why"].startswith("static") and slides["cuts"] == [4.0, 8.0]
     for start, end in film["clips"]:
         assert 2 <= end - start <= 10 and start // 4 == (end - 1e-6) // 4, film["clips"]
     assert len({time // 4 for time in film["key_frames"]}) == 3
@@ -770,9 +763,8 @@ def test_odd_folders_ids_and_files(tmp_path, media):
 
 def test_where_nothing_can_be_used_the_run_fails_and_has_said_why(tmp_path, media):
     (tmp_path / "in").mkdir()
-    rows = [
-        {"id": c, "video": str(media / f"{c}.mp4")} for c in "ab"
-    ]  # outside the folder, and no --root
+    # Outside the folder, and no --root
+    rows = [{"id": c, "video": str(media / f"{c}.mp4")} for c in "ab"]
     (tmp_path / "in" / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     printed = run(
         "--videos",
