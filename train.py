@@ -271,7 +271,27 @@ def gather_rows(rows):
     return GatherRows.apply(rows)
 
 
-def contrastive_loss(q, p, n, p_ids, n_ids, *, tau, margin=None, symmetric=True):
+def find_answers(q_ids, ids, row_q_ids, row_p_ids):
+    """Mark the contents that answer a query, those that a row with this query has for its positive.
+
+    q_ids (B,), ids (M,): int64 ids of queries and contents. row_q_ids, row_p_ids (R,): those of the
+    rows' queries and positives -> (B, M) bool
+    """
+    # Number queries and contents from 0; what answers what is then a small table.
+    queries, query = torch.cat([row_q_ids, q_ids]).unique(return_inverse=True)
+    contents, content = torch.cat([row_p_ids, ids]).unique(return_inverse=True)
+    rows = len(row_q_ids)
+    table = torch.zeros(len(queries), len(contents), dtype=torch.bool, device=ids.device)
+    table[query[:rows], content[:rows]] = True
+    return table[query[rows:]][:, content[rows:]]
+
+
+def number_rows(q):
+    """Number the rows of q (B, D): equal rows, to the last bit, get equal numbers (B,) int64."""
+    return q.detach().unique(dim=0, return_inverse=True)[1]
+
+
+def contrastive_loss(q, p, n, p_ids, n_ids, *, q_ids=None, tau, margin=None, symmetric=True):
     """Return this rank's share of the global mean of symmetric InfoNCE, Eq. (1).
 
     Shares and gradients SUM over the ranks to the result of one process; they are never averaged.
@@ -279,8 +299,10 @@ def contrastive_loss(q, p, n, p_ids, n_ids, *, tau, margin=None, symmetric=True)
     q, p        (B, D) this rank's queries and their positives, unit rows
     n           (N, D) its hard negatives; B and N may differ between ranks, and be 0
     p_ids       (B,) content ids of the positives, int64
-    n_ids       (N,) of the hard negatives; a candidate with the content of a query's positive is
-                not a negative of that query
+    n_ids       (N,) of the hard negatives
+    q_ids       (B,) of the queries. A candidate is not a negative of a query if any row of any rank
+                has this query, and for its positive the candidate's content. None: rows of q that
+                are equal to the last bit are one query
     tau         temperature
     margin      a cosine: a candidate that scores this much above the positive is taken for a false
                 negative and left out; None keeps all
@@ -301,6 +323,7 @@ def contrastive_loss(q, p, n, p_ids, n_ids, *, tau, margin=None, symmetric=True)
     # Everything that other ranks hold
     all_q = gather_rows(q)
     all_p = gather_rows(p)
+    all_q_ids = number_rows(all_q) if q_ids is None else gather_rows(q_ids)
     row_ids = gather_rows(p_ids)  # the content that each query of any rank is looking for
     candidates = torch.cat([all_p, gather_rows(n)])  # (M, D)
     candidate_ids = torch.cat([row_ids, gather_rows(n_ids)])  # (M,)
@@ -314,7 +337,7 @@ def contrastive_loss(q, p, n, p_ids, n_ids, *, tau, margin=None, symmetric=True)
 
     # Query -> candidates: rows are this rank's queries, columns the candidates of all ranks.
     scores = q @ candidates.T  # (B, M)
-    drop = p_ids[:, None] == candidate_ids
+    drop = find_answers(all_q_ids[own], candidate_ids, all_q_ids, row_ids)
     drop |= scores > thresholds[own][:, None]
     drop[row, own] = False
     logits = (scores / tau).masked_fill(drop, -torch.inf)
@@ -323,8 +346,8 @@ def contrastive_loss(q, p, n, p_ids, n_ids, *, tau, margin=None, symmetric=True)
     # Positive -> queries: rows are this rank's positives, columns the queries of all ranks.
     if symmetric:
         scores = p @ all_q.T  # (B, all ranks' rows)
-        drop = p_ids[:, None] == row_ids
-        drop |= scores > thresholds
+        drop = find_answers(all_q_ids, p_ids, all_q_ids, row_ids).T
+        drop = drop | (scores > thresholds)
         drop[row, own] = False
         logits = (scores / tau).masked_fill(drop, -torch.inf)
         loss = (loss + torch.nn.functional.cross_entropy(logits, own, reduction="sum")) / 2
@@ -412,14 +435,15 @@ def probe(q, p):
     return float(mean), float((variance / max(n - 1, 1)).sqrt())
 
 
-def mine(q, p, ids, k, margin=None, block=1024):
+def mine(q, p, ids, k, margin=None, *, q_ids=None, block=1024):
     """Find each query's hard negatives among the positives of all -> row numbers (n, <= k) int64.
 
-    They are the distinct contents that score highest for the query, without the content of its own
-    positive, and without those that score above the positive by more than margin. -1 stands where
-    fewer than k are left.
+    They are the distinct contents that score highest for the query, without those that are the
+    positive of a row with the same query, and without those that score above the row's own positive
+    by more than margin. -1 stands where fewer than k are left.
 
     q, p (n, D): unit rows of n pairs. ids (n,): content ids of the positives. margin: a cosine.
+    q_ids (n,): ids of the queries; None: rows of q that are equal to the last bit are one query.
     """
     # PAPER: mines "a large external corpus"; here the pool is what an epoch draws of the source
     # itself.
@@ -427,7 +451,9 @@ def mine(q, p, ids, k, margin=None, block=1024):
     new = torch.ones(len(ids), dtype=torch.bool)
     new[1:] = ids[order][1:] != ids[order][:-1]
     first = order[new].to(p.device)  # (U,) the first row of each content
-    contents = ids.to(p.device)[first]  # (U,)
+    ids = ids.to(p.device)
+    q_ids = number_rows(q) if q_ids is None else q_ids.to(p.device)
+    contents = ids[first]  # (U,)
     pool = p[first]  # (U, D)
     margin = torch.inf if margin is None else margin
 
@@ -437,17 +463,18 @@ def mine(q, p, ids, k, margin=None, block=1024):
         rows = slice(start, start + block)
         positive = (q[rows] * p[rows]).sum(1, keepdim=True)  # (block, 1)
         scores = q[rows] @ pool.T  # (block, U)
-        same = ids[rows].to(p.device)[:, None] == contents
+        known = torch.isin(q_ids, q_ids[rows])  # rows with a query of this block
+        right = find_answers(q_ids[rows], contents, q_ids[known], ids[known])
         false = scores > positive + margin
-        best, which = scores.masked_fill(same | false, -torch.inf).topk(k)
+        best, which = scores.masked_fill(right | false, -torch.inf).topk(k)
         found.append(first[which].masked_fill(best == -torch.inf, -1))
     return torch.cat(found)
 
 
 def embed_pairs(gve, source, rows, flags, cache=None):
-    """Embed queries and positives of a source's rows -> ([(row, positive)], q (n, D), p (n, D)).
+    """Embed queries and positives of a source's rows -> ([(row, query, positive)], q, p).
 
-    Rows that cannot be used are left out; training will list them.
+    q, p (n, D): their vectors. Rows that cannot be used are left out; training will list them.
     """
     loaded = []
     for row in rows:
@@ -472,7 +499,7 @@ def embed_pairs(gve, source, rows, flags, cache=None):
         raise FloatingPointError(
             f"source {source.name}: the prober gives vectors that are not finite"
         )
-    pairs = [(loaded[i][0], loaded[i][2]) for i in good]
+    pairs = [loaded[i] for i in good]
     return pairs, q[good], p[good]
 
 
@@ -505,14 +532,15 @@ def probe_sources(prober, sources, flags, rank=0, world=1):
 def mine_source(prober, source, rows, flags, cache=None):
     """Mine hard negatives of a source's rows under the prober -> {row: [item, ...]}."""
     pairs, q, p = embed_pairs(prober, source, sorted(rows), flags, cache)
-    ids = torch.tensor([content_id(item) for _, item in pairs])
+    q_ids = torch.tensor([content_id(query) for _, query, _ in pairs])
+    ids = torch.tensor([content_id(positive) for _, _, positive in pairs])
     margin = None if flags.margin < 0 else flags.margin
     device = prober.device
-    found = mine(q.to(device), p.to(device), ids, source.negatives, margin)
+    found = mine(q.to(device), p.to(device), ids, source.negatives, margin, q_ids=q_ids)
 
     mined = {}
-    for (row, _), negatives in zip(pairs, found.tolist(), strict=True):
-        mined[row] = [pairs[i][1] for i in negatives if i >= 0]
+    for (row, _, _), negatives in zip(pairs, found.tolist(), strict=True):
+        mined[row] = [pairs[i][2] for i in negatives if i >= 0]
     return mined
 
 
@@ -666,19 +694,21 @@ def with_vision_features(gve, group, store=None):
 
 
 @torch.no_grad()
-def curve_sums(q, p, n, p_ids, n_ids):
+def curve_sums(q, p, n, p_ids, n_ids, q_ids=None):
     """Return {name: sum over this rank's rows and candidates} for the curves of Figures 9 and 10.
 
-    A gap is a positive's score minus that of the hardest negative. Candidates with the positive's
-    content are not counted as negatives. Only this rank's candidates are looked at, so the curves
-    move a little with the number of ranks.
+    A gap is a positive's score minus that of the hardest negative. Answers to the query are not
+    negatives, as in contrastive_loss. Only this rank's rows and candidates are looked at, so the
+    curves move a little with the number of ranks.
     """
+    q_ids = number_rows(q) if q_ids is None else q_ids
     scores = q @ torch.cat([p, n]).T  # (B, B + N)
     ids = torch.cat([p_ids, n_ids])
     positive = (q * p).sum(1)
     hardest = positive
     if scores.numel():
-        hardest = scores.masked_fill(ids == p_ids[:, None], -1).amax(1)
+        answers = find_answers(q_ids, ids, q_ids, p_ids)
+        hardest = scores.masked_fill(answers, -1).amax(1)
     return {
         "scores": scores.sum(),
         "n_scores": torch.tensor(scores.numel(), device=q.device),
@@ -970,6 +1000,7 @@ def main(flags):
             n = vectors["negative"]  # (N, D)
 
             # Loss: this rank's share.
+            q_ids = batch.query.ids.to(device)
             p_ids = batch.positive.ids.to(device)
             n_ids = batch.negative.ids.to(device)
             if fused[batch.source]:
@@ -980,12 +1011,21 @@ def main(flags):
                     n=n,
                     p_ids=p_ids,
                     n_ids=n_ids,
+                    q_ids=q_ids,
                     margin=margin,
                     symmetric=flags.symmetric,
                 )
             else:
                 loss = compute_loss(
-                    q, p, n, p_ids, n_ids, tau=tau, margin=margin, symmetric=flags.symmetric
+                    q,
+                    p,
+                    n,
+                    p_ids,
+                    n_ids,
+                    q_ids=q_ids,
+                    tau=tau,
+                    margin=margin,
+                    symmetric=flags.symmetric,
                 )
 
             # Backward, and one sum over ranks.
@@ -995,7 +1035,7 @@ def main(flags):
                     cache.backward()
             sums = {
                 "loss": loss.detach(),
-                **curve_sums(q, p, n, p_ids, n_ids),
+                **curve_sums(q, p, n, p_ids, n_ids, q_ids),
                 "flops": torch.tensor(step_cost, device=device),
                 "stops": torch.tensor(len(received_signals), device=device),
             }

@@ -16,8 +16,9 @@ Legend
     t(i)                column of row i's positive
     g_i                 upstream gradient of loss_i
 
-Candidate j is a negative of row i unless it has the positive's content id (as the positive itself
-has), row i is ignored, or s_ij > s_it(i) + margin. The log-sum-exps run over negatives alone:
+Candidate j is a negative of row i unless it answers row i's query (some row of the batch has this
+query, and for its positive j's content; row i itself is one for its positive), row i is ignored, or
+s_ij > s_it(i) + margin. The log-sum-exps run over negatives alone:
 
     r_i = log sum_j exp z_ij        c_j = log sum_i exp z_ij
     loss_i = 1/2 [softplus(r_i - z_it(i)) + softplus(c_t(i) - z_it(i))]
@@ -99,19 +100,35 @@ except ImportError:  # no wheel for this platform: the torch twin does everythin
 
 
 def info_nce_ref(
-    q, d, scale, *, target=None, ids=None, margin=None, symmetric=True, reduction="mean"
+    q,
+    d,
+    scale,
+    *,
+    target=None,
+    ids=None,
+    q_ids=None,
+    margin=None,
+    symmetric=True,
+    reduction="mean",
 ):
     """Define the loss in plain torch: every other form here must equal it (arguments: info_nce)."""
     rows = torch.arange(len(q), device=q.device)
     columns = torch.arange(len(d), device=q.device)
     target = rows if target is None else target
-    ids = columns if ids is None else ids
     valid = target >= 0
     target = target.clamp(min=0)
 
-    # The positive's content is no negative, and an ignored row has no negatives.
+    # Number the queries and the contents; without ids, equal rows of q are different queries.
+    content = columns if ids is None else ids.unique(return_inverse=True)[1]  # (M,)
+    query = rows if q_ids is None else q_ids.unique(return_inverse=True)[1]  # (N,)
+    if q_ids is None and ids is not None:
+        query = q.detach().unique(dim=0, return_inverse=True)[1]
+
+    # An answer to the query is no negative, and an ignored row has no negatives.
+    answers = torch.zeros(len(q), len(d), dtype=torch.bool, device=q.device)  # by their numbers
+    answers[query[valid], content[target[valid]]] = True
+    dropped = answers[query][:, content] | ~valid[:, None]  # (N, M)
     cosines = q @ d.T  # (N, M)
-    dropped = (ids == ids[target][:, None]) | ~valid[:, None]  # (N, M)
     if margin is not None:
         dropped |= cosines > cosines.gather(1, target[:, None]).detach() + margin
 
@@ -174,15 +191,24 @@ class LogSum(NamedTuple):
 
 
 class Masks(NamedTuple):
-    """Decide which candidates are negatives, from O(N + M) numbers instead of an N x M mask."""
+    """Decide which candidates are negatives, from O(N + M) numbers instead of an N x M mask.
 
-    positive_id: torch.Tensor  # (N,) int32: content id of the row's positive
+    Most contents answer one query, which `asker` names. What further queries they answer is listed.
+    """
+
+    query: torch.Tensor  # (N,) int32: the row's query, numbered from 0
     threshold: torch.Tensor  # (N,) cosines above it are dropped; -inf for an ignored row: all
-    candidate_id: torch.Tensor  # (M,) int32: content id of the candidate; -1 for padding
+    first: torch.Tensor  # (N,) int32: answers[first:last] are the contents that also
+    last: torch.Tensor  # (N,) int32: answer the row's query, but have another asker
+    content: torch.Tensor  # (M,) int32: the candidate's content, numbered from 0; -1 for padding
+    asker: torch.Tensor  # (M,) int32: the first query that this content answers; -1: none
+    answers: torch.Tensor  # (P,) int32, sorted by query
 
     def block(self, rows, columns):
         """Return the part that belongs to a block; rows and columns are slices."""
-        return Masks(self.positive_id[rows], self.threshold[rows], self.candidate_id[columns])
+        of_rows = [x[rows] for x in self[:4]]
+        of_columns = [x[columns] for x in self[4:6]]
+        return Masks(*of_rows, *of_columns, self.answers)
 
 
 class Weights(NamedTuple):
@@ -265,15 +291,37 @@ def _slices(s, WIDTH: tl.constexpr):
 
 
 @jit
-def _dropped(s, i, j, N, M, positive_id_ptr, threshold_ptr, candidate_id_ptr):
+def _dropped(
+    s,
+    i,
+    j,
+    N,
+    M,
+    query_ptr,
+    threshold_ptr,
+    first_ptr,
+    last_ptr,
+    content_ptr,
+    asker_ptr,
+    answers_ptr,
+):
     """Mark the scores of a slice that are not negatives: (BM, WIDTH) cosines -> bool.
 
     A comparison with NaN is false, so that a NaN score is kept and shows in the loss.
     """
-    positive_id = tl.load(positive_id_ptr + i, mask=i < N, other=-1)[:, None]
+    query = tl.load(query_ptr + i, mask=i < N, other=0)[:, None]
     threshold = tl.load(threshold_ptr + i, mask=i < N, other=float("-inf"))[:, None]
-    candidate_id = tl.load(candidate_id_ptr + j, mask=j < M, other=-1)[None, :]
-    return (candidate_id < 0) | (positive_id == candidate_id) | (s > threshold)
+    content = tl.load(content_ptr + j, mask=j < M, other=-1)[None, :]
+    asker = tl.load(asker_ptr + j, mask=j < M, other=-1)[None, :]
+    dropped = (content < 0) | (query == asker) | (s > threshold)
+
+    # The lists are empty but for the queries of contents that answer several.
+    first = tl.load(first_ptr + i, mask=i < N, other=0)
+    last = tl.load(last_ptr + i, mask=i < N, other=0)
+    for k in range(tl.max(last - first, 0)):
+        answer = tl.load(answers_ptr + first + k, mask=first + k < last, other=-1)
+        dropped |= answer[:, None] == content
+    return dropped
 
 
 @jit
@@ -282,10 +330,14 @@ def lse_kernel(
     q,
     d,
     scale_ptr,
-    # masks: (N,), (N,), (M,)
-    positive_id_ptr,
+    # masks: (N,) four times, (M,) twice, a list
+    query_ptr,
     threshold_ptr,
-    candidate_id_ptr,
+    first_ptr,
+    last_ptr,
+    content_ptr,
+    asker_ptr,
+    answers_ptr,
     # results: (tiles_n, N) twice, (tiles_m, M) twice
     row_top_ptr,
     row_rest_ptr,
@@ -318,7 +370,20 @@ def lse_kernel(
     for part in tl.static_range(BN // WIDTH):
         s = slices[part]  # (BM, WIDTH)
         j = n * BN + part * WIDTH + tl.arange(0, WIDTH)
-        dropped = _dropped(s, i, j, N, M, positive_id_ptr, threshold_ptr, candidate_id_ptr)
+        dropped = _dropped(
+            s,
+            i,
+            j,
+            N,
+            M,
+            query_ptr,
+            threshold_ptr,
+            first_ptr,
+            last_ptr,
+            content_ptr,
+            asker_ptr,
+            answers_ptr,
+        )
         s = tl.where(dropped, float("-inf"), s)
 
         # Rows: fold the slice into the running sum, as online softmax does.
@@ -345,10 +410,14 @@ def grad_kernel(
     q,
     d,
     scale_ptr,
-    # masks: (N,), (N,), (M,)
-    positive_id_ptr,
+    # masks: (N,) four times, (M,) twice, a list
+    query_ptr,
     threshold_ptr,
-    candidate_id_ptr,
+    first_ptr,
+    last_ptr,
+    content_ptr,
+    asker_ptr,
+    answers_ptr,
     # rows, (N,) each: column of the positive, L_i as a LogSum, u_i, w_i
     target_ptr,
     row_top_ptr,
@@ -399,7 +468,20 @@ def grad_kernel(
         grad += weight * tl.exp2((s - top) * scale - rest)
 
         # The mask also removes the infinities that sums without terms give.
-        dropped = _dropped(s, i, j, N, M, positive_id_ptr, threshold_ptr, candidate_id_ptr)
+        dropped = _dropped(
+            s,
+            i,
+            j,
+            N,
+            M,
+            query_ptr,
+            threshold_ptr,
+            first_ptr,
+            last_ptr,
+            content_ptr,
+            asker_ptr,
+            answers_ptr,
+        )
         grad = tl.where(dropped, 0.0, grad)
 
         # -w_i at the positive
@@ -491,9 +573,13 @@ def _lse_triton(q, d, scale, masks, workspace):
             q=launch.q,
             d=launch.d,
             scale_ptr=scale,
-            positive_id_ptr=masks.positive_id,
+            query_ptr=masks.query,
             threshold_ptr=masks.threshold,
-            candidate_id_ptr=masks.candidate_id,
+            first_ptr=masks.first,
+            last_ptr=masks.last,
+            content_ptr=masks.content,
+            asker_ptr=masks.asker,
+            answers_ptr=masks.answers,
             # results
             row_top_ptr=row_top,
             row_rest_ptr=row_rest,
@@ -520,9 +606,13 @@ def _grad_triton(q, d, scale, masks, target, full_lse, col_lse, weights, workspa
             q=launch.q,
             d=launch.d,
             scale_ptr=scale,
-            positive_id_ptr=masks.positive_id,
+            query_ptr=masks.query,
             threshold_ptr=masks.threshold,
-            candidate_id_ptr=masks.candidate_id,
+            first_ptr=masks.first,
+            last_ptr=masks.last,
+            content_ptr=masks.content,
+            asker_ptr=masks.asker,
+            answers_ptr=masks.answers,
             # rows
             target_ptr=target,
             row_top_ptr=full_lse.top,
@@ -588,9 +678,19 @@ def _grad_torch(q, d, scale, masks, target, full_lse, col_lse, weights, workspac
 
 def _dropped_torch(cosines, masks):
     """Mark the scores that are not negatives, as _dropped does: (n, m) cosines -> bool."""
-    dropped = masks.positive_id[:, None] == masks.candidate_id
+    dropped = masks.query[:, None] == masks.asker
     dropped.logical_or_(cosines > masks.threshold[:, None])
-    return dropped.logical_or_(masks.candidate_id < 0)
+    for k in range(_longest_list(masks)):
+        place = masks.first + k
+        answer = masks.answers[place.clamp(max=len(masks.answers) - 1)]  # (n,)
+        answer = answer.masked_fill(place >= masks.last, -1)
+        dropped.logical_or_(answer[:, None] == masks.content)
+    return dropped.logical_or_(masks.content < 0)
+
+
+def _longest_list(masks):
+    """Return the length of the longest list of further answers; on a GPU, the host waits for it."""
+    return int((masks.last - masks.first).max())
 
 
 LSE = {"triton": _lse_triton, "torch": _lse_torch}
@@ -601,11 +701,12 @@ class _InfoNCE(torch.autograd.Function):
     """Compute the losses of this process's rows, (N,), block by block.
 
     With world > 1, d is this rank's part of the candidates, of equal length on all ranks, while
-    target and ids are about the candidates of all ranks in rank order.
+    target and masks are about the candidates of all ranks in rank order. masks come without their
+    thresholds, which depend on q and d.
     """
 
     @staticmethod
-    def forward(ctx, q, d, scale, target, ids, margin, symmetric, impl, world):
+    def forward(ctx, q, d, scale, target, masks, margin, symmetric, impl, world):
         scale_type = scale.dtype
         scale = scale.detach().to(SUM_TYPE[q.dtype])
         if world > 1:
@@ -615,7 +716,7 @@ class _InfoNCE(torch.autograd.Function):
         column = target.clamp(min=0)  # (N,)
         positive = _positive_cosines(q, d, column).to(scale.dtype)  # (N,)
         threshold = positive + (torch.inf if margin is None else margin)
-        masks = Masks(ids[column], threshold.masked_fill(ignored, -torch.inf), ids)
+        masks = masks._replace(threshold=threshold.masked_fill(ignored, -torch.inf))
 
         row_lse = LogSum.empty(len(q), scale)
         col_lse = LogSum.empty(len(d), scale)
@@ -652,9 +753,9 @@ class _InfoNCE(torch.autograd.Function):
     def backward(ctx, upstream):
         symmetric, impl, world, scale_type = ctx.options
         q, d, scale, target, *saved, log_odds = ctx.saved_tensors
-        masks = Masks(*saved[0:3])
-        full_lse = LogSum(*saved[3:5])  # (N,) L_i
-        col_lse = LogSum(*saved[5:7])  # (M,) c_j
+        masks = Masks(*saved[0:7])
+        full_lse = LogSum(*saved[7:9])  # (N,) L_i
+        col_lse = LogSum(*saved[9:11])  # (M,) c_j
         need_q, need_d, need_scale = ctx.needs_input_grad[:3]
 
         row_weight = upstream.to(scale.dtype).masked_fill(target < 0, 0)  # (N,) u_i
@@ -801,6 +902,59 @@ def _dense(ids):
     return dense.masked_fill_(ids == NO_ID, -1)
 
 
+def _hash_rows(q):
+    """Hash each row's bits (N, D) -> (N,) int64, the same on every rank and device."""
+    bits = {8: torch.int64, 4: torch.int32, 2: torch.int16}[q.element_size()]
+
+    # A large odd number per dimension. All products and sums wrap around at 2^64.
+    weight = torch.arange(1, q.shape[1] + 1, device=q.device) * -0x61C8864680B583EB
+    weight ^= weight >> 29
+    weight *= -0x40A7B892E31B1A47
+    weight |= 1
+
+    hashes = []
+    for rows in q.detach().split(ROWS_AT_ONCE):
+        rows = (rows + 0).contiguous()  # -0 becomes 0
+        mixed = rows.view(bits).long() * weight
+        mixed ^= mixed >> 32  # without this, two signs that change would cancel
+        hashes.append((mixed * weight).sum(1))
+    return torch.cat(hashes)
+
+
+def _find_answers(content, query_ids, column, own):
+    """Note which candidates answer which queries -> Masks without a threshold.
+
+    content    (M,) int32: the candidates' contents, numbered from 0; -1 for padding
+    query_ids  (P,) int64: the queries of all ranks' rows
+    column     (P,) int64: each row's positive among the candidates; -1: none
+    own        (N,) int64: this rank's rows among all
+    """
+    M = len(content)
+    query = _dense(query_ids)  # (P,)
+    has_answer = column >= 0
+    answer = content[column.clamp(min=0)].clamp(min=0).long()  # (P,)
+
+    # Each content is given to the first query that it answers.
+    nobody = len(query)
+    first_query = torch.full_like(content, nobody)  # by content
+    first_query.scatter_reduce_(0, answer, query.masked_fill(~has_answer, nobody), "amin")
+    asker = first_query[content.clamp(min=0)].masked_fill(content < 0, nobody)
+    asker = asker.masked_fill(asker == nobody, -1)  # (M,)
+
+    # All other pairs of a query and an answer, each once, sorted. A mask or unique() would be
+    # shorter, but wait for the GPU: pairs that are not wanted go to the end instead.
+    end = torch.iinfo(torch.int64).max
+    listed = has_answer & (first_query[answer] != query)
+    pairs = (query.long() * M + answer).masked_fill(~listed, end).sort().values  # (P,)
+    repeated = pairs.diff(prepend=pairs[:1] - 1) == 0
+    pairs = pairs.masked_fill(repeated, end).sort().values
+    query = query[own]  # (N,)
+    first = torch.searchsorted(pairs, query.long() * M)
+    last = torch.searchsorted(pairs, (query.long() + 1) * M)
+    answers = (pairs % M).int()
+    return Masks(query, None, first.int(), last.int(), content, asker, answers)
+
+
 # Checks of a caller's arguments. Values on a GPU are checked only with INFONCE_DEBUG=1.
 
 
@@ -888,6 +1042,7 @@ def info_nce(
     *,
     target=None,
     ids=None,
+    q_ids=None,
     margin=None,
     symmetric=True,
     reduction="mean",
@@ -902,7 +1057,12 @@ def info_nce(
     scale      1 / tau, a float or a 0-dim tensor; q, d and scale carry gradient if asked
     target     (N,) int64: row i's positive is d[target[i]], by default d[i]; -1 ignores the row in
                both directions
-    ids        (M,) int64 content ids > -2**63: a candidate with the positive's id is not a negative
+    ids        (M,) int64 content ids > -2**63 of the candidates
+    q_ids      (N,) int64 ids of the queries: a candidate is not a negative of a row if any row that
+               is not ignored has this row's query, and for its positive the candidate's content.
+               With ids alone, rows of q that are equal to the last bit are one query; training
+               passes q_ids, since dropout makes the vectors of equal queries differ. Without both,
+               every query and every column differs from all others
     margin     cosine >= 0: candidates with s_ij > s_i,target + margin are taken for false negatives
                and dropped; no gradient flows through the threshold
     symmetric  mean of two directions under the same masks: query to all candidates, and positive
@@ -913,11 +1073,13 @@ def info_nce(
 
     Returns the loss in nats, 0-dim for "mean" and (N,) for "none", fp32 (fp64 for fp64 inputs).
     Raises ValueError for arguments that do not fit. Values on a GPU (target, a tensor scale, NaN
-    rows) are checked only with INFONCE_DEBUG=1, because the check would wait for the GPU.
+    rows) are checked only with INFONCE_DEBUG=1, because the check would wait for the GPU; "torch"
+    waits there once per block. A query costs time per answer that also answers an earlier query.
     Extra memory: WORKSPACE, fp32 sums for d and for a block of q. Deterministic.
     """
     vectors = {"q": q, "d": d}
-    _check(vectors, {"target": (target, len(q)), "ids": (ids, len(d))}, margin)
+    indices = {"target": (target, len(q)), "ids": (ids, len(d)), "q_ids": (q_ids, len(q))}
+    _check(vectors, indices, margin)
     scale = _scale_tensor(scale, q)
     impl = _choose_impl(impl, vectors)
 
@@ -935,13 +1097,17 @@ def info_nce(
                 f"d {tuple(d.shape)}"
             )
 
+    rows = torch.arange(len(q), device=q.device)
     if target is None:
-        target = torch.arange(len(q), device=q.device)
+        target = rows
+    if q_ids is None:
+        q_ids = rows if ids is None else _hash_rows(q)
     if ids is None:
-        ids = torch.arange(len(d), device=q.device, dtype=torch.int32)
+        content = torch.arange(len(d), device=q.device, dtype=torch.int32)
     else:
-        ids = _dense(ids)
-    loss = _InfoNCE.apply(q, d, scale, target, ids, margin, symmetric, impl, 1)
+        content = _dense(ids)
+    masks = _find_answers(content, q_ids, target, rows)
+    loss = _InfoNCE.apply(q, d, scale, target, masks, margin, symmetric, impl, 1)
     if reduction == "none":
         return loss
     return loss.sum() / (target >= 0).sum().clamp(min=1)
@@ -955,10 +1121,21 @@ class _RankShape(NamedTuple):
     dim: int  # D
     dtype: int  # index in SUM_TYPE
     has_ids: int
+    has_q_ids: int
 
 
 def info_nce_dist(
-    q, p, scale, *, n=None, p_ids=None, n_ids=None, margin=None, symmetric=True, impl="auto"
+    q,
+    p,
+    scale,
+    *,
+    n=None,
+    p_ids=None,
+    n_ids=None,
+    q_ids=None,
+    margin=None,
+    symmetric=True,
+    impl="auto",
 ):
     """Compute this rank's share of the global mean loss; every rank's p and n are candidates.
 
@@ -971,6 +1148,7 @@ def info_nce_dist(
     n       (K, D) this rank's hard negatives, or None; N and K may differ between ranks, and be 0
     p_ids   (N,) int64 content ids of p
     n_ids   (K,) int64 content ids of n
+    q_ids   (N,) int64 ids of q; as in info_nce, over the rows of all ranks
     The other arguments, and the errors, are info_nce's.
 
     q, p, n and scale carry gradient: each rank gets its part of the gradient of the *global* mean
@@ -984,7 +1162,12 @@ def info_nce_dist(
         n_ids = p_ids[:0]
 
     vectors = {"q": q, "p": p, "n": n}
-    _check(vectors, {"p_ids": (p_ids, len(p)), "n_ids": (n_ids, len(n))}, margin)
+    indices = {
+        "p_ids": (p_ids, len(p)),
+        "n_ids": (n_ids, len(n)),
+        "q_ids": (q_ids, len(q)),
+    }
+    _check(vectors, indices, margin)
     scale = _scale_tensor(scale, q)
     impl = _choose_impl(impl, vectors)
     if len(p) != len(q) or (p_ids is None) != (n_ids is None):
@@ -1000,16 +1183,18 @@ def info_nce_dist(
         world = dist.get_world_size()
         rank = dist.get_rank()
     dtype = list(SUM_TYPE).index(q.dtype)
-    mine = _RankShape(len(q), len(p) + len(n), q.shape[1], dtype, int(p_ids is not None))
+    has_ids = int(p_ids is not None)
+    has_q_ids = int(q_ids is not None)
+    mine = _RankShape(len(q), len(p) + len(n), q.shape[1], dtype, has_ids, has_q_ids)
     shapes = [mine]
     if world > 1:
-        gathered = _all_gather(torch.tensor([mine], device=q.device))  # (world, 5)
+        gathered = _all_gather(torch.tensor([mine], device=q.device))  # (world, 6)
         shapes = [_RankShape(*row) for row in gathered.tolist()]  # waits for the GPU
     total = sum(shape.queries for shape in shapes)
     if total == 0 or any(shape[2:] != mine[2:] for shape in shapes):
         raise ValueError(
-            f"q, p, n: expected rows, one D, one dtype, and ids everywhere or nowhere; "
-            f"got [N, N + K, D, dtype, ids] by rank: {[list(shape) for shape in shapes]}"
+            f"q, p, n: expected rows, one D, one dtype, and ids everywhere or nowhere; got "
+            f"[N, N + K, D, dtype, ids, q_ids] by rank: {[list(shape) for shape in shapes]}"
         )
 
     # Each rank's candidates: its p, its n, and padding, since gloo gathers equal sizes only.
@@ -1019,9 +1204,17 @@ def info_nce_dist(
     numbers = torch.arange(rank * longest, rank * longest + mine.candidates, device=q.device)
     target = numbers[: len(q)]  # (N,)
     ids = numbers if p_ids is None else torch.cat([p_ids, n_ids])
-    ids = F.pad(ids, (0, padding), value=NO_ID)  # (longest,)
-    if world > 1:
-        ids = _all_gather(ids)  # (world * longest,)
+    if q_ids is None:
+        q_ids = target if p_ids is None else _hash_rows(q)
 
-    loss = _InfoNCE.apply(q, d, scale, target, _dense(ids), margin, symmetric, impl, world)
+    # Two numbers of each candidate travel: its content and, of a positive, its query.
+    ids = F.pad(ids, (0, padding), value=NO_ID)  # (longest,)
+    asked = F.pad(q_ids, (0, longest - len(q)), value=NO_ID)  # (longest,)
+    if world > 1:
+        ids, asked = _all_gather(torch.stack([ids, asked], dim=1)).unbind(1)  # (world * longest,)
+    columns = torch.arange(len(ids), device=q.device)
+    columns = columns.masked_fill(asked == NO_ID, -1)  # a row for each positive of any rank
+    masks = _find_answers(_dense(ids), asked, columns, target)
+
+    loss = _InfoNCE.apply(q, d, scale, target, masks, margin, symmetric, impl, world)
     return loss.sum() / total
