@@ -176,19 +176,22 @@ def top_k(queries, corpus, k, *, block=16384, query_block=1024):
     """Find each query's k best corpus rows by inner product, exactly, ties by corpus order.
 
     queries (N, D), corpus (M, D): tensors, arrays or memory maps of any float dtype; computed in
-    float32 on the queries' device. Rows with a NaN are never found.
+    float32 on the queries' device. Rows with a NaN are never found. Equal rows have equal scores.
     -> scores (N, k) float32 and indices (N, k) int64 on the CPU, -inf and -1 where fewer than k
     rows can be found; k is M if that is less.
 
-    The corpus is read once, in blocks, so memory does not grow with M.
+    The corpus is read once, in blocks, so memory does not grow with M but for two numbers per row;
+    rows that look like repeats are read once more.
     """
     queries = as_tensor(queries).float()
     k = min(k, len(corpus))
+    looks = []  # of each block's rows
     scores = queries.new_full((len(queries), k), -torch.inf)
     indices = torch.full_like(scores, -1, dtype=torch.int64)
 
     for start in range(0, len(corpus), block):
         part = as_tensor(corpus[start : start + block]).to(queries)  # (C, D)
+        looks.append(hash_some_columns(part))
         for row in range(0, len(queries), query_block):
             own = slice(row, row + query_block)
             new = queries[own] @ part.T  # (Q, C)
@@ -211,7 +214,79 @@ def top_k(queries, corpus, k, *, block=16384, query_block=1024):
             indices[own] = torch.where(columns < k, earlier, start + columns - k)
 
     indices[scores == -torch.inf] = -1
-    return scores.cpu(), indices.cpu()
+    scores, indices = scores.cpu(), indices.cpu()
+    if looks:
+        rank_equal_rows(scores, indices, find_first_equals(corpus, torch.cat(looks)))
+    return scores, indices
+
+
+# A matrix product may give equal rows scores that differ in the last bit: it depends on a row's
+# place in a tile, on the block and on the number of threads. So equal rows are found by their bits
+# and share one score.
+
+
+def hash_rows(rows):
+    """Hash rows (n, D) of any float dtype by their float32 values -> (n,) int64; -0 is 0."""
+    values = as_tensor(rows).float().cpu() + 0  # -0 + 0 = 0
+    return torch.tensor([hash(row.tobytes()) for row in values.numpy()], dtype=torch.int64)
+
+
+def hash_some_columns(rows):
+    """Hash about 16 columns of rows (n, D) -> (n,) int64: cheap, and few rows agree in them."""
+    return hash_rows(rows[:, :: max(1, rows.shape[1] // 16)])
+
+
+def first_places(values):
+    """Return the first place of each value in (n,) -> (n,) int64."""
+    number = values.unique(return_inverse=True)[1]
+    places = torch.arange(len(values))
+    first = torch.empty_like(places).scatter_reduce_(0, number, places, "amin", include_self=False)
+    return first[number]
+
+
+def find_first_equals(corpus, looks, block=16384):
+    """Find the first row of a corpus (M, D) that equals each of its rows -> row numbers (M,) int64.
+
+    looks (M,): hash_some_columns of the corpus. Only rows that agree in them are compared whole.
+    """
+    first = first_places(looks)
+    copies = first.bincount(minlength=len(first))
+    rows = (copies[first] > 1).nonzero().flatten()
+    hashes = [torch.zeros(0, dtype=torch.int64)]
+    for some in rows.split(block):
+        hashes.append(hash_rows(corpus[some.numpy()]))
+    first[rows] = rows[first_places(torch.cat(hashes))]
+    return first
+
+
+def rank_equal_rows(scores, indices, first):
+    """Give equal rows of top_k's result one score and their places in corpus order, in place.
+
+    scores, indices (N, k). first (M,): the first row equal to each row of the corpus. Of equal
+    rows at least the one with the highest score was found, if any of them belongs to the k best.
+    """
+    k = indices.shape[1]
+    copies = first.bincount(minlength=len(first))  # (M,) of each first row
+    groups = first[indices.clamp(min=0)]  # (N, k)
+    repeated = (copies[groups] > 1) & (indices >= 0)
+    if not repeated.any():
+        return
+    members = first.argsort(stable=True)  # (M,) row numbers, equal rows side by side
+    starts = copies.cumsum(0) - copies
+    for i in repeated.any(1).nonzero().flatten().tolist():
+        best = {}  # {first row: the highest score that was found for its equals}
+        for group, score in zip(groups[i].tolist(), scores[i].tolist(), strict=True):
+            if score > -torch.inf:
+                best.setdefault(group, score)
+
+        found = []
+        for group, score in best.items():
+            start = starts[group]
+            equal = members[start : start + min(copies[group], k)]
+            found += [(-score, row) for row in equal.tolist()]
+        found = sorted(found)[:k]
+        scores[i, : len(found)] = torch.tensor([-score for score, _ in found])
+        indices[i, : len(found)] = torch.tensor([row for _, row in found])
 
 
 def as_tensor(x):

@@ -37,7 +37,7 @@ import torch
 import transformers
 
 import uvrb
-from embed import encode
+from embed import encode, find_first_equals, hash_some_columns
 from model import GVE
 from support.cache import VectorCache
 from support.files import hash_files, read_jsonl, write_json, write_jsonl
@@ -96,10 +96,13 @@ class Flags:
 def cosines(queries, corpus, pools=None, *, block=2**26):
     """Yield per query its candidates in corpus order (C,) int64 and their cosines (C,) float32.
 
-    Arguments as in ranks. Not embed.top_k, which keeps each query's k best: a positive may rank
-    anywhere, so that its rank needs the scores of all candidates.
+    Arguments as in ranks. Equal rows of the corpus have equal cosines, those of the first of them.
+    Not embed.top_k, which keeps each query's k best: a positive may rank anywhere, so that its rank
+    needs the scores of all candidates.
     """
     everything = torch.arange(len(corpus))
+    first = find_first_equals(corpus, hash_some_columns(corpus))
+    repeats = (first != everything).nonzero().flatten()
     step = max(1, block // max(1, len(corpus)))
     for start in range(0, len(queries), step):
         q = torch.nn.functional.normalize(queries[start : start + step].float(), dim=-1)
@@ -108,6 +111,7 @@ def cosines(queries, corpus, pools=None, *, block=2**26):
             c = torch.nn.functional.normalize(part.float(), dim=-1)
             columns.append(q @ c.T)
         scores = torch.cat(columns, 1)  # (step, M)
+        scores[:, repeats] = scores[:, first[repeats]]
         assert scores.isfinite().all(), "a NaN would compare false and so rank first"
 
         for i, row in enumerate(scores, start):
