@@ -313,7 +313,7 @@ def contrastive_loss(q, p, n, p_ids, n_ids, *, q_ids=None, tau, margin=None, sym
     batches: leave this function as it is, and put a loss of yours beside it, in LOSSES.
     """
     # PAPER: Eq. (1) names only a row's own hard negatives, and no masks; the forward() of the
-    # authors' released model code has all of these.
+    # authors' released model code has all of these but the mask by query ids.
     margin = torch.inf if margin is None else margin
     if q.dtype in (torch.bfloat16, torch.float16):  # too coarse for scores over tau
         q = q.float()

@@ -304,9 +304,11 @@ def _dropped(
     content_ptr,
     asker_ptr,
     answers_ptr,
+    longest,
 ):
     """Mark the scores of a slice that are not negatives: (BM, WIDTH) cosines -> bool.
 
+    longest: the length of the longest list answers[first:last] in the tile, nearly always 0.
     A comparison with NaN is false, so that a NaN score is kept and shows in the loss.
     """
     query = tl.load(query_ptr + i, mask=i < N, other=0)[:, None]
@@ -315,13 +317,20 @@ def _dropped(
     asker = tl.load(asker_ptr + j, mask=j < M, other=-1)[None, :]
     dropped = (content < 0) | (query == asker) | (s > threshold)
 
-    # The lists are empty but for the queries of contents that answer several.
-    first = tl.load(first_ptr + i, mask=i < N, other=0)
-    last = tl.load(last_ptr + i, mask=i < N, other=0)
-    for k in range(tl.max(last - first, 0)):
-        answer = tl.load(answers_ptr + first + k, mask=first + k < last, other=-1)
+    for k in range(longest):
+        place = tl.load(first_ptr + i, mask=i < N, other=0) + k
+        end = tl.load(last_ptr + i, mask=i < N, other=0)
+        answer = tl.load(answers_ptr + place, mask=place < end, other=-1)
         dropped |= answer[:, None] == content
     return dropped
+
+
+@jit
+def _longest_list(i, N, first_ptr, last_ptr):
+    """Return the largest last - first of a tile's rows."""
+    first = tl.load(first_ptr + i, mask=i < N, other=0)
+    last = tl.load(last_ptr + i, mask=i < N, other=0)
+    return tl.max(last - first, 0)
 
 
 @jit
@@ -364,6 +373,7 @@ def lse_kernel(
     slices = _slices(tile, WIDTH)
     scale = tl.load(scale_ptr) * LOG2_E  # for exp2
     i = m * BM + tl.arange(0, BM)
+    longest = _longest_list(i, N, first_ptr, last_ptr)
     row_top = tl.full((BM,), NO_TOP, tl.float32)
     row_sum = tl.zeros((BM,), tl.float32)
 
@@ -383,6 +393,7 @@ def lse_kernel(
             content_ptr,
             asker_ptr,
             answers_ptr,
+            longest,
         )
         s = tl.where(dropped, float("-inf"), s)
 
@@ -449,6 +460,7 @@ def grad_kernel(
     slices = _slices(tile, WIDTH)
     scale = tl.load(scale_ptr) * LOG2_E  # for exp2
     i = m * BM + tl.arange(0, BM)
+    longest = _longest_list(i, N, first_ptr, last_ptr)
 
     # The rows' values are loaded again for each slice: held throughout, they would spill.
     for part in tl.static_range(BN // WIDTH):
@@ -481,6 +493,7 @@ def grad_kernel(
             content_ptr,
             asker_ptr,
             answers_ptr,
+            longest,
         )
         grad = tl.where(dropped, 0.0, grad)
 
@@ -680,7 +693,7 @@ def _dropped_torch(cosines, masks):
     """Mark the scores that are not negatives, as _dropped does: (n, m) cosines -> bool."""
     dropped = masks.query[:, None] == masks.asker
     dropped.logical_or_(cosines > masks.threshold[:, None])
-    for k in range(_longest_list(masks)):
+    for k in range(_longest_list_torch(masks)):
         place = masks.first + k
         answer = masks.answers[place.clamp(max=len(masks.answers) - 1)]  # (n,)
         answer = answer.masked_fill(place >= masks.last, -1)
@@ -688,8 +701,8 @@ def _dropped_torch(cosines, masks):
     return dropped.logical_or_(masks.content < 0)
 
 
-def _longest_list(masks):
-    """Return the length of the longest list of further answers; on a GPU, the host waits for it."""
+def _longest_list_torch(masks):
+    """Return the largest last - first of a block's rows; on a GPU, the host waits for it."""
     return int((masks.last - masks.first).max())
 
 
@@ -1141,7 +1154,7 @@ def info_nce_dist(
 
     Shares, and all gradients, SUM over the ranks to the result of one process: all-reduce them with
     SUM, never average. # PAPER: Eq. (1) names a row's own hard negatives alone, and no masks; the
-    released forward has all of these.
+    released forward has all of these but the mask by query ids.
 
     q       (N, D) this rank's queries
     p       (N, D) their positives

@@ -481,7 +481,7 @@ def test_memory_is_bounded_and_the_host_never_waits(monkeypatch):
     q, d, kw = batch(300, 500, 16, 0, MASKS["all"])
     kw["target"] = None
     # The one number that the twin reads, and that the kernels read on the GPU
-    monkeypatch.setattr(infonce, "_longest_list", lambda masks: 3)
+    monkeypatch.setattr(infonce, "_longest_list_torch", lambda masks: 3)
     with Watch() as watch:
         evaluate(info_nce, q, d, 33.3, torch.float32, impl="torch", **kw)
     assert watch.largest <= 500 * 16, f"{watch.largest} elements, N x M is {300 * 500}"
