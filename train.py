@@ -347,7 +347,7 @@ def contrastive_loss(q, p, n, p_ids, n_ids, *, q_ids=None, tau, margin=None, sym
     if symmetric:
         scores = p @ all_q.T  # (B, all ranks' rows)
         drop = find_answers(all_q_ids, p_ids, all_q_ids, row_ids).T
-        drop = drop | (scores > thresholds)
+        drop |= scores > thresholds
         drop[row, own] = False
         logits = (scores / tau).masked_fill(drop, -torch.inf)
         loss = (loss + torch.nn.functional.cross_entropy(logits, own, reduction="sum")) / 2
