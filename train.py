@@ -271,21 +271,6 @@ def gather_rows(rows):
     return GatherRows.apply(rows)
 
 
-def find_answers(q_ids, ids, row_q_ids, row_p_ids):
-    """Mark the contents that answer a query, those that a row with this query has for its positive.
-
-    q_ids (B,), ids (M,): int64 ids of queries and contents. row_q_ids, row_p_ids (R,): those of the
-    rows' queries and positives -> (B, M) bool
-    """
-    # Number queries and contents from 0; what answers what is then a small table.
-    queries, query = torch.cat([row_q_ids, q_ids]).unique(return_inverse=True)
-    contents, content = torch.cat([row_p_ids, ids]).unique(return_inverse=True)
-    rows = len(row_q_ids)
-    table = torch.zeros(len(queries), len(contents), dtype=torch.bool, device=ids.device)
-    table[query[:rows], content[:rows]] = True
-    return table[query[rows:]][:, content[rows:]]
-
-
 def number_rows(q):
     """Number the rows of q (B, D): equal rows, to the last bit, get equal numbers (B,) int64."""
     return q.detach().unique(dim=0, return_inverse=True)[1]
@@ -299,10 +284,10 @@ def contrastive_loss(q, p, n, p_ids, n_ids, *, q_ids=None, tau, margin=None, sym
     q, p        (B, D) this rank's queries and their positives, unit rows
     n           (N, D) its hard negatives; B and N may differ between ranks, and be 0
     p_ids       (B,) content ids of the positives, int64
-    n_ids       (N,) of the hard negatives
-    q_ids       (B,) of the queries. A candidate is not a negative of a query if any row of any rank
-                has this query, and for its positive the candidate's content. None: rows of q that
-                are equal to the last bit are one query
+    n_ids       (N,) of the hard negatives; a candidate with the content of a query's positive is
+                not a negative of that query
+    q_ids       (B,) of the queries; the positive of a row with the same query is not a negative
+                either. None: rows of q that are equal to the last bit are one query
     tau         temperature
     margin      a cosine: a candidate that scores this much above the positive is taken for a false
                 negative and left out; None keeps all
@@ -337,7 +322,8 @@ def contrastive_loss(q, p, n, p_ids, n_ids, *, q_ids=None, tau, margin=None, sym
 
     # Query -> candidates: rows are this rank's queries, columns the candidates of all ranks.
     scores = q @ candidates.T  # (B, M)
-    drop = find_answers(all_q_ids[own], candidate_ids, all_q_ids, row_ids)
+    drop = p_ids[:, None] == candidate_ids
+    drop[:, : len(all_q)] |= all_q_ids[own][:, None] == all_q_ids
     drop |= scores > thresholds[own][:, None]
     drop[row, own] = False
     logits = (scores / tau).masked_fill(drop, -torch.inf)
@@ -346,7 +332,8 @@ def contrastive_loss(q, p, n, p_ids, n_ids, *, q_ids=None, tau, margin=None, sym
     # Positive -> queries: rows are this rank's positives, columns the queries of all ranks.
     if symmetric:
         scores = p @ all_q.T  # (B, all ranks' rows)
-        drop = find_answers(all_q_ids, p_ids, all_q_ids, row_ids).T
+        drop = p_ids[:, None] == row_ids
+        drop |= all_q_ids[own][:, None] == all_q_ids
         drop |= scores > thresholds
         drop[row, own] = False
         logits = (scores / tau).masked_fill(drop, -torch.inf)
@@ -435,6 +422,20 @@ def probe(q, p):
     return float(mean), float((variance / max(n - 1, 1)).sqrt())
 
 
+def find_answers(queries, contents, q_ids, ids):
+    """Mark the contents that a row with the same query has for its positive -> (B, U) bool.
+
+    queries (B,), contents (U,), sorted: ids. q_ids, ids (n,): those of the rows.
+    """
+    known = torch.isin(q_ids, queries)  # rows with one of these queries
+    numbers, query = torch.cat([q_ids[known], queries]).unique(return_inverse=True)
+    of_row, of_query = query.split([len(query) - len(queries), len(queries)])
+
+    answers = torch.zeros(len(numbers), len(contents), dtype=torch.bool, device=ids.device)
+    answers[of_row, torch.searchsorted(contents, ids[known])] = True
+    return answers[of_query]
+
+
 def mine(q, p, ids, k, margin=None, *, q_ids=None, block=1024):
     """Find each query's hard negatives among the positives of all -> row numbers (n, <= k) int64.
 
@@ -463,8 +464,7 @@ def mine(q, p, ids, k, margin=None, *, q_ids=None, block=1024):
         rows = slice(start, start + block)
         positive = (q[rows] * p[rows]).sum(1, keepdim=True)  # (block, 1)
         scores = q[rows] @ pool.T  # (block, U)
-        known = torch.isin(q_ids, q_ids[rows])  # rows with a query of this block
-        right = find_answers(q_ids[rows], contents, q_ids[known], ids[known])
+        right = find_answers(q_ids[rows], contents, q_ids, ids)
         false = scores > positive + margin
         best, which = scores.masked_fill(right | false, -torch.inf).topk(k)
         found.append(first[which].masked_fill(best == -torch.inf, -1))
@@ -707,7 +707,8 @@ def curve_sums(q, p, n, p_ids, n_ids, q_ids=None):
     positive = (q * p).sum(1)
     hardest = positive
     if scores.numel():
-        answers = find_answers(q_ids, ids, q_ids, p_ids)
+        answers = p_ids[:, None] == ids
+        answers[:, : len(q)] |= q_ids[:, None] == q_ids
         hardest = scores.masked_fill(answers, -1).amax(1)
     return {
         "scores": scores.sum(),

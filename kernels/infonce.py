@@ -16,9 +16,9 @@ Legend
     t(i)                column of row i's positive
     g_i                 upstream gradient of loss_i
 
-Candidate j is a negative of row i unless it answers row i's query (some row of the batch has this
-query, and for its positive j's content; row i itself is one for its positive), row i is ignored, or
-s_ij > s_it(i) + margin. The log-sum-exps run over negatives alone:
+Candidate j is a negative of row i unless it has the content of row i's positive, it is the positive
+of a row with row i's query, row i is ignored, or s_ij > s_it(i) + margin. The log-sum-exps run over
+negatives alone:
 
     r_i = log sum_j exp z_ij        c_j = log sum_i exp z_ij
     loss_i = 1/2 [softplus(r_i - z_it(i)) + softplus(c_t(i) - z_it(i))]
@@ -118,16 +118,16 @@ def info_nce_ref(
     valid = target >= 0
     target = target.clamp(min=0)
 
-    # Number the queries and the contents; without ids, equal rows of q are different queries.
-    content = columns if ids is None else ids.unique(return_inverse=True)[1]  # (M,)
-    query = rows if q_ids is None else q_ids.unique(return_inverse=True)[1]  # (N,)
-    if q_ids is None and ids is not None:
-        query = q.detach().unique(dim=0, return_inverse=True)[1]
+    # With ids alone, equal rows of q are one query.
+    if q_ids is None:
+        q_ids = rows if ids is None else q.detach().unique(dim=0, return_inverse=True)[1]
+    ids = columns if ids is None else ids
+    is_positive = valid[:, None] & (columns == target[:, None])  # (N, M)
+    asker = is_positive.int().argmax(0)  # (M,) the first row whose positive a column is
 
-    # An answer to the query is no negative, and an ignored row has no negatives.
-    answers = torch.zeros(len(q), len(d), dtype=torch.bool, device=q.device)  # by their numbers
-    answers[query[valid], content[target[valid]]] = True
-    dropped = answers[query][:, content] | ~valid[:, None]  # (N, M)
+    # Right answers to the query are no negatives, and an ignored row has no negatives.
+    dropped = (ids == ids[target][:, None]) | ~valid[:, None]  # (N, M)
+    dropped |= (q_ids[asker] == q_ids[:, None]) & is_positive.any(0)
     cosines = q @ d.T  # (N, M)
     if margin is not None:
         dropped |= cosines > cosines.gather(1, target[:, None]).detach() + margin
@@ -191,24 +191,19 @@ class LogSum(NamedTuple):
 
 
 class Masks(NamedTuple):
-    """Decide which candidates are negatives, from O(N + M) numbers instead of an N x M mask.
+    """Decide which candidates are negatives, from O(N + M) numbers instead of an N x M mask."""
 
-    Most contents answer one query, which `asker` names. What further queries they answer is listed.
-    """
-
-    query: torch.Tensor  # (N,) int32: the row's query, numbered from 0
+    positive_id: torch.Tensor  # (N,) int32: content id of the row's positive
+    query_id: torch.Tensor  # (N,) int32: id of the row's query
     threshold: torch.Tensor  # (N,) cosines above it are dropped; -inf for an ignored row: all
-    first: torch.Tensor  # (N,) int32: answers[first:last] are the contents that also
-    last: torch.Tensor  # (N,) int32: answer the row's query, but have another asker
-    content: torch.Tensor  # (M,) int32: the candidate's content, numbered from 0; -1 for padding
-    asker: torch.Tensor  # (M,) int32: the first query that this content answers; -1: none
-    answers: torch.Tensor  # (P,) int32, sorted by query
+    candidate_id: torch.Tensor  # (M,) int32: content id of the candidate; -1 for padding
+    asker_id: torch.Tensor  # (M,) int32: query id of the row whose positive it is; -1: no row's
 
     def block(self, rows, columns):
         """Return the part that belongs to a block; rows and columns are slices."""
-        of_rows = [x[rows] for x in self[:4]]
-        of_columns = [x[columns] for x in self[4:6]]
-        return Masks(*of_rows, *of_columns, self.answers)
+        of_rows = [x[rows] for x in self[:3]]
+        of_columns = [x[columns] for x in self[3:]]
+        return Masks(*of_rows, *of_columns)
 
 
 class Weights(NamedTuple):
@@ -292,45 +287,19 @@ def _slices(s, WIDTH: tl.constexpr):
 
 @jit
 def _dropped(
-    s,
-    i,
-    j,
-    N,
-    M,
-    query_ptr,
-    threshold_ptr,
-    first_ptr,
-    last_ptr,
-    content_ptr,
-    asker_ptr,
-    answers_ptr,
-    longest,
+    s, i, j, N, M, positive_id_ptr, query_id_ptr, threshold_ptr, candidate_id_ptr, asker_id_ptr
 ):
     """Mark the scores of a slice that are not negatives: (BM, WIDTH) cosines -> bool.
 
-    longest: the length of the longest list answers[first:last] in the tile, nearly always 0.
     A comparison with NaN is false, so that a NaN score is kept and shows in the loss.
     """
-    query = tl.load(query_ptr + i, mask=i < N, other=0)[:, None]
+    positive_id = tl.load(positive_id_ptr + i, mask=i < N, other=-1)[:, None]
+    query_id = tl.load(query_id_ptr + i, mask=i < N, other=0)[:, None]
     threshold = tl.load(threshold_ptr + i, mask=i < N, other=float("-inf"))[:, None]
-    content = tl.load(content_ptr + j, mask=j < M, other=-1)[None, :]
-    asker = tl.load(asker_ptr + j, mask=j < M, other=-1)[None, :]
-    dropped = (content < 0) | (query == asker) | (s > threshold)
-
-    for k in range(longest):
-        place = tl.load(first_ptr + i, mask=i < N, other=0) + k
-        end = tl.load(last_ptr + i, mask=i < N, other=0)
-        answer = tl.load(answers_ptr + place, mask=place < end, other=-1)
-        dropped |= answer[:, None] == content
-    return dropped
-
-
-@jit
-def _longest_list(i, N, first_ptr, last_ptr):
-    """Return the largest last - first of a tile's rows."""
-    first = tl.load(first_ptr + i, mask=i < N, other=0)
-    last = tl.load(last_ptr + i, mask=i < N, other=0)
-    return tl.max(last - first, 0)
+    candidate_id = tl.load(candidate_id_ptr + j, mask=j < M, other=-1)[None, :]
+    asker_id = tl.load(asker_id_ptr + j, mask=j < M, other=-1)[None, :]
+    is_answer = (positive_id == candidate_id) | (query_id == asker_id)
+    return (candidate_id < 0) | is_answer | (s > threshold)
 
 
 @jit
@@ -339,14 +308,12 @@ def lse_kernel(
     q,
     d,
     scale_ptr,
-    # masks: (N,) four times, (M,) twice, a list
-    query_ptr,
+    # masks: (N,) three times, (M,) twice
+    positive_id_ptr,
+    query_id_ptr,
     threshold_ptr,
-    first_ptr,
-    last_ptr,
-    content_ptr,
-    asker_ptr,
-    answers_ptr,
+    candidate_id_ptr,
+    asker_id_ptr,
     # results: (tiles_n, N) twice, (tiles_m, M) twice
     row_top_ptr,
     row_rest_ptr,
@@ -373,7 +340,6 @@ def lse_kernel(
     slices = _slices(tile, WIDTH)
     scale = tl.load(scale_ptr) * LOG2_E  # for exp2
     i = m * BM + tl.arange(0, BM)
-    longest = _longest_list(i, N, first_ptr, last_ptr)
     row_top = tl.full((BM,), NO_TOP, tl.float32)
     row_sum = tl.zeros((BM,), tl.float32)
 
@@ -386,14 +352,11 @@ def lse_kernel(
             j,
             N,
             M,
-            query_ptr,
+            positive_id_ptr,
+            query_id_ptr,
             threshold_ptr,
-            first_ptr,
-            last_ptr,
-            content_ptr,
-            asker_ptr,
-            answers_ptr,
-            longest,
+            candidate_id_ptr,
+            asker_id_ptr,
         )
         s = tl.where(dropped, float("-inf"), s)
 
@@ -421,14 +384,12 @@ def grad_kernel(
     q,
     d,
     scale_ptr,
-    # masks: (N,) four times, (M,) twice, a list
-    query_ptr,
+    # masks: (N,) three times, (M,) twice
+    positive_id_ptr,
+    query_id_ptr,
     threshold_ptr,
-    first_ptr,
-    last_ptr,
-    content_ptr,
-    asker_ptr,
-    answers_ptr,
+    candidate_id_ptr,
+    asker_id_ptr,
     # rows, (N,) each: column of the positive, L_i as a LogSum, u_i, w_i
     target_ptr,
     row_top_ptr,
@@ -460,7 +421,6 @@ def grad_kernel(
     slices = _slices(tile, WIDTH)
     scale = tl.load(scale_ptr) * LOG2_E  # for exp2
     i = m * BM + tl.arange(0, BM)
-    longest = _longest_list(i, N, first_ptr, last_ptr)
 
     # The rows' values are loaded again for each slice: held throughout, they would spill.
     for part in tl.static_range(BN // WIDTH):
@@ -486,14 +446,11 @@ def grad_kernel(
             j,
             N,
             M,
-            query_ptr,
+            positive_id_ptr,
+            query_id_ptr,
             threshold_ptr,
-            first_ptr,
-            last_ptr,
-            content_ptr,
-            asker_ptr,
-            answers_ptr,
-            longest,
+            candidate_id_ptr,
+            asker_id_ptr,
         )
         grad = tl.where(dropped, 0.0, grad)
 
@@ -586,13 +543,11 @@ def _lse_triton(q, d, scale, masks, workspace):
             q=launch.q,
             d=launch.d,
             scale_ptr=scale,
-            query_ptr=masks.query,
+            positive_id_ptr=masks.positive_id,
+            query_id_ptr=masks.query_id,
             threshold_ptr=masks.threshold,
-            first_ptr=masks.first,
-            last_ptr=masks.last,
-            content_ptr=masks.content,
-            asker_ptr=masks.asker,
-            answers_ptr=masks.answers,
+            candidate_id_ptr=masks.candidate_id,
+            asker_id_ptr=masks.asker_id,
             # results
             row_top_ptr=row_top,
             row_rest_ptr=row_rest,
@@ -619,13 +574,11 @@ def _grad_triton(q, d, scale, masks, target, full_lse, col_lse, weights, workspa
             q=launch.q,
             d=launch.d,
             scale_ptr=scale,
-            query_ptr=masks.query,
+            positive_id_ptr=masks.positive_id,
+            query_id_ptr=masks.query_id,
             threshold_ptr=masks.threshold,
-            first_ptr=masks.first,
-            last_ptr=masks.last,
-            content_ptr=masks.content,
-            asker_ptr=masks.asker,
-            answers_ptr=masks.answers,
+            candidate_id_ptr=masks.candidate_id,
+            asker_id_ptr=masks.asker_id,
             # rows
             target_ptr=target,
             row_top_ptr=full_lse.top,
@@ -691,19 +644,10 @@ def _grad_torch(q, d, scale, masks, target, full_lse, col_lse, weights, workspac
 
 def _dropped_torch(cosines, masks):
     """Mark the scores that are not negatives, as _dropped does: (n, m) cosines -> bool."""
-    dropped = masks.query[:, None] == masks.asker
+    dropped = masks.positive_id[:, None] == masks.candidate_id
+    dropped.logical_or_(masks.query_id[:, None] == masks.asker_id)
     dropped.logical_or_(cosines > masks.threshold[:, None])
-    for k in range(_longest_list_torch(masks)):
-        place = masks.first + k
-        answer = masks.answers[place.clamp(max=len(masks.answers) - 1)]  # (n,)
-        answer = answer.masked_fill(place >= masks.last, -1)
-        dropped.logical_or_(answer[:, None] == masks.content)
-    return dropped.logical_or_(masks.content < 0)
-
-
-def _longest_list_torch(masks):
-    """Return the largest last - first of a block's rows; on a GPU, the host waits for it."""
-    return int((masks.last - masks.first).max())
+    return dropped.logical_or_(masks.candidate_id < 0)
 
 
 LSE = {"triton": _lse_triton, "torch": _lse_torch}
@@ -766,9 +710,9 @@ class _InfoNCE(torch.autograd.Function):
     def backward(ctx, upstream):
         symmetric, impl, world, scale_type = ctx.options
         q, d, scale, target, *saved, log_odds = ctx.saved_tensors
-        masks = Masks(*saved[0:7])
-        full_lse = LogSum(*saved[7:9])  # (N,) L_i
-        col_lse = LogSum(*saved[9:11])  # (M,) c_j
+        masks = Masks(*saved[0:5])
+        full_lse = LogSum(*saved[5:7])  # (N,) L_i
+        col_lse = LogSum(*saved[7:9])  # (M,) c_j
         need_q, need_d, need_scale = ctx.needs_input_grad[:3]
 
         row_weight = upstream.to(scale.dtype).masked_fill(target < 0, 0)  # (N,) u_i
@@ -934,38 +878,18 @@ def _hash_rows(q):
     return torch.cat(hashes)
 
 
-def _find_answers(content, query_ids, column, own):
-    """Note which candidates answer which queries -> Masks without a threshold.
+def _find_askers(query_id, target, M):
+    """Return the query id (M,) of the row whose positive each column is; -1 where there is none.
 
-    content    (M,) int32: the candidates' contents, numbered from 0; -1 for padding
-    query_ids  (P,) int64: the queries of all ranks' rows
-    column     (P,) int64: each row's positive among the candidates; -1: none
-    own        (N,) int64: this rank's rows among all
+    query_id (N,): int32. target (N,): as in info_nce. A column that several rows share is the first
+    one's: the least row number, since a plain scatter would write in any order.
     """
-    M = len(content)
-    query = _dense(query_ids)  # (P,)
-    has_answer = column >= 0
-    answer = content[column.clamp(min=0)].clamp(min=0).long()  # (P,)
-
-    # Each content is given to the first query that it answers.
-    nobody = len(query)
-    first_query = torch.full_like(content, nobody)  # by content
-    first_query.scatter_reduce_(0, answer, query.masked_fill(~has_answer, nobody), "amin")
-    asker = first_query[content.clamp(min=0)].masked_fill(content < 0, nobody)
-    asker = asker.masked_fill(asker == nobody, -1)  # (M,)
-
-    # All other pairs of a query and an answer, each once, sorted. A mask or unique() would be
-    # shorter, but wait for the GPU: pairs that are not wanted go to the end instead.
-    end = torch.iinfo(torch.int64).max
-    listed = has_answer & (first_query[answer] != query)
-    pairs = (query.long() * M + answer).masked_fill(~listed, end).sort().values  # (P,)
-    repeated = pairs.diff(prepend=pairs[:1] - 1) == 0
-    pairs = pairs.masked_fill(repeated, end).sort().values
-    query = query[own]  # (N,)
-    first = torch.searchsorted(pairs, query.long() * M)
-    last = torch.searchsorted(pairs, (query.long() + 1) * M)
-    answers = (pairs % M).int()
-    return Masks(query, None, first.int(), last.int(), content, asker, answers)
+    N = len(query_id)
+    rows = torch.arange(N, device=target.device)
+    column = target.where(target >= 0, M)  # ignored rows write past the end
+    first_row = torch.full((M + 1,), N, device=target.device)
+    first_row = first_row.scatter_reduce(0, column, rows, "amin")[:M]
+    return query_id[first_row.clamp(max=N - 1)].masked_fill(first_row == N, -1)
 
 
 # Checks of a caller's arguments. Values on a GPU are checked only with INFONCE_DEBUG=1.
@@ -1071,11 +995,11 @@ def info_nce(
     target     (N,) int64: row i's positive is d[target[i]], by default d[i]; -1 ignores the row in
                both directions
     ids        (M,) int64 content ids > -2**63 of the candidates
-    q_ids      (N,) int64 ids of the queries: a candidate is not a negative of a row if any row that
-               is not ignored has this row's query, and for its positive the candidate's content.
-               With ids alone, rows of q that are equal to the last bit are one query; training
-               passes q_ids, since dropout makes the vectors of equal queries differ. Without both,
-               every query and every column differs from all others
+    q_ids      (N,) int64 ids > -2**63 of the queries. A candidate is not a negative of a row if it
+               has the content of the row's positive, or is itself the positive of a row with the
+               same query (of the first, where rows share it). With ids alone, rows of q that are
+               equal to the last bit are one query; training passes q_ids, since dropout makes the
+               vectors of equal queries differ. Without both, all queries and all columns differ
     margin     cosine >= 0: candidates with s_ij > s_i,target + margin are taken for false negatives
                and dropped; no gradient flows through the threshold
     symmetric  mean of two directions under the same masks: query to all candidates, and positive
@@ -1086,8 +1010,7 @@ def info_nce(
 
     Returns the loss in nats, 0-dim for "mean" and (N,) for "none", fp32 (fp64 for fp64 inputs).
     Raises ValueError for arguments that do not fit. Values on a GPU (target, a tensor scale, NaN
-    rows) are checked only with INFONCE_DEBUG=1, because the check would wait for the GPU; "torch"
-    waits there once per block. A query costs time per answer that also answers an earlier query.
+    rows) are checked only with INFONCE_DEBUG=1, because the check would wait for the GPU.
     Extra memory: WORKSPACE, fp32 sums for d and for a block of q. Deterministic.
     """
     vectors = {"q": q, "d": d}
@@ -1116,10 +1039,17 @@ def info_nce(
     if q_ids is None:
         q_ids = rows if ids is None else _hash_rows(q)
     if ids is None:
-        content = torch.arange(len(d), device=q.device, dtype=torch.int32)
+        candidate_id = torch.arange(len(d), device=q.device, dtype=torch.int32)
     else:
-        content = _dense(ids)
-    masks = _find_answers(content, q_ids, target, rows)
+        candidate_id = _dense(ids)
+    query_id = _dense(q_ids)
+    masks = Masks(
+        positive_id=candidate_id[target.clamp(min=0)],
+        query_id=query_id,
+        threshold=None,
+        candidate_id=candidate_id,
+        asker_id=_find_askers(query_id, target, len(d)),
+    )
     loss = _InfoNCE.apply(q, d, scale, target, masks, margin, symmetric, impl, 1)
     if reduction == "none":
         return loss
@@ -1225,9 +1155,9 @@ def info_nce_dist(
     asked = F.pad(q_ids, (0, longest - len(q)), value=NO_ID)  # (longest,)
     if world > 1:
         ids, asked = _all_gather(torch.stack([ids, asked], dim=1)).unbind(1)  # (world * longest,)
-    columns = torch.arange(len(ids), device=q.device)
-    columns = columns.masked_fill(asked == NO_ID, -1)  # a row for each positive of any rank
-    masks = _find_answers(_dense(ids), asked, columns, target)
+    candidate_id = _dense(ids)
+    asker_id = _dense(asked)
+    masks = Masks(candidate_id[target], asker_id[target], None, candidate_id, asker_id)
 
     loss = _InfoNCE.apply(q, d, scale, target, masks, margin, symmetric, impl, world)
     return loss.sum() / total

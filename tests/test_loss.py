@@ -38,23 +38,14 @@ def make_case(rows, negatives, seed=0):
     return q, p, n, p_ids, n_ids, q_ids
 
 
-def find_answer_sets(p_ids, q_ids):
-    """Return {query id: set of the content ids that answer it}."""
-    answers = {}
-    for query, content in zip(q_ids.tolist(), p_ids.tolist(), strict=True):
-        answers.setdefault(query, set()).add(content)
-    return answers
-
-
 def loop_loss(q, p, n, p_ids, n_ids, q_ids, margin, symmetric):
     """The mean loss, written as sums over pairs: the independent definition."""
     candidates = torch.cat([p, n])
     ids = torch.cat([p_ids, n_ids]).tolist()
-    answers = find_answer_sets(p_ids, q_ids)
 
     def is_negative(i, j):
         """Is candidate j a negative of query i?"""
-        if ids[j] in answers[int(q_ids[i])]:
+        if ids[j] == ids[i] or (j < len(q) and q_ids[j] == q_ids[i]):
             return False
         above = float((q[i] @ candidates[j] - q[i] @ p[i]).detach())
         return margin is None or above <= margin
@@ -128,8 +119,12 @@ def test_the_masks_matter_in_these_cases():
 QUERIES = "qqrrs"
 POSITIVES = "abbcd"
 NEGATIVE_CONTENTS = "ae"
-# a and b answer q, b and c answer r, d answers s. Nothing follows from that for r and a, q and c.
-ANSWERS = {"q": "ab", "r": "bc", "s": "d"}
+
+
+def is_answer(i, j):
+    """Is candidate j (a row's positive or, from five on, a hard negative) right for row i?"""
+    same_content = POSITIVES[i] == (POSITIVES + NEGATIVE_CONTENTS)[j]
+    return same_content or (j < len(QUERIES) and QUERIES[i] == QUERIES[j])
 
 
 def named_case():
@@ -149,15 +144,14 @@ def named_case():
 
 @pytest.mark.parametrize("with_ids", [True, False])
 def test_a_query_with_two_right_answers_pushes_neither_away(with_ids):
-    """By hand: a query's answers are those that the rows name; equal vectors do as well as ids."""
+    """By hand, over rows: the same content or the same query; equal vectors do as well as ids."""
     q, p, n, p_ids, n_ids, q_ids = named_case()
     total = 0.0
-    for i, query in enumerate(QUERIES):
+    for i in range(5):
         own = torch.exp(q[i] @ p[i])
-        columns = zip(POSITIVES + NEGATIVE_CONTENTS, torch.cat([p, n]), strict=True)
-        negatives = [c for name, c in columns if name not in ANSWERS[query]]
+        negatives = [c for j, c in enumerate(torch.cat([p, n])) if not is_answer(i, j)]
         forward = own + sum(torch.exp(q[i] @ c) for c in negatives)
-        others = [k for k, name in enumerate(QUERIES) if POSITIVES[i] not in ANSWERS[name]]
+        others = [k for k in range(5) if not is_answer(k, i)]
         reverse = own + sum(torch.exp(q[k] @ p[i]) for k in others)
         total += (torch.log(forward / own) + torch.log(reverse / own)) / 2
 
@@ -171,9 +165,9 @@ def test_a_query_with_two_right_answers_pushes_neither_away(with_ids):
 def test_the_curves_hardest_negative_is_no_answer():
     q, p, n, p_ids, n_ids, q_ids = named_case()
     gaps = 0.0
-    for i, query in enumerate(QUERIES):
-        columns = zip(POSITIVES + NEGATIVE_CONTENTS, torch.cat([p, n]), strict=True)
-        scores = [float(q[i] @ c) for name, c in columns if name not in ANSWERS[query]]
+    for i in range(5):
+        columns = enumerate(torch.cat([p, n]))
+        scores = [float(q[i] @ c) for j, c in columns if not is_answer(i, j)]
         gaps += float(q[i] @ p[i]) - max(scores)
     for options in ({"q_ids": q_ids}, {}):
         sums = curve_sums(q, p, n, p_ids, n_ids, **options)
@@ -186,7 +180,8 @@ def test_mining_never_takes_another_right_answer():
         for block in (1, 2, 100):
             found = mine(q, p, p_ids, 4, block=block, **options).tolist()
             for i, query in enumerate(QUERIES):
-                left = [name for name in "abcd" if name not in ANSWERS[query]]
+                known = [p for q, p in zip(QUERIES, POSITIVES, strict=True) if q == query]
+                left = [name for name in "abcd" if name not in known]
                 left.sort(key=lambda name, i=i: -float(q[i] @ p[POSITIVES.index(name)]))
                 rows = [POSITIVES.index(name) for name in left]
                 assert found[i] == rows + [-1] * (4 - len(rows))
