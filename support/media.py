@@ -176,7 +176,8 @@ class Promise:
 class Frames:
     """Frames that were read from a file."""
 
-    pictures: list  # one for each index that was asked for
+    pictures: list  # one for each index
+    indices: list  # that were asked for
     timeline: Timeline
     decoder: str  # "seek": from keyframe to keyframe, "pass": all of the file
     note: str  # what is wrong with a file that gave only a part of its frames; else empty
@@ -196,6 +197,9 @@ def open_video(path):
     if stream is None or file.format.name in NO_VIDEO:
         file.close()
         raise MediaError(f"{path}: no video in this file")
+    if stream.codec_context is None:
+        file.close()
+        raise MediaError(f"{path}: no decoder for its video")
     # One: the processes that decode share the cores among them.
     stream.codec_context.thread_count = 1
     stream.codec_context.thread_type = "NONE"
@@ -295,7 +299,7 @@ def read_open_frames(path, choose, keep):
             except (BrokenPromiseError, av.FFmpegError):
                 pass  # a whole pass tells what can be decoded
             else:
-                return Frames([kept[i] for i in indices], timeline, "seek", note)
+                return Frames([kept[i] for i in indices], indices, timeline, "seek", note)
 
     kept, decoded = decode_all(path, promise, indices, keep)
     if decoded.stamps is not None:
@@ -304,7 +308,7 @@ def read_open_frames(path, choose, keep):
         if not kept.keys() >= set(indices):
             kept, _ = decode_all(path, promise, indices, keep)
     note = decoded.note or note
-    return Frames([kept[i] for i in indices], timeline, "pass", note)
+    return Frames([kept[i] for i in indices], indices, timeline, "pass", note)
 
 
 def decode_by_seeking(file, stream, promise, indices, picture):
@@ -425,12 +429,14 @@ class Picture:
             self.aspect = 1.0
         self.keep = keep
         self.size = None
+        self.matrix = None
 
     def __call__(self, frame):
         if self.size is None:
             width = round(frame.width * max(1.0, self.aspect))
             height = round(frame.height * max(1.0, 1 / self.aspect))
             self.size = (width, height)
+            self.matrix = frame.side_data.get("DISPLAYMATRIX")
 
         transparent = any(component.is_alpha for component in frame.format.components)
         pixels = self.reformatter.reformat(
@@ -444,9 +450,8 @@ class Picture:
             alpha = pixels[..., 3:] / 255
             pixels = (pixels[..., :3] * alpha + 255 * (1 - alpha)).round().astype(np.uint8)
 
-        matrix = frame.side_data.get("DISPLAYMATRIX")
-        if matrix is not None:
-            pixels = turn(pixels, np.frombuffer(bytes(matrix), np.int32))
+        if self.matrix is not None:
+            pixels = turn(pixels, np.frombuffer(bytes(self.matrix), np.int32))
         return self.keep(pixels) if self.keep else pixels
 
 
