@@ -35,6 +35,7 @@ NO_VIDEO = {"tty", "bin", "xbin", "adf", "idf"}  # FFmpeg draws the letters of t
 
 # Timestamps are often whole milliseconds: a time may be off by half of one.
 ROUNDING = 5e-4
+MISPLACED = 1.0  # seconds by which a timestamp may be out of order
 LOST = 0.1  # a clip with a larger share of frames that do not decode is refused
 
 
@@ -84,7 +85,7 @@ def check_numbers(spec, path):
 class Timeline:
     """When the frames of a clip are on display."""
 
-    times: np.ndarray  # (n,) float64: seconds from the first frame, increasing
+    times: np.ndarray  # (n,) float64: seconds from the first frame, in order
     seconds: float  # from the first frame to the last one's end
     rate: float | None  # frames per second; None: variable
 
@@ -126,19 +127,28 @@ class Timeline:
 
 
 def make_timeline(stamps, tick, last, rates):
-    """Turn timestamps in the order of display into a Timeline.
+    """Turn the timestamps of frames in the order of display into a Timeline.
 
-    stamps: n ints, in ticks. tick: seconds. last: ticks that the last frame is shown; 0: unknown.
-    rates: frame rates (1/s) that the container states. Where the timestamps follow one of them, it
-    is taken as exact; where they are absent or go backwards, the first has to do.
+    stamps: n ints, in ticks; None where unknown. tick: seconds. last: ticks that the last frame is
+    shown; 0: unknown. rates: frame rates (1/s) that the container states; where the timestamps
+    follow one of them, it is taken as exact.
     """
     n = len(stamps)
-    known = all(stamp is not None for stamp in stamps)
-    if not known or any(after <= before for before, after in zip(stamps, stamps[1:], strict=False)):
-        return Timeline(np.arange(n) / rates[0], n / rates[0], rates[0])
+    constant = Timeline(np.arange(n) / rates[0], n / rates[0], rates[0])
+    if None in stamps:
+        return constant
 
-    times = (np.array(stamps, np.float64) - stamps[0]) * tick
-    steps = np.diff(times)
+    # AVI and MPEG-PS hold few timestamps of presentation; FFmpeg guesses the others, and frames get
+    # each other's. One that is seconds away from its place starts a new count, as broadcasts do.
+    stamps = np.array(stamps, np.float64) * tick
+    ordered = np.sort(stamps)
+    if np.abs(ordered - stamps).max() > MISPLACED:
+        return constant
+    times = ordered - ordered[0]
+    misplaced = (np.diff(stamps) <= 0).any()
+    if misplaced and abs(times[-1] - constant.times[-1]) < 1 / rates[0]:
+        return constant
+
     tolerance = min(tick, 3 * ROUNDING) + 1e-9
     for rate in rates:
         even = np.arange(n) / rate
@@ -149,7 +159,7 @@ def make_timeline(stamps, tick, last, rates):
     if last > 0:
         shown = last * tick
     else:
-        shown = float(np.median(steps)) if n > 1 else 1 / rates[0]
+        shown = float(np.median(np.diff(times))) if n > 1 else 1 / rates[0]
     return Timeline(times, float(times[-1]) + shown, None)
 
 
