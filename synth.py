@@ -246,8 +246,9 @@ def sample_frames(path, fps):
         n = len(timeline)
         if timeline.rate:
             return np.arange(0, n, max(1, round(timeline.rate / fps)))
-        ticks = np.arange(0, timeline.seconds, 1 / fps)
-        return np.unique([timeline.frame_at(time) for time in ticks])
+        # The first frame in each 1 / fps seconds.
+        slots = np.floor(timeline.times * fps)
+        return np.unique(slots, return_index=True)[1]
 
     def shrink(pixels):
         size[:] = pixels.shape[:2]

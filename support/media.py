@@ -18,6 +18,7 @@ Every error names its file. Legend: F frames, H height, W width, n frames of a w
 
 import bisect
 import dataclasses
+import itertools
 import math
 import os
 import re
@@ -28,10 +29,13 @@ import numpy as np
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif"}
 FOLDER_FPS = 8  # frame rate of a folder of frames that names none
 
+FALLBACK_RATE = 25  # frames per second of a file that states no rate, as FFmpeg has it
+
 # Containers in which a keyframe can be found again by its timestamp, by FFmpeg's names.
 SEEKABLE = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}
 SKIP = 8  # frames that are rather decoded than jumped over
-NO_VIDEO = {"tty", "bin", "xbin", "adf", "idf"}  # FFmpeg draws the letters of text files
+# FFmpeg draws text files as pictures, and follows playlists into other folders.
+NO_VIDEO = {"tty", "bin", "xbin", "adf", "idf", "hls", "concat", "dash"}
 
 # Timestamps are often whole milliseconds: a time may be off by half of one.
 ROUNDING = 5e-4
@@ -217,13 +221,23 @@ def open_video(path):
 
 
 def read_packets(file, stream):
-    """Yield a stream's packets, and an empty one at the end; a file cut off in a packet ends there."""
+    """Yield a stream's packets from where the file stands, and then None.
+
+    A file that ends in the middle of a packet ends before it.
+    """
     import av
 
-    try:
-        yield from file.demux(stream)
-    except av.FFmpegError:
-        yield av.Packet()
+    while True:
+        try:
+            for packet in file.demux(stream):
+                if packet.size:
+                    yield packet
+        except IndexError:
+            continue  # PyAV stumbles over the first packet of a stream that begins late
+        except av.FFmpegError:
+            pass
+        yield None
+        return
 
 
 def scan_packets(file, stream):
@@ -232,8 +246,8 @@ def scan_packets(file, stream):
     keys = []
     total = 0
     for packet in read_packets(file, stream):
-        if packet.size == 0:
-            continue
+        if packet is None:
+            break
         total += 1
         stamp = packet.dts if packet.pts is None else packet.pts
         if packet.is_keyframe and packet.pts is not None:
@@ -242,10 +256,10 @@ def scan_packets(file, stream):
         if not packet.is_discard:
             shown.append((stamp, packet.duration or 0, packet.pts is not None))
 
+    if not shown:
+        raise MediaError(f"{file.name.removeprefix('file:')}: no frames in this file")
     stated = (stream.average_rate, stream.guessed_rate)
-    rates = [float(rate) for rate in stated if rate]
-    if not shown or not rates:
-        raise MediaError(f"{file.name[len('file:') :]}: {len(shown)} frames at rates {rates}")
+    rates = [float(rate) for rate in stated if rate] or [FALLBACK_RATE]
 
     stamps = [stamp for stamp, _, _ in shown]
     last = 0
@@ -259,9 +273,18 @@ def scan_packets(file, stream):
         last=last,
         tick=float(stream.time_base),
         rates=rates,
-        missing=max(0, stream.frames - total),
+        missing=count_missing(file, stream, total),
         seekable=certain and file.format.name in SEEKABLE and bool(keys),
     )
+
+
+def count_missing(file, stream, total):
+    """Return the number of frames that the header names beside the `total` that are there."""
+    # Other containers count pauses as frames, or nothing. A header that names ten times as many
+    # frames is damaged itself.
+    if not file.format.name.startswith("mov") or stream.frames > 10 * total:
+        return 0
+    return max(0, stream.frames - total)
 
 
 def read_frames(path, choose, keep=None):
@@ -283,8 +306,8 @@ def read_frames(path, choose, keep=None):
         reason = error.strerror or type(error).__name__
         with open(path, "rb") as file:
             is_mp4 = file.read(12)[4:8] == b"ftyp"
-        if is_mp4 and isinstance(error, av.InvalidDataError):
-            reason += "; its index, often the file's end, is missing or damaged"
+        if is_mp4:
+            reason += "; the index, often at an mp4 file's end, is missing or damaged"
         raise MediaError(f"{path}: not a readable video ({reason})") from error
 
 
@@ -297,11 +320,6 @@ def read_open_frames(path, choose, keep):
         promise = scan_packets(file, stream)
         timeline = promise.timeline()
         indices = [int(i) for i in choose(timeline)]
-        note = ""
-        if promise.missing:
-            n = len(timeline)
-            note = f"{path}: cut off: {n} of {n + promise.missing} frames are there"
-
         if promise.seekable:
             picture = Picture(stream, keep)
             try:
@@ -309,6 +327,8 @@ def read_open_frames(path, choose, keep):
             except (BrokenPromiseError, av.FFmpegError):
                 pass  # a whole pass tells what can be decoded
             else:
+                n = len(timeline)
+                note = describe_loss(path, n, n + promise.missing)
                 return Frames([kept[i] for i in indices], indices, timeline, "seek", note)
 
     kept, decoded = decode_all(path, promise, indices, keep)
@@ -317,7 +337,10 @@ def read_open_frames(path, choose, keep):
         indices = [int(i) for i in choose(timeline)]
         if not kept.keys() >= set(indices):
             kept, _ = decode_all(path, promise, indices, keep)
-    note = decoded.note or note
+    # Some containers hold packets without a frame: no loss where all of them decode.
+    n = len(timeline)
+    lost = len(promise.stamps) - n if decoded.errors else 0
+    note = describe_loss(path, n, n + max(lost, 0) + promise.missing)
     return Frames([kept[i] for i in indices], indices, timeline, "pass", note)
 
 
@@ -353,9 +376,9 @@ def decode_from(file, stream, key, first):
     # mp4 files are searched by decoding timestamps, Matroska by those of presentation.
     for target in key:
         file.seek(target, stream=stream)
-        packets = file.demux(stream)
-        packet = next(packets)
-        if packet.pts == key[0]:
+        packets = read_packets(file, stream)
+        begin = next(packets)
+        if begin is not None and begin.pts == key[0]:
             break
     else:
         raise BrokenPromiseError
@@ -363,12 +386,16 @@ def decode_from(file, stream, key, first):
     # After a keyframe in an open group come frames that are shown before it and need the group
     # before.
     leading = True
-    while packet is not None:
-        for frame in packet.decode():
+    for packet in itertools.chain([begin], packets):
+        for frame in stream.codec_context.decode(packet):
             leading = leading and frame.pts is not None and frame.pts < first
             if not leading:
                 yield frame
-        packet = next(packets, None)
+
+
+def describe_loss(path, n, whole):
+    """Say how many frames of a damaged file are left, "" where none are lost."""
+    return f"{path}: damaged: {n} of {whole} frames decode" if n < whole else ""
 
 
 @dataclasses.dataclass
@@ -377,7 +404,7 @@ class Decoded:
 
     stamps: list | None  # of the frames in the order of display; None: as promised
     last: int  # ticks that the last frame is shown; 0: unknown
-    note: str
+    errors: int  # packets that do not decode
 
 
 def decode_all(path, promise, indices, keep):
@@ -401,7 +428,7 @@ def decode_all(path, promise, indices, keep):
         picture = Picture(stream, keep)
         for packet in read_packets(file, stream):
             try:
-                frames = stream.codec_context.decode(packet if packet.size else None)
+                frames = stream.codec_context.decode(packet)  # None: those still held back
             except av.FFmpegError:
                 errors += 1
                 continue
@@ -413,13 +440,12 @@ def decode_all(path, promise, indices, keep):
                 last = frame.duration or 0
                 as_promised = as_promised and promise.stamps[i : i + 1] == [frame.pts]
             if as_promised and len(stamps) > most:
-                return kept, Decoded(None, 0, "")
+                return kept, Decoded(None, 0, errors)
 
     n = len(promise.stamps)
     if errors and len(stamps) < (1 - LOST) * n or not stamps:
         raise MediaError(f"{path}: damaged: only {len(stamps)} of {n} frames decode")
-    note = f"{path}: damaged: {len(stamps)} of {n} frames decode" if errors else ""
-    return kept, Decoded(stamps, last, note)
+    return kept, Decoded(stamps, last, errors)
 
 
 class Picture:
