@@ -201,6 +201,15 @@ class BrokenPromiseError(Exception):
     """A decoder's frames are not those that the packets promised."""
 
 
+def unreadable(path, reason):
+    """Make the MediaError of a file that cannot be read as a video."""
+    with open(path, "rb") as file:
+        is_mp4 = file.read(12)[4:8] == b"ftyp"
+    if is_mp4:
+        reason += "; the index of an mp4 file, often at its end, may be cut off or damaged"
+    return MediaError(f"{path}: not a readable video ({reason})")
+
+
 def open_video(path):
     """Open a video file -> (container, its video stream, one thread). Raises MediaError."""
     import av  # here: programs that read no videos need no PyAV
@@ -210,10 +219,10 @@ def open_video(path):
     stream = file.streams.best("video")  # the film, not its cover
     if stream is None or file.format.name in NO_VIDEO:
         file.close()
-        raise MediaError(f"{path}: no video in this file")
+        raise unreadable(path, "no video in it")
     if stream.codec_context is None:
         file.close()
-        raise MediaError(f"{path}: no decoder for its video")
+        raise unreadable(path, "no decoder for its video")
     # One: the processes that decode share the cores among them.
     stream.codec_context.thread_count = 1
     stream.codec_context.thread_type = "NONE"
@@ -257,7 +266,7 @@ def scan_packets(file, stream):
             shown.append((stamp, packet.duration or 0, packet.pts is not None))
 
     if not shown:
-        raise MediaError(f"{file.name.removeprefix('file:')}: no frames in this file")
+        raise unreadable(file.name.removeprefix("file:"), "no frames in it")
     stated = (stream.average_rate, stream.guessed_rate)
     rates = [float(rate) for rate in stated if rate] or [FALLBACK_RATE]
 
@@ -303,12 +312,7 @@ def read_frames(path, choose, keep=None):
     try:
         return read_open_frames(path, choose, keep)
     except av.FFmpegError as error:
-        reason = error.strerror or type(error).__name__
-        with open(path, "rb") as file:
-            is_mp4 = file.read(12)[4:8] == b"ftyp"
-        if is_mp4:
-            reason += "; the index, often at an mp4 file's end, is missing or damaged"
-        raise MediaError(f"{path}: not a readable video ({reason})") from error
+        raise unreadable(path, error.strerror or type(error).__name__) from error
 
 
 def read_open_frames(path, choose, keep):

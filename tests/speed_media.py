@@ -3,8 +3,8 @@
     python tests/speed_media.py runs/mini --other ../before
 
 Each reader takes 8 frames of each of 300 mp4 files of a folder, in a process of its own and in
-turns with the other. The times are of the CPU, medians over the rounds; the frames and seconds must be
-equal to the bit. This takes a minute. Commit b02786e, whose reader is decord, is the slower one.
+turns with the other. The times are of the CPU, medians over the rounds; the frames and seconds must
+be equal to the bit. This takes a minute. Commit b02786e, whose reader is decord, is the slower one.
 """
 
 import argparse
