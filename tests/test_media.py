@@ -27,6 +27,7 @@ from support.media import (  # noqa: E402
     load_video,
     make_timeline,
     open_clip,
+    read_frames,
     sample_indices,
 )
 
@@ -302,6 +303,47 @@ def test_frames_and_lengths_of_the_whole_matrix():
     assert tried > 2000 and not wrong, "\n".join(wrong)
 
 
+def write_noise(path, options):
+    """Write 60 frames of moving noise, in which every wrong reference shows."""
+    noise = (
+        np.random.default_rng(0).integers(0, 256, (30, 30, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+    )
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("libx264", rate=RATE, options={"preset": "veryfast"} | options)
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        for i in range(60):
+            pixels = np.ascontiguousarray(noise[i : i + HEIGHT, i : i + WIDTH])
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        file.mux(stream.encode())
+
+
+@pytest.mark.parametrize(
+    "name, options, decoder",
+    [
+        ("open.mp4", {"bf": "3", "x264-params": "open-gop=1:keyint=20:scenecut=0"}, "seek"),
+        ("open.mkv", {"bf": "3", "x264-params": "open-gop=1:keyint=20:scenecut=0"}, "seek"),
+        # There are no keyframes to jump to but the first: the others are columns that wander.
+        ("refresh.mp4", {"x264-params": "intra-refresh=1:keyint=20"}, "pass"),
+        ("broadcast.ts", {"g": "20"}, "pass"),
+    ],
+)
+def test_jumps_give_the_pixels_of_a_plain_decode(tmp_path, name, options, decoder):
+    path = tmp_path / name
+    write_noise(path, options)
+    with av.open(str(path)) as file:
+        truth = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
+    for indices in ([0, 29, 59], [44], [57, 58]):
+        read = read_frames(path, lambda timeline, indices=indices: indices)
+        assert read.decoder == decoder and len(read.timeline) == 60
+        np.testing.assert_array_equal(read.pictures, [truth[i] for i in indices])
+
+
+def test_a_cut_with_an_edit_list_needs_no_whole_pass(tmp_path):
+    source = write(tmp_path / "whole.mp4", Kind("mp4", "libx264", b_frames=2))
+    clip = open_clip(copy(source, tmp_path / "cut.mp4", -CUT / RATE))
+    assert clip.decoder == "seek" and number_in(clip.pixels[0]) == CUT
+
+
 # Time
 
 
@@ -421,6 +463,9 @@ def test_numbers_that_are_no_times_name_file_and_key(tmp_path, key, value):
         load_video({"path": path, key: value})
     with pytest.raises(MediaError, match="a.mp4: time must be"):
         load_image({"video": path, "time": value})
+    # The clip's very end still shows the last frame.
+    last = load_image({"video": path, "time": FRAMES / RATE})
+    assert number_in(last) == FRAMES - 1
 
 
 def test_names_with_colons_and_percent_signs_are_only_names(tmp_path, monkeypatch):
@@ -553,6 +598,10 @@ def test_deep_images_are_scaled(tmp_path):
         image = load_image(str(tmp_path / name))
         error = np.abs(image - wanted[..., None].astype(int))
         assert image.shape == (16, 16, 3) and error.max() <= 1, f"{name}: {error.max()}"
+
+    # 1000 of 65,535 is 3.9 of 255, also in an image without brighter parts.
+    Image.fromarray(np.full((2, 2), 1000, np.uint16)).save(tmp_path / "dark.png")
+    assert (load_image(str(tmp_path / "dark.png")) == 4).all()
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, about tags of TIFF files
