@@ -126,8 +126,7 @@ class Timeline:
         # may have stood there for a minute, and its part before the window does not count.
         if self.rate:
             return first, stop, (stop - first) / self.rate
-        until = self.times[stop] if stop < n else self.seconds
-        return first, stop, float(min(end, until) - max(start, self.times[first]))
+        return first, stop, float(min(end, self.seconds) - max(start, self.times[first]))
 
 
 def make_timeline(stamps, tick, last, rates):
