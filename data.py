@@ -2,8 +2,7 @@
 
 arXiv 2510.27571, sections 4.1, A.3 and A.7. An *item* is a dict with any of `text`, `image` and
 `video`. A *mixture* is a list of training sources; every step draws one source, the same on every
-rank. decord decodes videos (PyAV those that decord cannot read); transformers' own processors
-resize frames and cut them into patches.
+rank. PyAV decodes videos; transformers' own processors resize frames and cut them into patches.
 
     collate = Collator(processor, frames=8, max_tokens=200)
     batch = collate([{"text": "a red ball falls"}, {"video": "a.mp4"}])  # what GVE.forward takes
@@ -29,7 +28,7 @@ import torch
 
 from support.decoders import DecoderPool, Failed
 from support.files import file_fingerprint, parse_json
-from support.media import MediaError, load_image, load_video, sample_indices
+from support.media import MediaError, check_numbers, load_image, load_video, sample_indices
 
 DEFAULT_INSTRUCTION = "You are a helpful assistant."
 
@@ -71,13 +70,11 @@ def check_item(item):
             continue
 
         spec = media if isinstance(media, dict) else {path_key: media}
-        numbers = {key: value for key, value in spec.items() if key != path_key}
         wrong = (
             not isinstance(spec.get(path_key), str)
-            or not numbers.keys() <= NUMBER_KEYS[kind]
-            or not all(isinstance(value, int | float | None) for value in numbers.values())
+            or not spec.keys() <= {path_key} | NUMBER_KEYS[kind]
             # A frame of a video needs its time.
-            or (kind == "image" and numbers.get("time") is None)
+            or (kind == "image" and spec.get("time") is None)
         )
         if wrong:
             accepted = sorted(NUMBER_KEYS[kind])
@@ -85,6 +82,7 @@ def check_item(item):
                 f"{kind} must be a path or a dict of {path_key} and numbers {accepted}, "
                 f"got {media!r}"
             )
+        check_numbers(spec, f"{kind} {spec[path_key]}")
 
 
 def resolve(item, base, roots=()):

@@ -231,38 +231,44 @@ class Sample:
     """Frames of a whole video at about PROBE_FPS, shrunk: enough to see motion and cuts."""
 
     thumbnails: torch.Tensor  # (n, 3, 32, 32) float32 of 0-255
+    times: np.ndarray  # (n,) seconds at which their frames come on display
+    shown: np.ndarray  # (n,) seconds that their frames stay there
     frames: int  # in the file
-    rate: float  # frames per second of the file
-    step: int  # every step-th frame is a thumbnail
+    duration: float  # of the file in seconds
     size: list  # [height, width] of the file's frames in pixels
-
-    def seconds_at(self, k):
-        """Return the time of thumbnail k."""
-        return k * (self.step / self.rate)
-
-    @property
-    def duration(self):
-        return self.frames / self.rate
 
 
 def sample_frames(path, fps):
-    """Read a whole video at about `fps` -> Sample. At most 32 full-size frames are held at once."""
-    thumbnails = []
-    done = 0  # frames sampled so far
-    frames = rate = step = None  # the reader tells once the file is open
+    """Read a whole video at about `fps` -> Sample. One full-size frame is held at a time."""
+    size = []
 
-    def choose(n, frames_per_second):
-        nonlocal frames, rate, step
-        frames = n
-        rate = frames_per_second
-        step = max(1, round(rate / fps))
-        return np.arange(0, frames, step)[done : done + 32]
+    def choose(timeline):
+        n = len(timeline)
+        if timeline.rate:
+            return np.arange(0, n, max(1, round(timeline.rate / fps)))
+        # The first frame in each 1 / fps seconds.
+        slots = np.floor(timeline.times * fps)
+        return np.unique(slots, return_index=True)[1]
 
-    while done == 0 or done * step < frames:
-        block = torch.from_numpy(read_frames(path, choose)).movedim(-1, 1)  # (<= 32, 3, H, W)
-        thumbnails.append(F.adaptive_avg_pool2d(block.float(), THUMBNAIL))
-        done += len(block)
-    return Sample(torch.cat(thumbnails), frames, rate, step, list(block.shape[2:]))
+    def shrink(pixels):
+        size[:] = pixels.shape[:2]
+        frame = torch.from_numpy(pixels).movedim(-1, 0).float()  # (3, H, W)
+        return F.adaptive_avg_pool2d(frame, THUMBNAIL)
+
+    read = read_frames(path, choose, shrink)
+    timeline = read.timeline
+    if timeline.rate:
+        shown = np.full(len(timeline), 1 / timeline.rate)
+    else:
+        shown = np.diff(timeline.times, append=timeline.seconds)
+    return Sample(
+        thumbnails=torch.stack(read.pictures),
+        times=timeline.times[read.indices],
+        shown=shown[read.indices],
+        frames=len(timeline),
+        duration=timeline.seconds,
+        size=size,
+    )
 
 
 def find_shots(thumbnails):
@@ -313,8 +319,8 @@ def draw_clips(sample, shots, rng):
     clips = []
     for first, end in shots:
         # Only what was seen to be this shot: the cut lies somewhere between two thumbnails.
-        shot_start = sample.seconds_at(first)
-        shot_end = min(sample.seconds_at(end - 1) + 1 / sample.rate, sample.duration)
+        shot_start = float(sample.times[first])
+        shot_end = min(float(sample.times[end - 1] + sample.shown[end - 1]), sample.duration)
         seconds = min(rng.uniform(least, most), shot_end - shot_start, 0.75 * sample.duration)
         if seconds >= least:
             start = rng.uniform(shot_start, shot_end - seconds)
@@ -343,12 +349,11 @@ def measure(path, name, flags):
     motion = measure_motion(sample.thumbnails, shots)
     row = {
         "frames": sample.frames,
-        "rate": sample.rate,
-        "step": sample.step,
+        "rate": round(sample.frames / sample.duration, 3),
         "size": sample.size,
         "seconds": round(sample.duration, 3),
         "motion": round(motion, 4),
-        "cuts": [round(sample.seconds_at(first), 3) for first, _ in shots[1:]],
+        "cuts": [round(float(sample.times[first]), 3) for first, _ in shots[1:]],
     }
 
     for quality, value, least in (
@@ -364,7 +369,7 @@ def measure(path, name, flags):
     row["key_frames"] = []
     for k in choose_key_frames(sample.thumbnails, shots):
         # A quarter of a frame later, so that rounding cannot point at the frame before.
-        row["key_frames"].append(round(sample.seconds_at(k) + 0.25 / sample.rate, 4))
+        row["key_frames"].append(round(float(sample.times[k] + 0.25 * sample.shown[k]), 4))
     row["clips"] = draw_clips(sample, shots, random.Random(f"{flags.seed}/{name}/clips"))
     row["hash"] = fingerprint(sample.thumbnails)
     return row

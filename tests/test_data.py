@@ -1,6 +1,7 @@
 """data.py and support/media.py: decoding, items, mixtures, training batches, and bad input."""
 
 import json
+import math
 import os
 import shutil
 
@@ -104,13 +105,6 @@ def test_short_clips_and_frame_folders(media):
     assert folder.shape == (8, 56, 56, 3) and seconds == 10 / 8  # 8 frames per second unless told
     assert_columns(folder, columns(moving_square(10, seed=7))[[0, 1, 3, 4, 5, 6, 8, 9]])
     assert load_video({"path": str(media / "frames"), "fps": 2})[1] == 5.0
-
-
-def test_av1_is_read_by_pyav_and_said_once(tmp_path):
-    write_video(tmp_path / "av1.mp4", moving_square(height=64, width=64), codec="libsvtav1")
-    with pytest.warns(UserWarning, match="PyAV reads those"):
-        frames, seconds = load_video(str(tmp_path / "av1.mp4"))
-    assert frames.shape == (8, 64, 64, 3) and seconds == 2.0
 
 
 def damaged(media, folder):
@@ -233,7 +227,13 @@ def test_a_sibling_folder_whose_name_begins_like_a_root_is_outside_it(media, tmp
         ({"video": {"path": "a.mp4", "begin": 1}}, "path or a dict of path and numbers"),
         ({"image": {"video": "a.mp4"}}, "image must be a path or a dict of video and numbers"),
         ({"video": 7}, "video must be a path"),
-        ({"video": {"path": "a.mp4", "end": "1"}}, "numbers"),
+        ({"video": {"path": "a.mp4", "end": "1"}}, "a.mp4: end must be a number"),
+        ({"video": {"path": "a.mp4", "end": True}}, "a.mp4: end must be a number"),
+        ({"video": {"path": "a.mp4", "end": math.inf}}, "a.mp4: end must be finite"),
+        ({"video": {"path": "a.mp4", "start": math.nan}}, "a.mp4: start must be finite"),
+        ({"video": {"path": "a.mp4", "start": 2, "end": 1}}, "a.mp4: end 1 must come after start"),
+        ({"video": {"path": "frames", "fps": 0}}, "frames: fps must be above 0"),
+        ({"image": {"video": "a.mp4", "time": -1}}, "a.mp4: time must be finite and not negative"),
         ("x", "an item needs"),
     ],
 )

@@ -72,7 +72,7 @@ def assert_close(ours, theirs, most):
 
 # Inputs and hidden states
 
-# The frames that decord must deliver: 8 uniform ones of 16, of 20 and of frames 4..11; seconds.
+# The frames that decord is to give: 8 uniform ones of 16, of 20 and of frames 4..11; seconds.
 INDICES = {
     "a.mp4": ([0, 2, 4, 6, 9, 11, 13, 15], 2.0),
     "wide.mp4": ([0, 3, 5, 8, 11, 14, 16, 19], 4.0),
