@@ -1058,8 +1058,9 @@ def main(flags):
             f"under motion, consistency and why in {out}/pool.jsonl"
         )
     useless = collections.Counter(row["text_dropped"] for row in rows if "text_dropped" in row)
+    listed = ", ".join(f"{n} {reason}" for reason, n in useless.items())
     n_cuts = len(join(row.get("cuts", []) for row in rows))
-    print(f"    captions dropped: {dict(useless)}; {n_cuts} cuts")
+    print(f"    videos without a caption of use: {listed or 'none'}; {n_cuts} cuts")
     if flags.stages < 2:
         return
 
@@ -1093,6 +1094,9 @@ def main(flags):
         per_pair = seconds / n_pairs
         hours = per_pair * 1.55e6 / 3600
         print(f"    {per_pair:.2f} s a pair; 1.55M pairs: {hours:.0f} hours of one process")
+        print(
+            f"    for training: train.py --mixture {out}/uvrd/mixture.json --root FOLDER_OF_VIDEOS"
+        )
 
     failed = sum(row["fate"] == "failed" for row in join(captions) + pairs)
     if failed:

@@ -34,9 +34,10 @@ from extras.check_data import check
 from mini import bench, world
 from model import GVE, mrope_positions
 from studies import report
+from support import jobs
 from support.files import load_jsonl
 from support.flags import parse_flags
-from support.jobs import run_sharded
+from support.jobs import print_summary, run_sharded, track
 
 ROOT = Path(__file__).resolve().parent.parent
 FIVE = {
@@ -989,6 +990,75 @@ def test_odd_folders_ids_and_files(tmp_path, media):
     assert list(check(tmp_path / "out" / "uvrd" / "mixture.json", [tmp_path])) == []
 
 
+def test_names_and_captions_that_no_file_can_hold_cost_their_row_or_half_an_emoji(tmp_path):
+    """An archive from a Latin-1 machine; half an emoji as JSON escapes it."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for i, name in enumerate([b"a.mp4", b"caf\xe9.mp4"]):
+        path = os.path.join(os.fsencode(folder), name)
+        write_video(folder / "new.mp4", moving_square(16, seed=i))
+        os.rename(folder / "new.mp4", path)
+    words = ["--prober", "mini/prober", "--stages", 1]
+    printed = run(*words, "--videos", folder, "--out", tmp_path / "1")
+    rows = {row["id"]: row for row in load_jsonl(tmp_path / "1" / "pool.jsonl")}
+    assert rows["a.mp4"]["fate"] == "kept"
+    assert rows["caf\\udce9.mp4"]["why"].startswith("file name: ")
+    assert "dropped caf\\udce9.mp4: file name: " in printed
+
+    line = {"video": "a.mp4", "text": "A white square \ud83d goes \ud83d\ude00 right."}
+    (folder / "rows.jsonl").write_text(json.dumps(line))
+    flags = synth.Flags(videos=str(folder / "rows.jsonl"))
+    (row,) = synth.list_videos(flags)
+    assert row["text"] == "A white square  goes \U0001f600 right."
+    assert json.dumps(row, ensure_ascii=False).encode()
+
+
+def test_pairs_that_are_drawn_again_count_once_and_sources_of_one_pair_are_named(tmp_path, capsys):
+    def pair(task, name, query):
+        return {"id": name, "task": task, "query": query, "positive": {"video": str(tmp_path)}}
+
+    frame = {"image": {"video": str(tmp_path / "a.mp4"), "time": 1.0}}
+    rows = [pair("I2V", f"a {k}", frame) for k in range(18)]
+    rows += [pair("T2V", f"b {k}", {"text": f"text {k}"}) for k in range(2)]
+    flags = synth.Flags(out=str(tmp_path))
+    assert synth.write_uvrd(rows, flags) == 3
+    assert len(load_jsonl(tmp_path / "uvrd" / "i2v.jsonl")) == 1
+    printed = capsys.readouterr().out
+    assert "I2V: 1 pairs" in printed and "(17 draws gave a pair again)" in printed
+    assert "T2V: 2 pairs, 2 samples in the mixture\n" in printed
+    assert "warning: only one pair in I2V:" in printed
+
+
+def test_the_summary_names_the_first_rows_of_each_reason(tmp_path, capsys):
+    rows = [{"id": f"v{k}", "fate": "dropped", "why": f"duplicate: of w{k}"} for k in range(5)]
+    rows += [{"id": "s", "fate": "dropped", "why": "static: 0 < 1"}, {"id": "k", "fate": "kept"}]
+    (tmp_path / "log.jsonl").write_text("")
+    print_summary(tmp_path, "1-pool", rows)
+    head, *names = capsys.readouterr().out.splitlines()
+    assert head.startswith("1-pool: kept 1 of 7, dropped 5 (duplicate), dropped 1 (static); 0 s")
+    assert names == [
+        "    dropped v0: duplicate: of w0",
+        "    dropped v1: duplicate: of w1",
+        "    dropped v2: duplicate: of w2",
+        "    dropped: 2 more (duplicate)",
+        "    dropped s: static: 0 < 1",
+    ]
+
+
+def test_a_long_loop_speaks_up_while_one_thing_takes_its_time(monkeypatch, capfd):
+    monkeypatch.setattr(jobs, "SILENCE", 0.1)
+
+    def slow():
+        yield 1
+        time.sleep(0.35)
+        yield 2
+
+    assert list(track(slow(), 2, "clips")) == [1, 2]
+    first, *_ = lines = capfd.readouterr().err.splitlines()
+    assert len(lines) >= 2
+    assert re.fullmatch(r"    clips: 0 s so far, 1 of 2, [\d.]+ a second, about \d s left", first)
+
+
 def test_where_nothing_can_be_used_the_run_fails_and_has_said_why(tmp_path, media):
     (tmp_path / "in").mkdir()
     # Outside the folder, and no --root
@@ -1123,6 +1193,24 @@ def llava(folder):
     )
     processor.save_pretrained(folder)
     return folder
+
+
+def test_answers_stop_at_the_length_that_their_words_need(media, tmp_path):
+    """A random model never stops by itself: two tokens for each of 3 words, and 16 around them."""
+    ask = caption.transformers_captioner(
+        write_tiny(tmp_path), device="cpu", **SIZES | {"max_new_tokens": None}, workers=0
+    )
+    item = {"image": str(media / "i.png")}
+    request = {"media": [item], "prompt": "x", "want": {"query": (2, 3)}, "plain": True}
+    asked = []
+
+    def counted(requests):
+        asked.extend(requests)
+        return ask(requests)
+
+    (result,) = caption.ask_until_valid(counted, [request], tries=3)
+    assert result.fate == "dropped" and result.tokens[1] == 22
+    assert len(asked) == 1  # what reached its limit would reach it again
 
 
 @pytest.mark.parametrize("make", [write_tiny, llava])
