@@ -691,11 +691,12 @@ def answer_batch(model, processor, requests, media, max_new_tokens):
 
 
 def reached_limit(model, output, max_new_tokens, pad):
-    """Say of each answer (B, T) whether it was cut off: it has all its tokens, and no last one."""
-    stops = model.generation_config.eos_token_id
-    stops = torch.tensor(stops if isinstance(stops, list) else [stops, pad])
-    has_ended = torch.isin(output[:, -1].cpu(), stops) | (output[:, -1].cpu() == pad)
-    return [not ended and output.shape[1] == max_new_tokens for ended in has_ended.tolist()]
+    """Say of each answer (B, T) whether it was cut off: as long as may be, and without an end."""
+    ends = model.generation_config.eos_token_id  # one, several or None
+    if not isinstance(ends, list):
+        ends = [ends]
+    is_long = output.shape[1] == max_new_tokens
+    return [is_long and token not in (pad, *ends) for token in output[:, -1].tolist()]
 
 
 def model_inputs(processor, config, prompts, media):

@@ -13,7 +13,8 @@ dropped or failed) and the reason.
                 pool.npy the vectors of those kept: the asset pool
     2-captions  enrichment: five captions per video and per key frame
     3-pairs     task extension: T2T, T2I, T2V, I2V, V2V, composed queries (TI2V, TV2V), negatives
-Then <out>/uvrd: training files, and the mixture.json that train.py takes.
+Then <out>/uvrd: training files, and the mixture.json that train.py takes. Beside the rows of the
+last two stages, .answers files have the captioner's replies as they came: none is asked for twice.
 
 The same command goes on where a killed run stopped and tries again what failed. torchrun's ranks,
 --shard 0/4 ... 3/4, and the same command run twice share the work.
@@ -22,6 +23,7 @@ Legend: N videos in the pool, D embedding dim, n sampled frames of a video.
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -183,7 +185,8 @@ class Prober:
         """Embed items -> (vectors (n, D) float32, {index: reason}); vectors that failed are 0."""
         has_media = any("video" in item or "image" in item for item in items)
         gve = self.gve
-        with report_progress(None, f"vectors of {len(items)} items"):
+        progress = report_progress(None, f"vectors of {len(items)} items")
+        with progress if has_media else contextlib.nullcontext():
             vectors, failed = encode(
                 gve,
                 items,
@@ -1007,6 +1010,20 @@ def caption_embedder(captions, prober):
     return caption_vectors
 
 
+def print_pool_notes(rows, out):
+    """Print which flags drop videos by figures tuned on mini, and what became of the captions."""
+    reasons = {row.get("why", "").split(":")[0] for row in rows}
+    if reasons & {"static", "consistency", "duplicate"}:
+        print(
+            "    --min-motion, --consistency and --duplicate were tuned on mini; their figures are "
+            f"under motion, consistency and why in {out}/pool.jsonl"
+        )
+    useless = collections.Counter(row["text_dropped"] for row in rows if "text_dropped" in row)
+    listed = ", ".join(f"{n} {reason}" for reason, n in useless.items())
+    n_cuts = len(join(row.get("cuts", []) for row in rows))
+    print(f"    videos without a caption of use: {listed or 'none'}; {n_cuts} cuts")
+
+
 def cut(rows, size):
     """Cut a list into parts of at most `size`."""
     return [rows[i : i + size] for i in range(0, len(rows), size)]
@@ -1051,16 +1068,7 @@ def main(flags):
     pool = Pool(rows, torch.from_numpy(np.load(out / "pool.npy")))
 
     seconds = print_summary(out, "1-pool", rows)
-    reasons = {row.get("why", "").split(":")[0] for row in rows}
-    if reasons & {"static", "consistency", "duplicate"}:
-        print(
-            "    --min-motion, --consistency and --duplicate were tuned on mini; their figures are "
-            f"under motion, consistency and why in {out}/pool.jsonl"
-        )
-    useless = collections.Counter(row["text_dropped"] for row in rows if "text_dropped" in row)
-    listed = ", ".join(f"{n} {reason}" for reason, n in useless.items())
-    n_cuts = len(join(row.get("cuts", []) for row in rows))
-    print(f"    videos without a caption of use: {listed or 'none'}; {n_cuts} cuts")
+    print_pool_notes(rows, out)
     if flags.stages < 2:
         return
 

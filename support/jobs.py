@@ -52,10 +52,11 @@ def run_sharded(out, stage, parts, do, shard="0/1"):
                 do_part(out, stage, p, paths, parts[p], do)
 
     # Wait for the rest: a process that held a part may have died without finishing it.
-    for p in order:
-        with file_lock(paths[p].with_suffix(".lock")):
-            if not paths[p].exists():
-                do_part(out, stage, p, paths, parts[p], do)
+    with report_progress(None, f"{stage}: other processes are at the rest"):
+        for p in order:
+            with file_lock(paths[p].with_suffix(".lock")):
+                if not paths[p].exists():
+                    do_part(out, stage, p, paths, parts[p], do)
 
     missing = [path for path in paths if not path.exists()]
     if missing:
