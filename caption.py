@@ -28,6 +28,7 @@ import threading
 import time
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import NamedTuple
 
 import httpx
@@ -998,7 +999,7 @@ def open_captioner(name, *, device, concurrency, **options):
         print(
             "captioner mini knows only the rendered world of mini/: it cannot describe other videos"
         )
-        name = "hf:mini/base"
+        name = f"hf:{Path(__file__).parent / 'mini' / 'base'}"
     kind, _, place = name.partition(":")
     url, _, model = place.partition("#")
     if kind == "hf" and place:

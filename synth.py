@@ -179,7 +179,10 @@ class Prober:
 
     @functools.cached_property
     def gve(self):
-        return GVE.from_pretrained(self.flags.prober, device=self.flags.device)
+        name = self.flags.prober
+        if name == Flags.prober:  # wherever the program was started
+            name = str(Path(__file__).parent / name)
+        return GVE.from_pretrained(name, device=self.flags.device)
 
     def embed(self, items):
         """Embed items -> (vectors (n, D) float32, {index: reason}); vectors that failed are 0."""

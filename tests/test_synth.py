@@ -493,8 +493,12 @@ def test_no_reply_is_asked_for_twice_whenever_the_run_ends(tmp_path):
 
     requests = [{"media": [], "prompt": prompt} for prompt in ("a", "b", "lost", "a", "b")]
     path = tmp_path / "part.answers"
+    replies = caption.keep_replies(ask, path, "m")(requests)
+    for k in range(2):
+        next(replies)
+        assert path.read_text().count('"reply"') == k + 1  # before anything else is done with it
     with pytest.raises(OSError, match="goes down"):
-        list(caption.keep_replies(ask, path, "m")(requests))
+        list(replies)
     with open(path, "a") as file:
         file.write('\n{"key": "half of a li')
     asked.clear()
@@ -1098,6 +1102,8 @@ def test_wrong_flags_and_places_are_one_line(raw, tmp_path):
     where = ["--videos", raw / "captions.jsonl"]
     assert "Not a directory" in run(*where, "--out", tmp_path / "file" / "out", ok=False)
     assert "wanted TASK=NUMBER" in run(*where, "--shares", "T2W=1", ok=False)
+    with pytest.raises(ValueError, match="captioner http://a:b: Invalid port"):
+        caption.open_captioner("openai:http://a:b#m", device="cpu", concurrency=1, **SIZES)
     with pytest.raises(ValueError, match="wanted mini, hf:MODEL or openai:URL#MODEL"):
         caption.open_captioner("opneai:x", device="cpu", concurrency=1, **SIZES)
 
