@@ -932,14 +932,13 @@ def read_completion(reply):
         end = "refusal"
         text = str(message["refusal"])
 
-    usage = reply.get("usage") or {}
-    return Reply(
-        text=text,
-        failure=None,
-        tokens_read=usage.get("prompt_tokens") or 0,
-        tokens_written=usage.get("completion_tokens") or 0,
-        end=end,
-    )
+    # Not all servers count.
+    usage = reply.get("usage")
+    tokens = []
+    for key in ("prompt_tokens", "completion_tokens"):
+        count = usage.get(key) if isinstance(usage, dict) else 0
+        tokens.append(count if isinstance(count, int) else 0)
+    return Reply(text, None, *tokens, end)
 
 
 def join_parts(content):

@@ -400,12 +400,13 @@ def test_one_rule_says_which_answers_of_a_server_are_usable():
     assert len(forms) > 50
     server = Server()
     ask = ask_server(server, workers=0)
+    usages = [None, {}, [], "unknown", {"prompt_tokens": None, "completion_tokens": "many"}]
     for (answer, expected), plain, name in forms:
         choice = dict(answer) if isinstance(answer, dict) else {"content": answer}
         finish = choice.pop("finish_reason", "stop")
         server.completion = {
             "choices": [{"message": choice, "finish_reason": finish}],
-            "usage": None,
+            "usage": usages[len(server.served) % len(usages)],
         }
         request = {"media": [], "prompt": "x", "want": {"query": (2, 50)}, "plain": plain}
         (result,) = caption.ask_until_valid(ask, [request], tries=1)
