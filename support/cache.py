@@ -56,7 +56,7 @@ def hash_some_weights(tensors, most=64):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         flat = tensor.detach().flatten()
         some = flat[:: max(1, len(flat) // most)].float().cpu()
-        digest.update(some.numpy())
+        digest.update(some.numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

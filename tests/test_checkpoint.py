@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import write_tiny
 from safetensors.torch import load_file
 from test_train import (
     ROOT,
@@ -223,9 +224,14 @@ def test_resuming_with_other_settings_is_an_error_and_an_unfinished_state_is_not
 
     with pytest.raises(ValueError, match="cannot resume with other settings.*'seed': .42, 7."):
         go(*flags, "--resume", "auto", "--seed", "7")
-    shutil.copytree(tiny, tmp_path / "wide")
-    with pytest.raises(ValueError, match="cannot resume with other settings.*'base'"):
-        go(*flags, "--resume", "auto", "--base", tmp_path / "wide")
+
+    # The base may lie elsewhere, but it has to be the same one.
+    shutil.copytree(tiny, tmp_path / "moved")
+    go(*flags, "--resume", "auto", "--base", tmp_path / "moved")
+    assert_weights_as_before()
+    write_tiny(tmp_path / "other", seed=1)
+    with pytest.raises(ValueError, match="the weights of --base .*/other are not those"):
+        go(*flags, "--resume", "auto", "--base", tmp_path / "other")
 
     # Damaged files are named. Once their state is removed, the run goes on from the one before.
     newest = states / "step-00000004"
