@@ -473,6 +473,18 @@ def test_a_log_on_a_full_disk_is_named_and_a_shortened_one_goes_on_from_whole_li
     assert [line["event"] for line in load_jsonl(tmp_path / "log.jsonl")] == ["start"]
 
 
+def test_ranks_that_read_different_files_are_told_which(tiny, mixture, tmp_path, monkeypatch):
+    def gather(facts):
+        other = json.loads(json.dumps(facts))
+        other["ti2v"]["rows"] = 99
+        return [facts, other]
+
+    monkeypatch.setattr(train, "all_gather_object", gather)
+    message = "rank 0 and rank 1 read different data: source ti2v: rows 5 -> 99$"
+    with pytest.raises(ValueError, match=message):
+        go(*flags_for(tiny, mixture, tmp_path / "out"))
+
+
 def test_hard_negatives_of_an_epoch_that_are_gone_are_named(mixture, tmp_path):
     sources = train.load_mixture(mixture)
     path = tmp_path / "mined-1.jsonl"
