@@ -12,8 +12,11 @@ P(k) = softmax(R_k / sigma_t), while sigma grows from 0.1 to 1.0: well-aligned s
 the others catch up.
 
 Read in this order: the schedule and its sampler, the loss, GradCache, probing and mining, the loop
-in `main`. A run writes a checkpoint folder (model.py), states to resume from
+in `train`. A run writes a checkpoint folder (model.py), states to resume from
 (support/checkpoint.py), and <out>/log.jsonl with one JSON line per event.
+
+SIGTERM, SIGINT, SIGHUP and SIGUSR1 (SLURM's warning) finish the step, save, and stop. torchrun
+passes SIGUSR1 on if started with --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1.
 
 Legend: K sources, G global batch, B this rank's rows, N this rank's hard negatives, M candidates of
 all ranks, D embedding dim. q queries, p positives, n hard negatives.

@@ -39,7 +39,7 @@ def install_signal_handlers():
     terminal is gone). Under nohup SIGHUP stays ignored.
     """
     # torchrun passes SIGTERM, SIGINT and SIGHUP on, and kills its ranks 30 s later. SIGUSR1 ends
-    # torchrun itself unless its variable TORCHELASTIC_SIGNALS_TO_HANDLE names it.
+    # torchrun itself, and its ranks train on, unless --signals-to-handle names it.
 
     def remember(number, frame):
         received_signals.append(number)
