@@ -784,9 +784,9 @@ def hold_folder(out, rank):
     with contextlib.ExitStack() as stack:
         with fail_together():
             out.mkdir(parents=True, exist_ok=True)
-            if rank == 0 and not stack.enter_context(file_lock(out / "lock", wait=False)):
+            if rank == 0 and not stack.enter_context(file_lock(out / "train.lock", wait=False)):
                 raise ValueError(
-                    f"{out}: another run is writing to this folder (it holds {out / 'lock'}); "
+                    f"{out}: another run is writing to this folder (it holds {out / 'train.lock'}); "
                     "wait until it has ended, or name another --out"
                 )
         yield

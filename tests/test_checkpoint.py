@@ -355,15 +355,15 @@ def test_a_second_run_into_the_same_folder_is_refused_and_the_lock_ends_with_the
 ):
     flags = flags_for(tiny, mixture, tmp_path / "out", "--steps 1 --schedule uniform")
     (tmp_path / "out").mkdir()
-    with file_lock(tmp_path / "out" / "lock"):
+    with file_lock(tmp_path / "out" / "train.lock"):
         with pytest.raises(ValueError, match="out: another run is writing to this folder"):
             go(*flags)
-    assert os.listdir(tmp_path / "out") == ["lock"]  # nothing was touched
+    assert os.listdir(tmp_path / "out") == ["train.lock"]  # nothing was touched
 
     # A run lets go of it, also one that fails.
     with pytest.raises(ValueError, match="nowhere/at/all"):
         go(*flags, "--base", "nowhere/at/all")
-    with file_lock(tmp_path / "out" / "lock", wait=False) as held:
+    with file_lock(tmp_path / "out" / "train.lock", wait=False) as held:
         assert held
 
 
