@@ -784,9 +784,10 @@ def hold_folder(out, rank):
     with contextlib.ExitStack() as stack:
         with fail_together():
             out.mkdir(parents=True, exist_ok=True)
-            if rank == 0 and not stack.enter_context(file_lock(out / "train.lock", wait=False)):
+            lock = out / "train.lock"
+            if rank == 0 and not stack.enter_context(file_lock(lock, wait=False)):
                 raise ValueError(
-                    f"{out}: another run is writing to this folder (it holds {out / 'train.lock'}); "
+                    f"{out}: another run is writing to this folder (it holds {lock}); "
                     "wait until it has ended, or name another --out"
                 )
         yield
