@@ -20,7 +20,6 @@ import dataclasses
 import importlib.metadata
 import json
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,7 +58,7 @@ from data import (
     normalise,
 )
 from kernels import windows
-from support.files import parse_json
+from support.files import parse_json, whole_folder
 from support.flags import flag, parse_flags
 
 # Table 9. The modules that LoRA is put on depend on the backbone: BackboneSpec.lora_targets.
@@ -483,10 +482,11 @@ class GVE(nn.Module):
         that any loader of this family takes them; else the adapter in PEFT's layout.
         info: dict for gve.json.
         """
-        staging = Path(folder).with_name(Path(folder).name + ".part")
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
+        with whole_folder(folder) as staging:
+            self.write_files(staging, merge, info)
 
+    def write_files(self, staging, merge, info):
+        """Write all files of a checkpoint into a folder; arguments as in save_pretrained."""
         if self.has_lora and not merge:
             self.backbone.save_pretrained(staging, safe_serialization=True)
             (staging / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
@@ -520,10 +520,6 @@ class GVE(nn.Module):
             "pooling": self.pooling,
         }
         (staging / "gve.json").write_text(json.dumps(self.info, indent=1) + "\n")
-
-        # Move file by file: the folder may hold other files, such as the states of a training run.
-        shutil.copytree(staging, folder, copy_function=os.replace, dirs_exist_ok=True)
-        shutil.rmtree(staging)
 
     def merged(self):
         """Return the generation model with a copy of these weights, LoRA folded in."""

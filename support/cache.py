@@ -9,6 +9,7 @@ A key is a JSON value; its hash is the name of a folder, a row or a file.
 import hashlib
 import json
 import os
+import sys
 import tempfile
 import time
 import uuid
@@ -19,6 +20,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
+from tqdm import tqdm
 
 from support.files import file_fingerprint, read_jsonl, whole_file, write_json
 
@@ -41,6 +43,21 @@ def hash_weights(module):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def hash_some_weights(tensors, most=64):
+    """Return 16 hex digits of the names, shapes and some values of {name: tensor}, in milliseconds.
+
+    Training moves nearly all weights: up to `most` evenly spaced values of each tensor tell two
+    models apart, though not for certain as hash_weights does.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        flat = tensor.detach().flatten()
+        some = flat[:: max(1, len(flat) // most)].float().cpu()
+        digest.update(some.numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def item_key(item):
@@ -174,13 +191,17 @@ class VectorCache:
 
 
 class FeatureStore:
-    """A frozen vision tower's output on disk, one safetensors file for each image or video."""
+    """A frozen vision tower's output on disk, one safetensors file for each image or video.
+
+    Features can be computed again: a store that cannot be written says so once and keeps no more.
+    """
 
     def __init__(self, folder):
         self.folder = Path(folder)
+        self.broken = False  # it could not be written
 
     def find(self, key):
-        """Look features up -> (file, tensors by name, or None if the file is absent or damaged).
+        """Look features up -> (file, tensors by name, or None if the file cannot be read).
 
         key: everything that the features depend on besides the tower's weights, a JSON value.
         """
@@ -188,7 +209,7 @@ class FeatureStore:
         file = self.folder / name[:2] / f"{name}.safetensors"
         try:
             return str(file), load_file(file)
-        except (FileNotFoundError, SafetensorError):
+        except (OSError, SafetensorError):
             return str(file), None
 
     def keep(self, batch):
@@ -198,7 +219,7 @@ class FeatureStore:
         """
         for kind in ("image", "video"):
             for i, file in enumerate(batch.get(f"{kind}_file") or ()):
-                if file is None:
+                if file is None or self.broken:
                     continue
                 names = [f"{kind}_grid_thw"]
                 if kind == "video":
@@ -208,6 +229,13 @@ class FeatureStore:
 
                 # Several ranks may write the same file at once: each writes it whole. Waiting for
                 # the disk takes milliseconds a file, and a damaged one is computed anew.
-                os.makedirs(os.path.dirname(file), exist_ok=True)
-                with whole_file(file, "wb", sync=False) as out:
-                    out.write(save(tensors))
+                try:
+                    os.makedirs(os.path.dirname(file), exist_ok=True)
+                    with whole_file(file, "wb", sync=False) as out:
+                        out.write(save(tensors))
+                except OSError as error:  # the disk is full, or may not be written
+                    self.broken = True
+                    tqdm.write(
+                        f"warning: no further features are kept in {self.folder}: {error}",
+                        file=sys.stderr,
+                    )

@@ -1,7 +1,9 @@
 """Shared fixtures: a tiny random Qwen2.5-VL in Hugging Face layout and a few real media files."""
 
+import contextlib
 import json
 import os
+import resource
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -142,6 +144,17 @@ def moving_square(n=16, height=56, width=56, seed=0):
         left = int(i * (width - 12) / max(n - 1, 1))
         frames[i, height // 3 : height // 3 + 12, left : left + 12] = colour
     return frames
+
+
+@contextlib.contextmanager
+def full_disk(size):
+    """Let no file of this process grow beyond so many bytes: writing then fails as a quota does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture(scope="session")
