@@ -179,3 +179,20 @@ def load_image(image):
     # Pillow raises any of these for a damaged file.
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise MediaError(f"{image}: not a readable image ({error})") from error
+
+
+@dataclasses.dataclass
+class Clip:
+    """Uniform frames of a video, and how they were decoded."""
+
+    pixels: np.ndarray  # (F, H, W, 3) uint8
+    seconds: float  # length of the clip or its window
+    decoder: str  # "decord", "pyav" or "folder"
+    note: str = ""  # says what is missing, where a damaged file gave only what decodes
+
+
+def open_clip(video, frames=8):
+    """Decode uniform frames of a video -> Clip."""
+    pixels, seconds = load_video(video, frames)
+    path = video["path"] if isinstance(video, dict) else video
+    return Clip(pixels, seconds, "folder" if os.path.isdir(path) else "decord")

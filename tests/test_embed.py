@@ -174,14 +174,14 @@ def test_ten_damaged_clips_and_one_that_hangs_cost_nothing_but_themselves(
     items = clips + list(bad.values())
     random.Random(0).shuffle(items)
 
-    load = data.load_video
+    load = data.open_clip
 
     def sleepy(video, frames):
         if "hang.mp4" in str(video):
             ctypes.PyDLL(None).sleep(1000)
         return load(video, frames)
 
-    monkeypatch.setattr(data, "load_video", sleepy)
+    monkeypatch.setattr(data, "open_clip", sleepy)
     began = time.time()
     vectors, failed = encode(gve, items, workers=2, seconds=8)
     assert time.time() - began < 120
@@ -198,14 +198,14 @@ def test_ten_damaged_clips_and_one_that_hangs_cost_nothing_but_themselves(
 
 
 def test_a_decoder_that_dies_is_replaced(gve, media, monkeypatch):
-    load = data.load_video
+    load = data.open_clip
 
     def deadly(video, frames):
         if "b.mp4" in str(video):
             os.kill(os.getpid(), signal.SIGKILL)
         return load(video, frames)
 
-    monkeypatch.setattr(data, "load_video", deadly)
+    monkeypatch.setattr(data, "open_clip", deadly)
     items = [{"video": str(media / f"{name}.mp4")} for name in "abcd"]
     vectors, failed = encode(gve, items, workers=1)
     assert list(failed) == [1]

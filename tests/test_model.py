@@ -144,7 +144,7 @@ def test_inputs_and_hidden_states_equal_transformers(tiny, gve, media, kind, ins
     batch = {**ours, "second_per_grid_ts": torch.tensor(seconds)}
     backbone = Qwen2_5_VLModel.from_pretrained(tiny).eval()
     with torch.no_grad():
-        hidden = backbone(**theirs, position_ids=gve.positions(batch)).last_hidden_state
+        hidden = backbone(**theirs, position_ids=gve.position_ids(batch)).last_hidden_state
         vectors = gve(batch)
     expected = []
     for row, mask in zip(hidden, theirs["attention_mask"], strict=True):
@@ -794,7 +794,7 @@ def test_a_store_gives_the_same_vectors_and_decodes_nothing_twice(
         raise AssertionError("decoded again")
 
     with monkeypatch.context() as patch:
-        patch.setattr("data.load_video", closed)
+        patch.setattr("data.open_clip", closed)
         patch.setattr("data.load_image", closed)
         patch.setattr(gve.core.visual, "forward", closed)
         assert torch.equal(embed_with_store(gve, stored, items), plain), "all from the store"

@@ -122,7 +122,7 @@ def test_defects_do_what_they_say(monkeypatch):
     assert pool(hidden, left).tolist() == [[4, 5]]
     assert pool(hidden, right).tolist() == [[2, 3]]
     study.one_dimensional()
-    assert model.GVE.positions(None, {"attention_mask": left}).tolist() == [[[0, 0, 1, 2]]] * 3
+    assert model.GVE.position_ids(None, {"attention_mask": left}).tolist() == [[[0, 0, 1, 2]]] * 3
 
 
 def test_a_script_runs_with_the_defect_in_it(tmp_path, monkeypatch):
