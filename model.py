@@ -769,8 +769,13 @@ def find_spec(path):
         raise ValueError(
             f"{name_in_message(path)}: cannot be loaded: {first_line(error)}"
         ) from error
+    if file is None and os.path.exists(path):
+        raise ValueError(f"{path}: cannot be loaded: no config.json")
     if file is None:
-        raise ValueError(f"{name_in_message(path)}: cannot be loaded: no config.json")
+        raise ValueError(
+            f"{path}: no such folder, and the hub gives no config.json for this name (no network, "
+            "HF_HUB_OFFLINE, no access, or no such model)"
+        )
 
     model_type = parse_json(Path(file).read_bytes(), file).get("model_type")
     if model_type not in BACKBONES:
@@ -854,7 +859,7 @@ def read_tensors(path):
 
 
 def fingerprint_weights(tensors):
-    """Hash a few values of each tensor -> 16 hex digits, in milliseconds per tensor.
+    """Hash a few values of each tensor -> 16 hex digits, in less than a second.
 
     Independent of the files' layout and, as values are compared in bfloat16, of their precision.
     tensors: {name in the backbone: tensor}.
@@ -863,7 +868,7 @@ def fingerprint_weights(tensors):
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         values = tensor.flatten()
-        some = values[:: max(1, len(values) // 64)].bfloat16()
+        some = values[:: max(1, len(values) // 64)].contiguous().bfloat16()
         digest.update(some.view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
@@ -888,6 +893,7 @@ def load_adapter(backbone, path, lora):
     """
     config = PeftConfig.from_pretrained(path)
     config.inference_mode = not lora
+    config.base_model_name_or_path = backbone.name_or_path  # it may have moved
     if isinstance(lora, dict) and "lora_dropout" in lora:
         config.lora_dropout = lora["lora_dropout"]
     model = get_peft_model(backbone, config)

@@ -170,13 +170,12 @@ class Prober:
 
     def embed(self, items):
         """Embed items -> (vectors (n, D) float32, {index: reason}); vectors that failed are 0."""
-        has_media = any("video" in item or "image" in item for item in items)
         vectors, failed = encode(
             self.gve,
             items,
             frames=self.flags.frames,
             max_tokens=self.flags.max_tokens,
-            workers=self.flags.workers if has_media else 0,  # texts hang no decoder
+            workers=self.flags.workers,
             seconds=self.flags.seconds,
         )
         # A NaN would be neither above nor below any threshold.

@@ -1,10 +1,12 @@
 """embed.py: order, failures, the cache, ranks and exact top-k."""
 
 import ctypes
+import dataclasses
 import json
 import multiprocessing
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -23,7 +25,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
-import embed  # noqa: E402
+import model  # noqa: E402
 from embed import Flags, encode, main, top_k  # noqa: E402
 from model import GVE  # noqa: E402
 from support import cache as cache_module  # noqa: E402
@@ -71,14 +73,14 @@ def test_results_come_in_order_and_a_bad_item_shifts_nothing(gve, media, workers
 
 def test_decoders_have_cores_of_their_own_and_the_threads_come_back(gve, media, monkeypatch):
     before = torch.get_num_threads()
-    to_device = embed.to_device
+    to_device = model.to_device
     seen = []
 
     def spy(*given):
         seen.append(torch.get_num_threads())
         return to_device(*given)
 
-    monkeypatch.setattr(embed, "to_device", spy)
+    monkeypatch.setattr(model, "to_device", spy)
     clips = [{"video": str(media / "a.mp4")}, {"video": str(media / "b.mp4")}]
     try:
         torch.set_num_threads(3)
@@ -498,6 +500,25 @@ def test_killed_at_20_moments_it_goes_on_each_time_and_loses_and_repeats_nothing
     assert_close(vectors, encode(gve, items)[0])
 
 
+def test_a_full_disk_is_named_and_what_was_embedded_stays(gve, tmp_path):
+    texts = [{"text": f"line {i} " * 50} for i in range(40)]
+    encode(gve, texts[:5], cache=VectorCache(tmp_path, gve))
+    before = cached_keys(tmp_path)
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)  # Python ignores the signal, SIGXFSZ
+    # Room for neither the vectors nor, then, the rows of the cache.
+    for size, message in ((8192, f"no room for 40 vectors.*{tmp_path}"), (12000, "too large")):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        try:
+            with pytest.raises(OSError, match=message):
+                encode(gve, texts, cache=VectorCache(tmp_path, gve))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert cached_keys(tmp_path) == before
+    encode(gve, texts, cache=VectorCache(tmp_path, gve))
+    assert len(cached_keys(tmp_path)) == 40
+
+
 def test_two_ranks_equal_one(tiny, media, tmp_path):
     rows = [{"text": f"a text of {n}" * n} for n in range(1, 9)]
     rows += [{"video": f"{name}.mp4"} for name in "abcdb"]
@@ -515,7 +536,7 @@ def test_two_ranks_equal_one(tiny, media, tmp_path):
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 1, done.stderr
     assert done.stdout.count("14 of 15 items") == 1, done.stderr
     assert "shared.jsonl:4:" in done.stdout
     keys = cached_keys(tmp_path / "two" / "cache")
@@ -591,8 +612,10 @@ def test_command_writes_vectors_and_names_what_failed(tiny, media, tmp_path):
     done = subprocess.run(
         [sys.executable, "embed.py", str(path), *flags], cwd=ROOT, capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stderr
-    assert "2 of 3 items" in done.stdout, done.stderr
+    assert done.returncode == 1, done.stderr
+    assert "2 of 3 items" in done.stdout.splitlines()[-1], done.stderr
+    assert "1 failed" in done.stdout.splitlines()[-1]
+    assert "1/1" not in done.stderr and "it/s" not in done.stderr  # no bars without a terminal
     assert "items.jsonl:2: video 'gone.mp4'" in done.stdout
 
     vectors = np.load(tmp_path / "vectors.npy")
@@ -640,6 +663,72 @@ def test_the_command_ends_with_one_line_for_a_missing_file():
     assert done.stderr.strip().splitlines()[-1].startswith("embed.py:")
     assert "gone.jsonl" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_folder_s_media_are_embedded_and_its_failures_counted(
+    tiny, media, tmp_path, monkeypatch, capsys
+):
+    folder = tmp_path / "clips"
+    (folder / "deep" / ".hidden").mkdir(parents=True)
+    shutil.copy(media / "a.mp4", folder / "10.MP4")
+    shutil.copy(media / "i.png", folder / "deep" / "i.png")
+    shutil.copy(media / "i.png", folder / "deep" / ".hidden" / "i.png")
+    (folder / "2.mkv").write_bytes(b"no video")
+    (folder / "._10.MP4").write_bytes(b"a companion")
+    (folder / "notes.txt").write_text("no media")
+    os.symlink(folder, folder / "deep" / "round")
+    open_clip = data.open_clip
+
+    def noted(video, frames):
+        return dataclasses.replace(open_clip(video, frames), note="10.MP4: cut off")
+
+    monkeypatch.setattr(data, "open_clip", noted)
+    flags = Flags(str(folder), ckpt=tiny, out=str(tmp_path / "out"), workers=0, device="cpu")
+    assert main(flags) == 1
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1].startswith(f"{tmp_path / 'out'}: 2 of 3 items embedded, dim 64; 1 failed")
+    decoder = open_clip(str(media / "a.mp4"), 2).decoder
+    assert said[-3:-1] == ["10.MP4: cut off", f"videos decoded by: {decoder} 1"]
+
+    lines = [json.loads(line) for line in open(tmp_path / "out" / "items.jsonl")]
+    names = ["10.MP4", "2.mkv", "deep/i.png"]
+    assert [line["id"] for line in lines] == names
+    assert [line["path"] for line in lines] == [str(folder / name) for name in names]
+    assert "2.mkv" in lines[1]["error"] and "error" not in lines[0]
+    gve = GVE.from_pretrained(tiny)
+    expected = gve.embed([{"video": media / "a.mp4"}, {"image": media / "i.png"}])
+    vectors = torch.from_numpy(np.load(tmp_path / "out" / "vectors.npy"))
+    assert_close(vectors[[0, 2]], expected, 1e-6)
+    (folder / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty: no videos or images here"):
+        main(Flags(str(folder / "empty"), ckpt=tiny))
+
+
+def test_the_commands_base_min_tokens_and_positions_reach_the_vectors(tiny, media, tmp_path):
+    adapter = GVE.from_pretrained(tiny, lora=True)
+    adapter.save_pretrained(tmp_path / "adapter")
+    adapter.save_pretrained(tmp_path / "merged", merge=True)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "/old/machine/base"
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    path = media / "one.jsonl"
+    path.write_text(json.dumps({"video": "b.mp4"}))
+
+    for options in ({}, {"min_tokens": 9}, {"positions": "1d"}):
+        flags = Flags(
+            str(path),
+            ckpt=str(tmp_path / "adapter"),
+            base=tiny,
+            out=str(tmp_path / "out"),
+            workers=0,
+            device="cpu",
+            **options,
+        )
+        assert main(flags) == 0
+        made = torch.from_numpy(np.load(tmp_path / "out" / "vectors.npy"))
+        gve = GVE.from_pretrained(tiny, **options)
+        assert_close(made, gve.embed([{"video": str(media / "b.mp4")}]))
+    assert len(list((tmp_path / "out" / "cache").iterdir())) == 3  # no setting meets another's
 
 
 # Large inputs, kills of the whole evaluation
