@@ -310,7 +310,7 @@ class Collator:
         vision = "".join(VISION_BLOCK[kind] for kind in kinds)
         head = f"{SYSTEM_START}{system}{TURN_END}{USER_START}{lead}{vision}"
         tail = f"{TURN_END}{ANSWER_START}{END}"
-        ids = self.tokenizer.encode(head + text + tail, add_special_tokens=False)
+        ids = self.tokenizer.encode(head + text + tail, add_special_tokens=False, verbose=False)
 
         # The prompt holds one placeholder per medium; the model wants one per vision token.
         vision_tokens = 0

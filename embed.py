@@ -257,12 +257,12 @@ class Flags:
 
 
 def list_media(folder):
-    """List a folder's videos and images, by their endings -> [{"id", "path", "video" or "image"}].
+    """List a folder's videos and images, by their endings -> (items, labels {"id", "path"}).
 
     In the order of their paths, subfolders included, hidden files and folders left out. An image is
     an item of its own: a folder of frames is not taken for a video.
     """
-    rows = []
+    found = {}  # path inside the folder: kind
     seen = set()  # a link to a folder above would lead round in circles
     for at, folders, names in os.walk(folder, followlinks=True):
         if os.path.realpath(at) in seen:
@@ -276,38 +276,40 @@ def list_media(folder):
             kind = "video" if suffix in VIDEO_SUFFIXES else "image"
             if name.startswith(".") or suffix not in VIDEO_SUFFIXES | IMAGE_SUFFIXES:
                 continue
-            path = os.path.join(at, name)
-            inside = os.path.relpath(path, folder)
-            rows.append({"id": inside, "path": path, kind: inside})
-    if not rows:
+            found[os.path.relpath(os.path.join(at, name), folder)] = kind
+    if not found:
         accepted = " ".join(sorted(VIDEO_SUFFIXES | IMAGE_SUFFIXES))
         raise ValueError(f"{folder}: no videos or images here ({accepted})")
-    return sorted(rows, key=lambda row: row["id"])
+    items = []
+    labels = []
+    for path in sorted(found):
+        items.append({found[path]: path})
+        labels.append({"id": path, "path": os.path.join(folder, path)})
+    return items, labels
 
 
-def read_rows(path):
-    """Read the items to embed -> (rows, their names for messages, folder of relative paths).
-
-    A row is an item with an "id" and where it stands: its "line", or its "path" in a folder.
-    """
-    if os.path.isdir(path):
-        rows = list_media(path)
-        return rows, [row["path"] for row in rows], path
-
+def list_rows(path):
+    """Read the rows of a JSON-lines file -> (rows, labels {"id", "line"})."""
     rows = []
-    names = []
+    labels = []
     for number, row in read_jsonl(path):
-        row.setdefault("id", str(len(rows)))
-        rows.append(row | {"line": number})
-        names.append(f"{path}:{number}")
+        labels.append({"id": row.get("id", str(len(rows))), "line": number})
+        rows.append(row)
     if not rows:
         raise ValueError(f"{path}: no items")
-    return rows, names, os.path.dirname(os.path.abspath(path))
+    return rows, labels
 
 
 def main(flags):
     """Embed the items that flags name and return how many failed."""
-    rows, names, folder = read_rows(flags.items)
+    if os.path.isdir(flags.items):
+        folder = flags.items
+        rows, labels = list_media(folder)
+        names = [label["path"] for label in labels]
+    else:
+        folder = os.path.dirname(os.path.abspath(flags.items))
+        rows, labels = list_rows(flags.items)
+        names = [f"{flags.items}:{label['line']}" for label in labels]
 
     # A row that cannot be used keeps its place, so that vectors stay in line with rows.
     items = []
@@ -354,10 +356,8 @@ def main(flags):
     vectors[list(failed)] = torch.nan
     write_array(out / "vectors.npy", vectors.numpy())
     with whole_file(out / "items.jsonl") as file:
-        for i, row in enumerate(rows):
-            line = {key: row[key] for key in ("id", "line", "path") if key in row}
-            if i in failed:
-                line["error"] = failed[i]
+        for i, label in enumerate(labels):
+            line = label | {"error": failed[i]} if i in failed else label
             file.write(json.dumps(line) + "\n")
     report(failed, tally, len(rows), gve.dim, out)
     return len(failed)
