@@ -247,7 +247,9 @@ class Flags:
     prompt_style: str = flag("", "system or user turn; empty: the checkpoint's own")
     root: list[str] = flag([], "more folders that media may lie in")
     batch_tokens: int = flag(4096, "tokens per forward, padding included")
-    workers: int = flag(2, "decoding processes per rank; 0 decodes inline")
+    workers: int = flag(
+        2, "decoding processes per rank; 0: none, a clip that hangs or crashes ends the run"
+    )
     seconds: float = flag(60, "time limit of a worker for one clip, in seconds")
     frames: int = flag(8, "frames per video, even")
     max_tokens: int = flag(200, "most vision tokens per video frame")

@@ -75,7 +75,9 @@ class Flags:
     )
     batch_tokens: int = flag(4096, "tokens per forward pass, padding included")
     batch_size: int = flag(32, "items per call of --encoder's function")
-    workers: int = flag(2, "decoding processes per rank; 0 decodes in this one")
+    workers: int = flag(
+        2, "decoding processes per rank; 0: none, a clip that hangs or crashes ends the run"
+    )
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "torch device")
     bootstrap: int = flag(0, "resamples of the queries for 95 % intervals, say 1000; 0: none")
     rankings: bool = flag(False, "also write <out>/rankings/<DS>.jsonl, the top 1000 of each query")

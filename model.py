@@ -657,7 +657,7 @@ def decode_and_embed(
     lock = threading.Lock()  # held while the model runs: no decoder may be forked meanwhile
     pool = DecoderPool(
         lambda i: collate.prepare(items[i], instruction),
-        lambda i: str(items[i]),
+        lambda i: name_media(items[i]),
         workers=workers,
         seconds=seconds,
         fork_lock=lock,
@@ -673,6 +673,12 @@ def decode_and_embed(
             inputs = collate.batch(batch.values(), raw=True)
             vectors = gve(to_device(inputs, gve.device)).float().cpu()
         yield list(batch), vectors
+
+
+def name_media(item):
+    """Name an item's media for messages; one without media by its text."""
+    media = [str(item[kind]) for kind in ("video", "image") if kind in item]
+    return ", ".join(media) or repr(item)
 
 
 def group_samples(decoded, batch_tokens, batch_size, failed):

@@ -25,6 +25,8 @@ from tqdm import tqdm
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
+import embed  # noqa: E402
+import eval as ev  # noqa: E402
 import model  # noqa: E402
 from embed import Flags, encode, main, top_k  # noqa: E402
 from model import GVE  # noqa: E402
@@ -731,6 +733,62 @@ def test_the_commands_base_min_tokens_and_positions_reach_the_vectors(tiny, medi
     assert len(list((tmp_path / "out" / "cache").iterdir())) == 3  # no setting meets another's
 
 
+def test_evaluation_s_base_min_tokens_and_positions_reach_the_model_and_the_protocol(
+    tiny, tmp_path, monkeypatch
+):
+    adapter = GVE.from_pretrained(tiny, lora=True)
+    with torch.no_grad():
+        for weights in adapter.lora_parameters().values():
+            weights.fill_(0.1)
+    adapter.save_pretrained(tmp_path / "adapter")
+    adapter.save_pretrained(tmp_path / "merged", merge=True)
+    protocols = []
+    monkeypatch.setattr(ev, "score_datasets", lambda *given: protocols.append(given[3]))
+    flags = ev.Flags(ckpt=str(tmp_path / "adapter"), device="cpu")
+    for options in ({}, {"min_tokens": 9, "positions": "1d", "base": tiny}):
+        changed = dataclasses.replace(flags, **options)
+        ev.score_checkpoint([], None, "m", changed, tmp_path / "out")
+    assert [(p["min_tokens"], p["positions"]) for p in protocols] == [(4, "mrope"), (9, "1d")]
+
+    # On its own merged base an adapter would take effect twice.
+    (tmp_path / "i.jsonl").write_text('{"text": "a"}')
+    merged = dataclasses.replace(flags, base=str(tmp_path / "merged"))
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="merged holds other"):
+        ev.score_checkpoint([], None, "m", merged, tmp_path / "out")
+    embedding = Flags(str(tmp_path / "i.jsonl"), ckpt=merged.ckpt, base=merged.base, device="cpu")
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="merged holds other"):
+        main(embedding)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b'{"text": "a"}\r{"text": "b"}', ":1: not JSON.*carriage return"),
+        ('{"text": "a"}\n{"text": "b"}'.encode("utf-16"), ":1: not JSON.*UTF-16"),
+        (b'[{"text": "a"}]', ":1: expected a JSON object.*a JSON list"),
+        (
+            b'{"text": "a"}\n{"text": \n',
+            ":2: not JSON: Expecting value: line 2 column 1 .char 10.$",
+        ),
+    ],
+)
+def test_a_file_that_is_no_json_lines_is_told_so(tmp_path, content, message):
+    (tmp_path / "i.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match="i.jsonl" + message):
+        embed.list_rows(tmp_path / "i.jsonl")
+
+
+def test_without_a_terminal_progress_is_a_line_now_and_then(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(embed.time, "monotonic", lambda: now[0])
+    with embed.Progress(100, "encode") as progress:
+        for _ in range(7):
+            now[0] += 10
+            progress.update(5)
+    lines = ["encode: 15 of 100, 0.5/s", "encode: 30 of 100, 0.5/s"]
+    assert capsys.readouterr().err.splitlines() == lines
+
+
 # Large inputs, kills of the whole evaluation
 
 
@@ -816,8 +874,6 @@ def test_top_k_over_a_million_vectors_costs_little_beside_the_products(
 @pytest.mark.slow
 @pytest.mark.skipif(not (ROOT / "runs/mini/uvrb").is_dir(), reason="needs `python -m mini render`")
 def test_mini_uvrb_killed_at_20_moments_gives_the_numbers_of_an_uninterrupted_run(tmp_path):
-    import eval as ev
-
     gve = GVE.from_pretrained(ROOT / "mini/prober")
     rng = random.Random(0)
     finished = 0

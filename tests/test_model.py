@@ -24,6 +24,7 @@ from transformers import (
 
 import data
 import model
+import train
 from data import Collator
 from model import GVE, last_token_pool, mean_pool, mrope_positions
 from support.cache import FeatureStore
@@ -720,6 +721,25 @@ def test_small_frames_are_enlarged_to_min_tokens_and_images_are_not(
     batch = gve.collator()([item])
     assert (batch["mm_token_type_ids"] == 2).sum() == 4 * tokens
     assert (batch["mm_token_type_ids"] == 1).sum() == 2 * 3
+
+
+def test_stored_features_are_those_of_their_min_tokens(gve, media, tmp_path):
+    files = set()
+    for least in (4, 5):
+        collate = Collator(gve.processor, min_tokens=least, store=FeatureStore(tmp_path))
+        files.add(collate.prepare({"video": str(media / "a.mp4")})["video_file"])
+    assert len(files) == 2
+    with pytest.raises(ValueError, match="max_tokens 100 .at least min_tokens, 128"):
+        Collator(gve.processor, max_tokens=100, min_tokens=128)
+
+
+@pytest.mark.parametrize("preset, least", [("mini", 4), ("gve-3b", 128), ("gve-7b", 128)])
+def test_training_s_flags_reach_the_model_and_its_collator(tiny, preset, least):
+    words = ["--preset", preset, "--base", tiny, "--features", "", "--positions", "1d"]
+    flags = train.parse_flags(train.Flags, words, presets=train.PRESETS)
+    gve, _, collate = train.build_model(flags, 0, torch.device("cpu"))
+    assert (gve.min_tokens, gve.positions) == (least, "1d")
+    assert collate.min_tokens == {"image": 4, "video": least}
 
 
 def test_1d_positions_equal_transformers_forward_with_a_plain_arange(tiny, media):
