@@ -275,10 +275,13 @@ def list_media(folder):
 
         for name in names:
             suffix = Path(name).suffix.lower()
-            kind = "video" if suffix in VIDEO_SUFFIXES else "image"
-            if name.startswith(".") or suffix not in VIDEO_SUFFIXES | IMAGE_SUFFIXES:
+            path = os.path.relpath(os.path.join(at, name), folder)
+            if name.startswith("."):
                 continue
-            found[os.path.relpath(os.path.join(at, name), folder)] = kind
+            if suffix in VIDEO_SUFFIXES:
+                found[path] = "video"
+            elif suffix in IMAGE_SUFFIXES:
+                found[path] = "image"
     if not found:
         accepted = " ".join(sorted(VIDEO_SUFFIXES | IMAGE_SUFFIXES))
         raise ValueError(f"{folder}: no videos or images here ({accepted})")
@@ -335,6 +338,7 @@ def main(flags):
     )
     if gve.wrong_base:
         raise ValueError(gve.wrong_base)
+
     tally = collections.Counter()
     vectors, reasons = encode(
         gve,
@@ -356,10 +360,13 @@ def main(flags):
     for i, reason in reasons.items():
         failed.setdefault(i, f"{names[i]}: {reason}")
     vectors[list(failed)] = torch.nan
+
     write_array(out / "vectors.npy", vectors.numpy())
     with whole_file(out / "items.jsonl") as file:
         for i, label in enumerate(labels):
-            line = label | {"error": failed[i]} if i in failed else label
+            line = dict(label)
+            if i in failed:
+                line["error"] = failed[i]
             file.write(json.dumps(line) + "\n")
     report(failed, tally, len(rows), gve.dim, out)
     return len(failed)
@@ -394,4 +401,4 @@ if __name__ == "__main__":
         failures = main(parse_flags(Flags, doc=__doc__))
     except (ValueError, OSError) as problem:
         sys.exit(f"embed.py: error: {problem}")
-    sys.exit(1 if failures else 0)
+    sys.exit(min(failures, 1))

@@ -386,19 +386,13 @@ class GVE(nn.Module):
             ) from error
         backbone.requires_grad_(False)
 
-        # Say it if an adapter lies on other weights than those it was trained on.
         wrong_base = ""
-        if is_adapter and info.get("base_fingerprint") not in (None, backbone.fingerprint):
-            wrong_base = (
-                f"{path}: {full} holds other weights than those that this adapter was trained on "
-                "(perhaps an adapter is merged into them, whose effect would come twice); "
-                "give the adapter's own base (--base)"
-            )
-            if not base:
-                raise ValueError(wrong_base)
-            warnings.warn(wrong_base, stacklevel=2)  # the caller asked for this base
-
         if is_adapter:
+            wrong_base = compare_base(info, backbone, path, full)
+            if wrong_base and not base:
+                raise ValueError(wrong_base)
+            if wrong_base:
+                warnings.warn(wrong_base, stacklevel=2)  # the caller asked for this base
             backbone = load_adapter(backbone, path, lora)
         elif lora:
             fields = {**LORA, "target_modules": spec.lora_targets}
@@ -764,6 +758,20 @@ def find_base(adapter, base=None):
     raise ValueError(
         f"{adapter}: the base of this adapter is not here: {base!r} ({given_by}) is no checkpoint "
         "folder; give its folder or hub id (--base)"
+    )
+
+
+def compare_base(info, backbone, path, base):
+    """Say that an adapter lies on other weights than those it was trained on; "" if it does not.
+
+    info: the adapter's gve.json, which may be older than the fingerprint; backbone: of `base`.
+    """
+    if info.get("base_fingerprint") in (None, backbone.fingerprint):
+        return ""
+    return (
+        f"{path}: {base} holds other weights than those that this adapter was trained on "
+        "(perhaps an adapter is merged into them, whose effect would come twice); "
+        "give the adapter's own base (--base)"
     )
 
 

@@ -941,7 +941,7 @@ def test_incomplete_folders_give_one_clear_error(tiny, tmp_path, missing, messag
     [
         ("./nowhere", "./nowhere: neither a checkpoint folder nor a hub id"),
         ("a/b/c", "a/b/c: neither a checkpoint folder nor a hub id"),
-        ("owner/name", "owner/name .a hub id, for there is no such folder.: "),
+        ("owner/name", "owner/name: no such folder, and the hub gives no config.json"),
     ],
 )
 def test_a_path_without_a_checkpoint_is_named(path, message):
