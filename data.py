@@ -30,7 +30,8 @@ import torch
 
 from support.decoders import DecoderPool, Failed
 from support.files import file_fingerprint, parse_json
-from support.media import MediaError, check_numbers, load_image, load_video, sample_indices
+from support.media import MediaError, check_numbers, load_image, open_clip, sample_indices
+from support.media import load_video as load_video  # for callers of this file
 
 DEFAULT_INSTRUCTION = "You are a helpful assistant."
 
@@ -47,7 +48,7 @@ VISION_BLOCK = {
 END = "<|endoftext|>"  # the pooled token
 
 IMAGE_TOKENS = 256  # most vision tokens per image (the released processor's limit)
-MIN_TOKENS = 4  # least vision tokens per image or video frame (likewise)
+MIN_TOKENS = 4  # least vision tokens per image (likewise) and, by default, per video frame
 TASKS = "T2T T2I TI2I TI2T TI2TI I2I I2T T2TI T2V I2V V2V TI2V TV2V".split()
 
 # A medium is a path or a dict. A clip is {"path", "start", "end", "fps"}; an image that is a frame
@@ -89,6 +90,20 @@ def check_item(item):
 
 class OutsideRoots(ValueError):
     """An item names a medium that lies outside the allowed roots."""
+
+
+def with_plain_paths(item):
+    """Return an item whose media paths are strings where they were pathlib's."""
+    if not isinstance(item, dict):
+        return item  # check_item says so
+    plain = dict(item)
+    for kind, path_key in PATH_KEY.items():
+        media = plain.get(kind)
+        if isinstance(media, os.PathLike):
+            plain[kind] = os.fspath(media)
+        elif isinstance(media, dict) and isinstance(media.get(path_key), os.PathLike):
+            plain[kind] = media | {path_key: os.fspath(media[path_key])}
+    return plain
 
 
 def resolve(item, base, roots=()):
@@ -157,6 +172,7 @@ class Collator:
 
     frames        per video, an even number
     max_tokens    most vision tokens per video frame
+    min_tokens    least vision tokens per video frame: smaller frames are enlarged
     max_length    most tokens of the whole prompt
     padding_side  "left" or "right"; None: the tokenizer's
     prompt_style  "system": the instruction is the system turn; "user": it heads the user turn
@@ -170,20 +186,22 @@ class Collator:
         *,
         frames=8,
         max_tokens=200,
+        min_tokens=MIN_TOKENS,
         max_length=8192,
         padding_side=None,
         prompt_style="system",
         store=None,
     ):
         sample_indices(1, frames)  # rejects odd counts early
-        if max_tokens < MIN_TOKENS or prompt_style not in ("system", "user"):
+        if max_tokens < min_tokens or min_tokens < 1 or prompt_style not in ("system", "user"):
             raise ValueError(
-                f"max_tokens {max_tokens} (at least {MIN_TOKENS}), "
-                f"prompt_style {prompt_style!r} (system or user)"
+                f"max_tokens {max_tokens} (at least min_tokens, {min_tokens}), min_tokens (at "
+                f"least 1), prompt_style {prompt_style!r} (system or user)"
             )
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.frames = frames
+        self.min_tokens = {"image": MIN_TOKENS, "video": min_tokens}
         self.max_tokens = {"image": IMAGE_TOKENS, "video": max_tokens}
         self.max_length = max_length
         self.padding_side = padding_side or self.tokenizer.padding_side
@@ -211,9 +229,11 @@ class Collator:
         image_, video_features      (V, D) instead, or else
         image_, video_file          the store's file for the features that are to be computed
         second_per_grid_ts          (1,) float32, seconds between a video's temporal grids
+        decoder, note               how a video was decoded, and what is missing of a damaged one
 
         Raises MediaError, ValueError or FileNotFoundError, naming the file.
         """
+        item = with_plain_paths(item)
         check_item(item)
         sample = {}
         for kind, path_key in PATH_KEY.items():
@@ -224,7 +244,7 @@ class Collator:
             stored = None
             if self.store is not None:
                 path = media[path_key] if isinstance(media, dict) else media
-                protocol = [self.frames, self.max_tokens, self.settings]
+                protocol = [self.frames, self.min_tokens, self.max_tokens, self.settings]
                 # The fingerprint: a file that changes is another medium.
                 key = [kind, media, file_fingerprint(path), *protocol]
                 file, stored = self.store.find(key)
@@ -248,14 +268,15 @@ class Collator:
         else:
             processor = self.processor.video_processor
             options = {"do_sample_frames": False, "cap_pixels_per_frame": False}
-            pixels, seconds = load_video(media, self.frames)  # (F, H, W, 3)
+            clip = open_clip(media, self.frames)
+            pixels = clip.pixels  # (F, H, W, 3)
 
         # A copy: Pillow's buffer is read-only.
         pixels = torch.from_numpy(np.array(pixels)).movedim(-1, -3)  # (..., 3, H, W)
 
         pixels_per_token = (processor.patch_size * processor.merge_size) ** 2
         size = {
-            "shortest_edge": MIN_TOKENS * pixels_per_token,
+            "shortest_edge": self.min_tokens[kind] * pixels_per_token,
             "longest_edge": self.max_tokens[kind] * pixels_per_token,
         }
         try:
@@ -276,8 +297,11 @@ class Collator:
             f"{kind}_grid_thw": inputs[f"{kind}_grid_thw"],
         }
         if kind == "video":
-            seconds_per_grid = processor.temporal_patch_size * seconds / self.frames
+            seconds_per_grid = processor.temporal_patch_size * clip.seconds / self.frames
             sample["second_per_grid_ts"] = torch.tensor([seconds_per_grid])
+            sample["decoder"] = clip.decoder
+            if clip.note:
+                sample["note"] = clip.note
         return sample
 
     def tokenise(self, text, instruction, sample):
@@ -287,6 +311,8 @@ class Collator:
         of the user's text and nothing else. Raises ValueError, naming frames x tokens, if that is
         not enough.
         """
+        # Half of a character (an emoji cut in two) would be refused: U+FFFD takes its place.
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         # Users cannot write special tokens.
         text = text.replace("<|", "< |")
         instruction = instruction.replace("<|", "< |")
@@ -303,7 +329,7 @@ class Collator:
         vision = "".join(VISION_BLOCK[kind] for kind in kinds)
         head = f"{SYSTEM_START}{system}{TURN_END}{USER_START}{lead}{vision}"
         tail = f"{TURN_END}{ANSWER_START}{END}"
-        ids = self.tokenizer.encode(head + text + tail, add_special_tokens=False)
+        ids = self.tokenizer.encode(head + text + tail, add_special_tokens=False, verbose=False)
 
         # The prompt holds one placeholder per medium; the model wants one per vision token.
         vision_tokens = 0

@@ -51,6 +51,7 @@ MAX_LENGTH = 8192  # tokens of an item at most; longer texts lose their tail
 @dataclasses.dataclass
 class Flags:
     ckpt: str = flag("runs/gve-mini", "checkpoint to score: a folder or a hub id")
+    base: str = flag("", "the base of an adapter whose base moved; empty: as the adapter names it")
     encoder: str = flag(
         "", "score a function instead: FILE.py:NAME, (items, instruction) -> array (n, D)"
     )
@@ -67,12 +68,16 @@ class Flags:
     max_tokens: list[int] = flag(
         [200], "most visual tokens per frame, 28x28 pixels each; several likewise"
     )
+    min_tokens: int = flag(0, "least visual tokens per frame; 0: the checkpoint's own")
+    positions: str = flag("", "mrope or 1d; empty: the checkpoint's own")
     prompt_style: str = flag(
         "", "turn that holds a query's prompt, system or user; empty: the checkpoint's own choice"
     )
     batch_tokens: int = flag(4096, "tokens per forward pass, padding included")
     batch_size: int = flag(32, "items per call of --encoder's function")
-    workers: int = flag(0, "decoding processes per rank; 0 decodes in this one")
+    workers: int = flag(
+        2, "decoding processes per rank; 0: none, a clip that hangs or crashes ends the run"
+    )
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "torch device")
     bootstrap: int = flag(0, "resamples of the queries for 95 % intervals, say 1000; 0: none")
     rankings: bool = flag(False, "also write <out>/rankings/<DS>.jsonl, the top 1000 of each query")
@@ -593,6 +598,8 @@ def protocol_of(gve, flags, frames, max_tokens):
         "ties": ties,
         "frames": frames,
         "max_tokens": max_tokens,
+        "min_tokens": gve.min_tokens,
+        "positions": gve.positions,
         "max_length": MAX_LENGTH,
         "prompt": f"{query_prompt}; corpus: the default system turn alone",
         # Numbers depend on these in their last digits.
@@ -652,7 +659,16 @@ def score_checkpoint(benches, benchmark, model, flags, out):
     ranks but 0.
     """
     rank, _, device = join_ranks(flags.device)
-    gve = GVE.from_pretrained(flags.ckpt, device=device, prompt_style=flags.prompt_style)
+    gve = GVE.from_pretrained(
+        flags.ckpt,
+        device=device,
+        base=flags.base,
+        prompt_style=flags.prompt_style,
+        min_tokens=flags.min_tokens,
+        positions=flags.positions,
+    )
+    if gve.wrong_base:
+        raise ValueError(gve.wrong_base)
     cache = VectorCache(out / "cache", gve)
     settings = list(itertools.product(flags.frames, flags.max_tokens))
     results = []

@@ -195,7 +195,7 @@ class Prober:
                 items,
                 frames=self.flags.frames,
                 max_tokens=self.flags.max_tokens,
-                workers=self.flags.workers if has_media else 0,  # texts hang no decoder
+                workers=self.flags.workers,
                 seconds=self.flags.seconds,
             )
         # A NaN would be neither above nor below any threshold.

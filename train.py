@@ -41,11 +41,11 @@ import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
-from data import Collator, OutsideRoots, TrainLoader, content_id, load_mixture
+from data import OutsideRoots, TrainLoader, content_id, load_mixture
 from embed import encode
 from kernels.infonce import info_nce_dist
-from model import GVE, POOLINGS, to_device
-from support.cache import FeatureStore, VectorCache, hash_some_weights, hash_weights
+from model import GVE, POOLINGS, POSITIONS, to_device
+from support.cache import FeatureStore, VectorCache, hash_weights
 from support.checkpoint import (
     check_data,
     check_same_state,
@@ -101,6 +101,7 @@ PAPER = dict(
     micro_tokens=32768,
     save_every=200,
     probe_pairs=256,
+    min_tokens=128,  # PAPER: names none; the released processor's (model.RELEASED_MIN_TOKENS)
     grad_cache=True,  # PAPER: GradCache was off; on, a batch of 1,024 fits any GPU
 )
 PRESETS = {
@@ -644,7 +645,14 @@ class Flags:
     )
     symmetric: bool = flag(True, "add the candidate-to-query direction to the loss")
     frames: int = flag(8, "frames per video, even")
-    max_tokens: int = flag(200, "vision tokens per video frame")
+    max_tokens: int = flag(200, "most vision tokens per video frame")
+    min_tokens: int = flag(4, "least vision tokens per video frame; smaller frames are enlarged")
+    positions: str = flag(
+        "",
+        "mrope, or 1d: places in the row, as in the released forward; empty: the base's own, else "
+        "mrope",
+        choices=["", *POSITIONS],
+    )
     max_length: int = flag(8192, "tokens per item; the tail of longer texts is cut")
     dtype: str = flag(
         "float32",
@@ -938,7 +946,13 @@ def build_model(flags, rank, device):
     torch.manual_seed(flags.seed)  # LoRA starts equal on every rank
     lora = {"lora_dropout": flags.dropout}
     gve = GVE.from_pretrained(
-        flags.base, dtype=flags.dtype, device=device, lora=lora, pooling=flags.pooling
+        flags.base,
+        dtype=flags.dtype,
+        device=device,
+        lora=lora,
+        pooling=flags.pooling,
+        min_tokens=flags.min_tokens,
+        positions=flags.positions,
     )
     if flags.checkpointing:
         gve.core.language_model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -955,12 +969,10 @@ def build_model(flags, rank, device):
     store = None
     if flags.features:
         store = FeatureStore(f"{flags.features}/{hash_weights(gve.core.visual)[:16]}")
-    collate = Collator(
-        gve.processor,
+    collate = gve.collator(
         frames=flags.frames,
         max_tokens=flags.max_tokens,
         max_length=flags.max_length,
-        prompt_style=gve.prompt_style,
         store=store,
     )
     return gve, optimizer, collate
@@ -1051,8 +1063,7 @@ def train(flags, sources, sampler, rank, world, device):
     out = Path(flags.out)
     config = dataclasses.asdict(flags) | {"world": world, "device": device.type}
     data_facts = {source.name: source.facts() for source in sources}
-    frozen = {name: p for name, p in gve.named_parameters() if not p.requires_grad}
-    base_hash = hash_some_weights(frozen)
+    base_hash = gve.core.fingerprint
     resumed = None  # the facts of the state to resume from, until its epoch is under way
     if flags.resume:
         with fail_together():

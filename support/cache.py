@@ -45,19 +45,15 @@ def hash_weights(module):
     return digest.hexdigest()
 
 
-def hash_some_weights(tensors, most=64):
-    """Return 16 hex digits of the names, shapes and some values of {name: tensor}, in milliseconds.
+def write_array(path, array):
+    """Write an array as .npy, whole or not at all.
 
-    Training moves nearly all weights: up to `most` evenly spaced values of each tensor tell two
-    models apart, though not for certain as hash_weights does.
+    np.save's own writing says on a full disk how many values it wrote, but neither file nor reason.
     """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        flat = tensor.detach().flatten()
-        some = flat[:: max(1, len(flat) // most)].float().cpu()
-        digest.update(some.numpy().tobytes())
-    return digest.hexdigest()[:16]
+    with whole_file(path, "wb") as file:
+        header = np.lib.format.header_data_from_array_1_0(array)
+        np.lib.format.write_array_header_1_0(file, header)
+        file.write(np.ascontiguousarray(array).data)
 
 
 def item_key(item):
@@ -129,6 +125,8 @@ class VectorCache:
             "processor": hash_key(processor_key),
             "prompt_style": gve.prompt_style,
             "pooling": gve.pooling,
+            "min_tokens": gve.min_tokens,
+            "positions": gve.positions,
             "device": gve.device.type,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
@@ -145,6 +143,13 @@ class VectorCache:
     def allocate(self, n, dim):
         """Return NaN (n, dim) float32 in a nameless file: memory that the system can reclaim."""
         with tempfile.TemporaryFile(dir=self.folder) as file:
+            # Writing to a mapped file that a full disk cannot hold would kill the process.
+            try:
+                os.posix_fallocate(file.fileno(), 0, max(n, 1) * dim * 4)
+            except OSError as error:
+                raise OSError(
+                    error.errno, f"no room for {n} vectors: {error.strerror}", str(self.folder)
+                ) from error
             array = np.memmap(file, np.float32, "w+", shape=(max(n, 1), dim))
             return torch.from_numpy(array)[:n].fill_(torch.nan)
 
@@ -177,8 +182,7 @@ class VectorCache:
         """Write what was added as a shard. The .jsonl comes last: without it there is no shard."""
         if self.rows:
             name = uuid.uuid4().hex
-            with whole_file(self.shards / f"{name}.npy", "wb") as file:
-                np.save(file, torch.cat(self.vectors).numpy())
+            write_array(self.shards / f"{name}.npy", torch.cat(self.vectors).numpy())
             with whole_file(self.shards / f"{name}.jsonl") as file:
                 for row in self.rows:
                     file.write(json.dumps(row) + "\n")

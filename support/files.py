@@ -41,8 +41,24 @@ def read_jsonl(path):
     """
     with open(path, "rb") as file:  # bytes: bad UTF-8 spoils its own line only
         for number, line in enumerate(file, 1):
-            if line.strip():
-                yield number, parse_json(line, f"{path}:{number}")
+            if not line.strip():
+                continue
+            try:
+                row = parse_json(line, f"{path}:{number}")
+            except ValueError as error:
+                raise ValueError(f"{error}{guess_cause(line)}") from error
+            yield number, row
+
+
+def guess_cause(line):
+    """Guess how a file was saved of which this line (bytes) is no JSON object; "" if unknown."""
+    if b"\0" in line:
+        return " (UTF-16? Save the file as UTF-8)"
+    if b"\r" in line.strip():
+        return " (do its lines end in a carriage return alone? Save it with line feeds)"
+    if line.lstrip(b"\xef\xbb\xbf \t").startswith(b"["):
+        return " (a JSON list? Write one object a line, without brackets around and commas between)"
+    return ""
 
 
 def load_jsonl(path):

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from support import checkpoint, files, ranks  # noqa: E402
-from support.cache import FeatureStore, hash_some_weights  # noqa: E402
+from support.cache import FeatureStore  # noqa: E402
 from support.flags import flag, parse_flags  # noqa: E402
 
 # files.py
@@ -126,21 +126,6 @@ def test_a_feature_store_that_cannot_be_written_says_so_once_and_keeps_no_more(t
     (tmp_path / "file").write_text("")
     store = FeatureStore(tmp_path / "file" / "features")
     assert keep("a", 8) is None
-
-
-def test_a_cheap_hash_tells_models_apart():
-    def weights():
-        torch.manual_seed(0)
-        return {"a": torch.randn(100, 100), "b": torch.randn(3)}
-
-    before = hash_some_weights(weights())
-    assert hash_some_weights(weights()) == before
-    shifted, renamed, reshaped = weights(), weights(), weights()
-    shifted["a"] += 1e-3
-    renamed["c"] = renamed.pop("b")
-    reshaped["a"] = reshaped["a"].reshape(50, 200)
-    for other in (shifted, renamed, reshaped):
-        assert hash_some_weights(other) != before
 
 
 # checkpoint.py

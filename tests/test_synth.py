@@ -813,7 +813,7 @@ def test_a_video_that_cannot_be_embedded_is_dropped_with_the_reason(
     clips, tmp_path, monkeypatch, text
 ):
     """With and without a caption: no NaN in the pool, no consistency that nobody measured."""
-    spoil(monkeypatch, data, "load_video")
+    spoil(monkeypatch, data, "open_clip")
     lines = [{"id": path.name, "video": str(path), "text": text} for path in clips.iterdir()]
     captions = clips / "captions.jsonl"
     captions.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -835,14 +835,14 @@ def test_a_shot_that_cannot_be_embedded_drops_its_video(tmp_path, monkeypatch):
     scenes = [np.kron(scene, np.ones((12, 12, 1))).astype(np.uint8) for scene in noise]
     frames = [np.roll(scenes[i // 16], 2 * i, axis=1) for i in range(32)]
     write_video(tmp_path / "film.mp4", np.stack(frames), fps=8)
-    load = data.load_video
+    load = data.open_clip
 
     def broken(video, frames):
         if isinstance(video, dict):
             raise data.MediaError("no such window")
         return load(video, frames)
 
-    monkeypatch.setattr(data, "load_video", broken)
+    monkeypatch.setattr(data, "open_clip", broken)
     row = {"id": "film", "video": "film.mp4", "text": "Tiles of all colours pan to the right."}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
     words = ["--videos", tmp_path / "rows.jsonl", "--out", tmp_path / "out", "--stages", 1]

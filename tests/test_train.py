@@ -82,7 +82,7 @@ def record(out):
     number, doomed_rank, last_step = os.environ.get("FATE", "never never never").split()
     delay = float(os.environ.get("SLOW", 0))
     sum_over_ranks = train.sum_over_ranks
-    load_video = data.load_video
+    open_clip = data.open_clip
     losses = []
     gradients = []
 
@@ -97,10 +97,10 @@ def record(out):
 
     def load_slowly(video, frames):
         time.sleep(delay)
-        return load_video(video, frames)
+        return open_clip(video, frames)
 
     train.sum_over_ranks = record_sums
-    data.load_video = load_slowly
+    data.open_clip = load_slowly
     train.install_signal_handlers()
     go(*sys.argv[2:])
     if rank == "0":
@@ -646,7 +646,7 @@ def test_clips_that_crash_or_hang_their_decoder_are_replaced_as_well(
     harm = {3: "crash.mp4", 7: "hang.mp4", 8: "hang.mp4"}  # row number: clip
     for name in ("crash.mp4", "hang.mp4"):
         shutil.copy(media / "a.mp4", tmp_path / name)
-    load = data.load_video
+    load = data.open_clip
 
     def load_or_harm(video, frames):
         if "crash.mp4" in str(video):
@@ -655,7 +655,7 @@ def test_clips_that_crash_or_hang_their_decoder_are_replaced_as_well(
             ctypes.PyDLL(None).sleep(1000)  # holds the interpreter's lock
         return load(video, frames)
 
-    monkeypatch.setattr(data, "load_video", load_or_harm)
+    monkeypatch.setattr(data, "open_clip", load_or_harm)
     monkeypatch.setitem(train.TrainLoader.__init__.__kwdefaults__, "seconds", 3)
 
     # The rows with the harmful clips, and the same rows replaced by hand.
