@@ -753,12 +753,11 @@ def score_datasets(source, benchmark, model, protocol, flags, out):
             f"{entry['n']}/{entry['expected']} queries, "
             f"{entry['corpus']}/{entry['expected_corpus']} corpus items)"
         )
-        for kind, vectors in (("query", encoded.queries), ("corpus", encoded.corpus)):
-            if all_equal(vectors):
-                print(
-                    f"  all {kind} vectors are equal, so the model has no part in this score: "
-                    f"it comes from the order of corpus.jsonl (chance: {cell(entry['chance'])})"
-                )
+        bound = f"chance is {cell(entry['chance'])}"
+        if all_equal(encoded.corpus):
+            print(f"  all corpus vectors are equal: only their order makes this score; {bound}")
+        elif all_equal(encoded.queries):
+            print(f"  all query vectors are equal: all queries get the same ranking; {bound}")
         for reason in failed[:3]:
             print(f"  no vector: {reason}")
         if len(failed) > 3:

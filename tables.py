@@ -534,8 +534,12 @@ def averages_of(result):
 
 
 def figure_2(paper, results):
-    """Build Figure 2: averages and abilities per model."""
-    table = Table(yours=[{"model": result["model"], **averages_of(result)} for result in results])
+    """Build Figure 2: averages and abilities per model; without results that have none of them."""
+    table = Table()
+    for result in results:
+        row = {"model": result["model"], **averages_of(result)}
+        if columns_with_numbers([row]):
+            table.yours.append(row)
     if comparable(results):
         for model, cells in paper["table2"].items():
             row = {"model": model, "AVG-D": paper["table1"][model]["AVG"], "AVG-A": cells["AVG"]}

@@ -6,6 +6,7 @@ import importlib
 import itertools
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -634,6 +635,38 @@ def test_a_folders_own_prompt_heads_its_queries(tmp_path):
     assert seen == [(4 + 9, None), (3, uvrb.PROMPTS["MSRVTT"]), (7, "Find my video.")]
 
 
+def test_the_benchmark_that_the_readme_shows_is_checked_and_scored(tiny, tmp_path, capsys):
+    """Its rows as they stand there, five of each, over five real clips."""
+    block = (REPO / "README.md").read_text().split("```\nmine/benchmark.json")[1].split("```")[0]
+    content, *lines = re.split(r"\n(?=mine/)", block.strip())
+    root = tmp_path / "mine"
+    (root / "Kitchen" / "videos").mkdir(parents=True)
+    (root / "benchmark.json").write_text(content)
+    for line in lines[:3]:
+        path, row = line.split(maxsplit=1)
+        rows = [row.replace("1", str(i)) for i in range(1, 6)]
+        assert rows[0] == row
+        (tmp_path / path).write_text("\n".join(rows))
+    for i in range(1, 6):
+        write_video(root / "Kitchen" / "videos" / f"{i}.mp4", moving_square(12, seed=i))
+    assert lines[3] == "mine/Kitchen/videos/1.mp4" and len(lines) == 4
+
+    assert uvrb.check(root) == []
+    assert capsys.readouterr().out == "Kitchen     5 queries, 5 corpus items, 0 media missing\n"
+    call("--ckpt", tiny, "--uvrb", root, "--out", tmp_path / "out", "--name", "tiny")
+    line, last = capsys.readouterr().out.splitlines()
+    gve = GVE.from_pretrained(tiny)
+    b = uvrb.read(root, "Kitchen")
+    queries = torch.cat([gve.embed([row["item"]], "Find the video.") for row in b.queries])
+    corpus = torch.cat([gve.embed([row["item"]]) for row in b.corpus])
+    score = trec(queries, corpus, [[i] for i in range(5)])["R@1"]
+    words = line.split()
+    assert words[:3] == ["Kitchen", "R@1", f"{score:.3f}".removeprefix("0")]
+    assert line.endswith("(chance .200, ceiling 1.000, 5/5 queries, 5/5 corpus items)")
+    entry = results_of(tmp_path / "out")["datasets"]["Kitchen"]
+    assert entry["score"] == pytest.approx(score) and entry["complete"]
+
+
 def vectors_of(bench, folder, change=lambda rows, vectors: (rows, vectors)):
     """Write a folder for --embeddings in which every query is its first positive; `change` spoils
     it."""
@@ -723,6 +756,157 @@ def test_a_wrong_encoder_is_an_error_and_an_item_it_cannot_embed_is_a_loss(tiny,
     for spec in (f"{tmp_path}/mine.py", "mine:embed"):
         with pytest.raises(ValueError, match="expected FILE.py:FUNCTION"):
             ev.function_encoder(spec, 8)
+
+
+def encoder_of(folder, text, name="embed", size=8):
+    """An encoder from a file of its own in `folder`."""
+    folder.mkdir(exist_ok=True)
+    (folder / "mine.py").write_text(text)
+    return ev.function_encoder(f"{folder}/mine.py:{name}", size)
+
+
+UNITS = {  # a function's result as people write it, three rows of the unit matrix
+    "array": "np.eye(3)",
+    "float16": "np.eye(3, dtype=np.float16)",
+    "bf16 with gradients": "torch.eye(3, dtype=torch.bfloat16, requires_grad=True)",
+    "integers": "torch.eye(3, dtype=torch.int64)",
+    "list of lists": "np.eye(3).tolist()",
+    "list of arrays": "list(np.eye(3, dtype=np.float32))",
+    "list of tensors": "list(torch.eye(3, requires_grad=True))",
+    "tuple of bf16": "tuple(torch.eye(3).bfloat16())",
+}
+
+
+@pytest.mark.parametrize("kind", UNITS)
+def test_an_encoder_may_return_what_people_return(tmp_path, kind):
+    text = f"import numpy as np, torch\ndef embed(items, instruction):\n    return {UNITS[kind]}\n"
+    rows = bench(3, 2).queries
+    for i, row in enumerate(rows):
+        row["item"] = {"text": str(i)}
+    vectors, failed = encoder_of(tmp_path, text)(rows, None, "")
+    assert vectors.dtype == torch.float32 and vectors.tolist() == np.eye(3).tolist()
+    assert not failed and not vectors.requires_grad
+
+
+WRONG_RESULTS = {  # an expression for two items: words of the error
+    "None": "returns a NoneType; expected a tensor, an array or a list of rows, floats (2, D)",
+    "{'vectors': np.eye(2)}": "returns a dict; expected a tensor",
+    "['a', 'b']": "returns a list; expected a tensor",
+    "[[1.0, 0.0], [1.0]]": "returns a list; expected a tensor",
+    "np.ones(2)": "shape (2,) for 2 items; expected (2, D)",
+    "np.ones((2, 1, 3))": "shape (2, 1, 3) for 2 items; expected (2, D)",
+    "np.ones((3, 3))": "shape (3, 3) for 2 items; expected (2, D)",
+    "np.ones((2, 5 if instruction else 4))": "shape (2, 5) for 2 items; expected (2, 4)",
+    "np.zeros((2, 4))": "vectors of length 0 for 2 of 2 items (q.jsonl:1, q.jsonl:2)",
+    "[[1.0, 2.0], [0.0, 0.0]]": "vectors of length 0 for 1 of 2 items (q.jsonl:2)",
+    "items[0]['audio']": "KeyError: 'audio'",
+}
+
+
+@pytest.mark.parametrize("result", WRONG_RESULTS)
+def test_a_wrong_result_of_an_encoder_is_named(tmp_path, result):
+    text = f"import numpy as np\ndef embed(items, instruction):\n    return {result}\n"
+    rows = bench(2, 2).queries
+    rows[1]["item"] = {"text": "y"}
+    encoder = encoder_of(tmp_path, text)
+    with pytest.raises(ValueError) as error:
+        for instruction in (None, "Find it."):
+            encoder(rows, instruction, "")
+    told = str(error.value)
+    assert told.startswith(f"--encoder {tmp_path}/mine.py:embed: ") and "\n" not in told
+    assert WRONG_RESULTS[result] in told
+
+
+def test_vectors_that_are_all_equal_are_said(tmp_path, capsys):
+    """For any source of vectors; of the queries, of the corpus, whatever their lengths."""
+    b = bench(6, 8)
+    corpus = torch.eye(8)
+    same = torch.full((8, 8), 0.1) * torch.arange(1, 9)[:, None]
+    same[2] = math.nan  # an item without a vector
+    flags = parse_flags(ev.Flags, [])
+    for queries, items, words in (
+        (corpus[:6], same, "all corpus vectors are equal"),
+        (same[:6], same, "all corpus vectors are equal"),
+        (same[:6], corpus, "all query vectors are equal"),
+        (corpus[:6], corpus, ""),
+    ):
+        lost = {2: "lost"} if items is same else {}
+        lost_queries = {2: "lost"} if queries[0, 1] else {}
+        encoded = ev.Encoded(b, queries, items, lost_queries, lost)
+        ev.score_datasets([encoded], "mine", "x", PROTOCOL, flags, tmp_path)
+        text = capsys.readouterr().out
+        assert text.count("vectors are equal") == bool(words) and words in text
+        assert not words or f"chance is .{'143' if items is same else '125'}" in text
+    nearly = torch.ones(3000, 4) + 1e-3 * torch.eye(3000, 4)
+    assert not ev.all_equal(nearly) and ev.all_equal(nearly[100:]) and not ev.all_equal(same[:1])
+
+
+def test_an_encoders_file_runs_as_python_would_run_it(tmp_path):
+    """Beside it lie modules, one with a name of ours; its main block stays out; its dataclass, its
+    arguments and a pool of new processes are its own."""
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "__init__.py").write_text("two = 2.0\n")
+    (tmp_path / "model.py").write_text("from lib import two\nwidth = 3\n")
+    text = """
+from __future__ import annotations
+import multiprocessing, os, sys
+from dataclasses import dataclass
+from model import two, width
+@dataclass
+class Config:
+    dim: int | None = width
+assert sys.argv == [__file__] and sys.path[0] == os.path.dirname(__file__)
+def worker(text):
+    return [float(len(text)), two, float("torch" in sys.modules)]
+def embed(items, instruction):
+    assert Config().dim == 3
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.map(worker, [item["text"] for item in items])
+if __name__ == "__main__":
+    raise SystemExit("as a program")
+"""
+    ours = sys.modules["model"]
+    vectors, _ = encoder_of(tmp_path, text)(bench(1, 1).queries, None, "")
+    # The worker ran this file alone: eval.py would have brought torch.
+    assert vectors.tolist() == [[1.0, 2.0, 0.0]]
+    assert sys.modules["model"] is not ours and ev.GVE is ours.GVE
+
+
+def test_nothing_scored_is_an_error_with_the_reasons_in_the_log(tmp_path):
+    folder = own_benchmark(tmp_path)
+    text = "def embed(items, instruction):\n    return [[float('nan')] for _ in items]\n"
+    (tmp_path / "mine.py").write_text(text)
+    spec = f"{tmp_path / 'mine.py'}:embed"
+    with pytest.raises(ValueError, match="no query could be scored"):
+        call("--encoder", spec, "--uvrb", folder, "--out", tmp_path / "out")
+    events = (tmp_path / "out" / "log.jsonl").read_text().splitlines()
+    assert [len(json.loads(event)["failed"]) for event in events] == [7, 16]
+
+
+def test_vectors_that_embed_wrote_are_read_from_two_folders(tmp_path):
+    """queries/ and corpus/, whose lines have no kind but a line number and perhaps an error."""
+    b = bench(3, 4)
+    vectors = np.eye(4, dtype=np.float32)
+    for name, rows, made in (("queries", b.queries, vectors[:3]), ("corpus", b.corpus, vectors)):
+        lines = [{"id": row["id"], "line": i + 1} for i, row in enumerate(rows)]
+        if name == "corpus":
+            made = made.copy()
+            made[3] = math.nan
+            lines[3]["error"] = "no such file"
+        write_vectors(tmp_path / "MSRVTT", name, lines, made)
+    encoded = next(ev.read_datasets(tmp_path, [b]))
+    entry = ev.score(encoded)
+    assert (entry["n"], entry["corpus"], entry["score"]) == (3, 3, 1.0)
+    assert set(encoded.lost_corpus) == {3} and not encoded.lost_queries
+
+    np.save(tmp_path / "MSRVTT" / "corpus" / "vectors.npy", np.ones((4, 5), np.float32))
+    with pytest.raises(ValueError, match=r"corpus/vectors.npy: .* expected floats \(4, 4\)"):
+        next(ev.read_datasets(tmp_path, [b]))
+    (tmp_path / "MSRVTT" / "corpus" / "vectors.npy").write_bytes(b"PK, no array")
+    with pytest.raises(ValueError, match="corpus/vectors.npy: no array of numbers"):
+        next(ev.read_datasets(tmp_path, [b]))
+    with pytest.raises(OSError, match="gone/MSRVTT: no vectors.npy"):
+        next(ev.read_datasets("gone", [b]))
 
 
 def test_frames_and_tokens_vary_one_at_a_time(evaluated, tiny, media, tmp_path, capsys):

@@ -242,6 +242,7 @@ def test_a_few_of_the_16_show_their_columns_alone(tmp_path, capsys, benchmark):
     assert "not scored: 15 of UVRB's 16 datasets" in text
     with pytest.raises(ValueError, match="Table 2: nothing to show"):
         tables.show(["Table 2"], [result], tmp_path, "nowhere")
+    assert not tables.figure_2(theirs, [result]).yours
 
 
 def test_a_file_that_is_no_results_json_is_named(tmp_path):
@@ -425,6 +426,21 @@ def test_table_4_counts_the_data(capsys, tmp_path):
         ["MS-TI", "4", "3", "1.5", "3.0"],
         ["LoVR-C2V", "7", "7", "1.5", "-"],
     ]
+
+    # Your own datasets are counted as well; one whose corpus is text has no seconds.
+    (folder / "Labels").mkdir()
+    for file, row in (
+        ("queries", {"id": "q", "text": "three words here"}),
+        ("corpus", {"id": "c", "text": "a label"}),
+        ("instances", {"qid": "q", "pos": ["c"]}),
+    ):
+        (folder / "Labels" / f"{file}.jsonl").write_text(json.dumps(row) + "\n")
+    content = json.loads((folder / "benchmark.json").read_text())
+    own = {"queries": 1, "corpus": 1, "task": "TXT", "metric": "R@1", "prompt": "Find it."}
+    content["datasets"]["Labels"] = own
+    (folder / "benchmark.json").write_text(json.dumps(content))
+    row = tables.measured(folder, [])[-1]
+    assert list(row.values()) == ["Labels", 1, 1, "-", 3.0]
 
     (tmp_path / "videos" / "3.mp4").write_bytes(b"no video")
     row = tables.measured(folder, [])[0]
