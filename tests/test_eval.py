@@ -841,6 +841,7 @@ def test_vectors_that_are_all_equal_are_said(tmp_path, capsys):
     assert not ev.all_equal(nearly) and ev.all_equal(nearly[100:]) and not ev.all_equal(same[:1])
 
 
+@pytest.mark.timeout(120)  # a pool whose workers cannot start tries for ever
 def test_an_encoders_file_runs_as_python_would_run_it(tmp_path):
     """Beside it lie modules, one with a name of ours; its main block stays out; its dataclass, its
     arguments and a pool of new processes are its own."""
