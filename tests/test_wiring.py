@@ -7,8 +7,11 @@ item at a time, which tests/test_model.py compares with transformers.
 """
 
 import dataclasses
+import functools
+import inspect
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -22,10 +25,16 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import caption  # noqa: E402
+import embed  # noqa: E402
+import eval as evaluate  # noqa: E402
+import synth  # noqa: E402
 import train  # noqa: E402
+import uvrb  # noqa: E402
 from data import Collator  # noqa: E402
 from model import GVE  # noqa: E402
 from support.files import load_jsonl, write_json, write_jsonl  # noqa: E402
+from support.flags import parse_flags  # noqa: E402
 
 TASKS = {"words": ("T2T", 1), "pictures": ("T2I", 1), "clips": ("T2V", 3)}  # task, level
 
@@ -60,9 +69,9 @@ def write_media(folder):
         pictures.append(str(path))
     clips = []
     (folder / "data" / "clips").mkdir(parents=True)
-    for i in range(4):
+    for i, seed in enumerate((0, 1, 2, 5)):  # whose squares stand out from the ground
         path = folder / "data" / "clips" / f"{i}.mp4"
-        clips.append(write_video(path, moving_square(8 + i, 84, 112, seed=40 + i), fps=4))
+        clips.append(write_video(path, moving_square(8 + i, 84, 112, seed), fps=4))
     return pictures, clips
 
 
@@ -89,7 +98,7 @@ def list_rows(pictures, clips):
 
 
 def number_contents(rows):
-    """Number the items so that equal contents share a number: texts by their words in lower case."""
+    """Number the items: equal contents share a number, texts by their words in lower case."""
     ids = {}
     numbers = {}
     for row in rows:
@@ -591,49 +600,342 @@ class Watch:
     """Note the arguments of each call of a function that a main program makes, and make it."""
 
     def __init__(self, monkeypatch, module, *names):
-        self.calls = {}
+        self.calls = {}  # {function: its calls' arguments by name}
         for name in names:
             self.calls[name] = []
             monkeypatch.setattr(module, name, self.noting(name, getattr(module, name)))
 
     def noting(self, name, function):
+        signature = inspect.signature(function)
+
         def noted(*args, **options):
-            self.calls[name].append((args, options))
+            arguments = signature.bind(*args, **options)
+            arguments.apply_defaults()
+            by_name = dict(arguments.arguments)
+            by_name |= by_name.pop("options", {})  # of functions that take any
+            self.calls[name].append(by_name)
             return function(*args, **options)
 
         return noted
 
-    def options(self, name):
-        """Return the keyword arguments of a function's calls."""
-        return [options for _, options in self.calls[name]]
-
-    def arguments(self, name):
-        """Return the positional arguments of a function's calls."""
-        return [args for args, _ in self.calls[name]]
+    def values(self, name, *keys):
+        """Return the arguments of these names of each call of a function, a tuple per call."""
+        return [tuple(call[key] for key in keys) for call in self.calls[name]]
 
 
 def test_train_hands_on_the_flags_that_change_no_number(world, tmp_path, monkeypatch):
-    watch = Watch(monkeypatch, train, "TrainLoader", "encode", "peak_flops")
+    watch = Watch(monkeypatch, train, "TrainLoader", "encode", "peak_flops", "contrastive_loss")
     models = Watch(monkeypatch, train.GVE, "from_pretrained")
-    short = dataclasses.replace(PLAIN, steps=3, epochs=1, symmetric=False)
-    words = words_of(world, short, tmp_path, "--workers", "1", "--micro-batch", "5", "--checkpointing")
-    train.LOSSES["twice"] = lambda *args, **options: 2 * train.contrastive_loss(*args, **options)
-    flags = parse(*words, "--micro-tokens", "999", "--log-every", "2")
-    flags.loss = "twice"
+    monkeypatch.setitem(train.LOSSES, "another", train.contrastive_loss)
+    short = dataclasses.replace(PLAIN, steps=3, epochs=1)
+    limits = ["--micro-batch", "5", "--micro-tokens", "999", "--workers", "1"]
+    words = words_of(world, short, tmp_path, *limits, "--checkpointing", "--log-every", "2")
+    flags = parse(*words)
+    flags.loss = "another"
     gve = train.main(flags)
-    del train.LOSSES["twice"]
 
-    (loader,) = watch.options("TrainLoader")
-    assert (loader["workers"], loader["micro_batch"], loader["micro_tokens"]) == (1, 5, 999)
-    assert [options["workers"] for options in watch.options("encode")] == [1] * 6
-    assert [options["dtype"] for options in models.options("from_pretrained")] == ["float64"] * 2
-    assert [str(args[0]) for args in models.arguments("from_pretrained")] == [
-        world.base,
-        world.prober,
-    ]
-    assert watch.arguments("peak_flops") == [(torch.device("cpu"), "float64")]
+    limits = watch.values("TrainLoader", "workers", "micro_batch", "micro_tokens")
+    assert limits == [(1, 5, 999)]
+    assert watch.values("encode", "workers") == [(1,)] * 6
+    assert watch.values("peak_flops", "dtype") == [("float64",)]
+    assert len(watch.calls["contrastive_loss"]) == 3
+    loaded = models.values("from_pretrained", "path", "dtype")
+    assert loaded == [(world.base, "float64"), (world.prober, "float64")]
     assert gve.core.language_model.is_gradient_checkpointing
-
     steps = events(load_jsonl(tmp_path / "log.jsonl"), "step")
     assert [line["step"] for line in steps] == [2, 3]
-    by_hand = train_by_hand(world, dataclasses.replace(short, steps=3))
+
+
+# Evaluation and encoding
+
+
+PROMPT = {  # Table 5's, as the paper prints them
+    "MSRVTT": "Find the clip that corresponds to the described scene in the given video.",
+    "MS-TI": "Find the video clip that corresponds to the given text and the given image.",
+}
+
+
+@pytest.fixture(scope="module")
+def benchmark(world, tmp_path_factory):
+    """A benchmark of two datasets and one that is not asked for, whose clips lie elsewhere."""
+    root = tmp_path_factory.mktemp("bench") / "inner" / "uvrb"
+    corpus = [{"id": f"v{i}", "video": f"{i}.mp4"} for i in range(4)]
+    for name in ("MSRVTT", "MS-TI", "DiDeMo"):
+        queries = []
+        instances = []
+        for i in range(4):
+            query = {"id": f"q{i}", "text": f"{name} {i}"}
+            instance = {"qid": f"q{i}", "pos": [f"v{i}"]}
+            if name == "MS-TI":
+                query["image"] = str(world.folder / "pictures" / f"{i}.png")
+                instance["neg"] = [f"v{(i + 1) % 4}"]
+            queries.append(query)
+            instances.append(instance)
+        folder = root / name / "jsonl"
+        folder.mkdir(parents=True)
+        write_jsonl(folder / "queries.jsonl", queries)
+        write_jsonl(folder / "corpus.jsonl", corpus)
+        write_jsonl(folder / "instances.jsonl", instances)
+    sizes = {name: {"queries": 4, "corpus": 4} for name in ("MSRVTT", "MS-TI", "DiDeMo")}
+    write_json(root / "benchmark.json", {"name": "mine", "datasets": sizes})
+    return root
+
+
+def test_eval_hands_on_its_flags(world, benchmark, tmp_path, monkeypatch):
+    watch = Watch(monkeypatch, evaluate, "encode", "VectorCache", "show", "score", "join_ranks")
+    models = Watch(monkeypatch, evaluate.GVE, "from_pretrained")
+    roots = [str(world.folder / "data" / "clips"), str(world.folder / "pictures")]
+    words = ["--ckpt", world.base, "--uvrb", benchmark, "--out", tmp_path, "--device", "cpu"]
+    words += ["--root", *roots, "--datasets", "MSRVTT", "MS-TI", "--prompt-style", "system"]
+    words += "--name mine --frames 4 --max-tokens 6 --batch-tokens 333 --workers 1".split()
+    words += "--bootstrap 20 --rankings".split()
+    evaluate.main(parse_flags(evaluate.Flags, [*map(str, words)]))
+
+    # The corpora together and without a prompt, then each dataset's queries with its own.
+    assert watch.values("encode", "instruction") == [(None,), *[(p,) for p in PROMPT.values()]]
+    corpora, msrvtt, ms_ti = [items for (items,) in watch.values("encode", "items")]
+    videos = [{"video": str(world.folder / "data" / "clips" / f"{i}.mp4")} for i in range(4)]
+    assert corpora == 2 * videos
+    assert [item["text"] for item in msrvtt] == [f"MSRVTT {i}" for i in range(4)]
+    assert all(item.keys() == {"text", "image"} for item in ms_ti)
+    limits = watch.values("encode", "frames", "max_tokens", "max_length", "batch_tokens", "workers")
+    assert limits == [(4, 6, 8192, 333, 1)] * 3
+    assert {str(call["cache"].folder) for call in watch.calls["encode"]} == {
+        str(tmp_path / "cache")
+    }
+    loaded = models.values("from_pretrained", "path", "device", "prompt_style")
+    assert loaded == [(world.base, torch.device("cpu"), "system")]
+    assert watch.values("join_ranks", "device") == [("cpu",)]
+    assert watch.values("score", "bootstrap") == [(20,)] * 2
+
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert list(results["datasets"]) == ["MSRVTT", "MS-TI"]
+    assert (results["benchmark"], results["model"]) == ("mine", "mine")
+    protocol = results["protocol"]
+    assert (protocol["frames"], protocol["max_tokens"], protocol["batch_tokens"]) == (4, 6, 333)
+    assert {"MSRVTT", "MS-TI"} <= results["ci95"].keys()
+    assert results["datasets"]["MS-TI"]["chance"] == 0.5  # pools of two
+    assert len(list((tmp_path / "rankings").iterdir())) == 2
+    shown = watch.values("show", "names", "results", "folder", "roots")
+    assert shown == [(["Table 1", "Table 2"], [results], str(benchmark), roots)]
+
+
+def test_a_function_of_ones_own_gets_the_prompts_in_batches(
+    world, benchmark, tmp_path, monkeypatch
+):
+    seen = tmp_path / "seen.jsonl"
+    code = f"""
+import json
+def embed(items, instruction):
+    with open({str(seen)!r}, "a") as file:
+        file.write(json.dumps({{"n": len(items), "instruction": instruction}}) + "\\n")
+    return [[1.0, len(items[0].get("text", ""))]] * len(items)
+"""
+    (tmp_path / "own.py").write_text(code)
+    roots = [world.folder / "data" / "clips", world.folder / "pictures"]
+    words = ["--encoder", f"{tmp_path}/own.py:embed", "--uvrb", benchmark, "--root", *roots]
+    words += ["--datasets", "MS-TI", "--batch-size", "3", "--out", tmp_path / "out"]
+    evaluate.main(parse_flags(evaluate.Flags, [*map(str, words)]))
+    calls = [(row["n"], row["instruction"]) for row in load_jsonl(seen)]
+    assert calls == [(3, None), (1, None), (3, PROMPT["MS-TI"]), (1, PROMPT["MS-TI"])]
+
+
+def test_embed_hands_on_its_flags(world, tmp_path, monkeypatch):
+    watch = Watch(monkeypatch, embed, "encode", "join_ranks")
+    models = Watch(monkeypatch, embed.GVE, "from_pretrained")
+    (tmp_path / "list").mkdir()
+    path = tmp_path / "list" / "items.jsonl"
+    picture = world.folder / "pictures" / "0.png"
+    write_jsonl(path, [{"text": "a"}, {"id": "b", "image": str(picture)}])
+    words = [path, "--ckpt", world.base, "--out", tmp_path / "out", "--root", picture.parent]
+    words += ["--instruction", "Find it.", "--prompt-style", "system", "--device", "cpu"]
+    words += "--frames 4 --max-tokens 6 --batch-tokens 333 --workers 1 --seconds 50".split()
+    embed.main(parse_flags(embed.Flags, [*map(str, words)]))
+
+    keys = "instruction frames max_tokens batch_tokens workers seconds".split()
+    assert watch.values("encode", *keys) == [("Find it.", 4, 6, 333, 1, 50)]
+    ((items, cache),) = watch.values("encode", "items", "cache")
+    assert items == [{"text": "a"}, {"image": str(picture)}]
+    assert cache.folder == tmp_path / "out" / "cache"
+    loaded = models.values("from_pretrained", "path", "device", "prompt_style")
+    assert loaded == [(world.base, torch.device("cpu"), "system")]
+    assert watch.values("join_ranks", "device") == [("cpu",)]
+    assert [row["id"] for row in load_jsonl(tmp_path / "out" / "items.jsonl")] == ["0", "b"]
+
+
+# Synthesis
+
+
+def number_of(item):
+    """Return the number of the clip that an item shows or tells of."""
+    told = re.search(r"(\d)\.mp4|clip (\d)", json.dumps(item))
+    return int(told[1] or told[2])
+
+
+def fake_vectors(gve, items, instruction=None, **options):
+    """Give clip i and everything about it one axis of four, texts a little off it."""
+    vectors = torch.zeros(len(items), 4)
+    for row, item in enumerate(items):
+        if item == synth.PLACEHOLDER:
+            continue
+        i = number_of(item)
+        vectors[row, i] = 1
+        vectors[row, (i + 1) % 4] = 0.3 if "text" in item else 0.2
+    return torch.nn.functional.normalize(vectors, dim=1), {}
+
+
+def fake_captioner(requests):
+    """Answer in each style with another text about the request's clip, the last one shown."""
+    for request in requests:
+        (style,) = request["want"]
+        i = number_of(request["media"][-1])
+        yield caption.Reply(f"a {style} text about clip {i}", None, 1, 2)
+
+
+def test_synth_hands_on_its_flags(world, tmp_path, monkeypatch):
+    names = ("encode", "run_sharded", "make_requests", "DecoderPool", "print_dry_run")
+    monkeypatch.setattr(synth, "encode", fake_vectors)
+    opened = []
+
+    def open_captioner(name, **options):
+        opened.append((name, options))
+        return fake_captioner
+
+    monkeypatch.setattr(synth, "open_captioner", open_captioner)
+    watch = Watch(monkeypatch, synth, *names)
+    models = Watch(monkeypatch, synth.GVE, "from_pretrained")
+
+    rows = []
+    for i in range(4):
+        text = f"raw words about clip {i}"
+        rows.append(
+            {"id": f"id{i}", "video": str(world.folder / f"data/clips/{i}.mp4"), "text": text}
+        )
+    rows[3]["text"] = ""
+    write_jsonl(tmp_path / "videos.jsonl", rows)
+    words = ["--videos", tmp_path / "videos.jsonl", "--root", world.folder / "data" / "clips"]
+    words += ["--out", tmp_path / "out", "--prober", world.prober, "--device", "cpu"]
+    words += "--captioner openai:http://there:1/v1#m --prompts short --part 3".split()
+    words += "--frames 4 --max-tokens 6 --max-new-tokens 77 --concurrency 5".split()
+    words += "--workers 1 --seconds 50 --min-motion 0.001 --consistency 0.5".split()
+    words += "--duplicate 1.01 --seed 5 --shares T2T=1 T2I=1 T2V=2 I2V=1 V2V=0".split()
+    words += "TI2V=1 TV2V=0 --negatives T2V=1 I2V=2 TI2V=0".split()
+
+    def run(*more):
+        synth.main(parse_flags(synth.Flags, [*map(str, [*words, *more])]))
+
+    run("--dry-run")
+    assert not (tmp_path / "out").exists()
+    ((n, shares, *rest),) = [tuple(call.values()) for call in watch.calls["print_dry_run"]]
+    assert (n, shares["T2V"], rest) == (4, 2.0, ["short", 4, 6])
+    with pytest.raises(ValueError, match="other shards"):
+        run("--shard", "1/2")
+    run("--stages", "1")
+    assert not (tmp_path / "out" / "2-captions").exists()
+    assert not opened
+    run("--stages", "2")
+    assert not (tmp_path / "out" / "3-pairs").exists()
+    run()
+
+    # Models and limits
+    keys = "device concurrency frames max_tokens max_new_tokens workers seconds".split()
+    wanted = dict(zip(keys, ("cpu", 5, 4, 6, 77, 1, 50), strict=True))
+    assert opened == [("openai:http://there:1/v1#m", wanted)] * len(opened)
+    assert set(models.values("from_pretrained", "path", "device")) == {(world.prober, "cpu")}
+    for call in watch.calls["encode"]:
+        shows_media = any("text" not in item for item in call["items"])
+        limits = {"frames": 4, "max_tokens": 6, "workers": int(shows_media), "seconds": 50}
+        assert limits.items() <= call.items()
+    assert {(w, s) for w, s in watch.values("DecoderPool", "workers", "seconds")} == {(1, 500)}
+
+    # Stage 1: all four clips, in parts of three and one.
+    parts = [[len(part) for part in parts] for (parts,) in watch.values("run_sharded", "parts")]
+    assert parts[:2] == [[3, 1], [3, 1]]
+    pool = load_jsonl(tmp_path / "out" / "pool.jsonl")
+    assert [row["fate"] for row in pool] == ["kept"] * 4
+    assert [row["consistency"] for row in pool[:3]] == [pytest.approx(0.995, abs=2e-3)] * 3
+
+    # Stage 2: five styles each for a clip, with its raw words, and for its key frame.
+    raws = set(watch.values("make_requests", "kind", "prompts", "raw"))
+    videos = {("video", "short", row["text"]) for row in rows}
+    assert raws == videos | {("image", "short", ""), ("TI2V", "short", "")}
+
+    # Stage 3: everything in a pair is about its own clip, but for negatives and references.
+    pairs = [
+        row for file in (tmp_path / "out" / "3-pairs").glob("*.jsonl") for row in load_jsonl(file)
+    ]
+    assert {pair["task"] for pair in pairs} == {"T2T", "T2I", "T2V", "I2V", "TI2V"}
+    for pair in pairs:
+        i = int(pair["of"].removeprefix("id"))
+        assert number_of(pair["positive"]) == i
+        negatives = pair.get("negatives", [])
+        if pair["task"] == "TI2V":
+            assert number_of(pair["query"]["image"]) != i
+            assert f"clip {i}" in pair["query"]["text"]
+            continue
+        assert number_of(pair["query"]) == i
+        if pair["task"] == "T2T":
+            assert pair["query"] != pair["positive"]
+        if pair["task"] in ("T2V", "I2V"):
+            assert pair["fate"] == "kept"
+            # The nearest clips: those with the axes beside its own.
+            assert {number_of(item) for item in negatives} <= {(i + 1) % 4, (i - 1) % 4}
+            assert len(negatives) == {"T2V": 1, "I2V": 2}[pair["task"]]
+    mixture = json.loads((tmp_path / "out" / "uvrd" / "mixture.json").read_text())
+    mixture = {entry["task"]: entry for entry in mixture}
+    assert mixture["T2V"]["negatives"] == 1
+    assert mixture["I2V"]["negatives"] == 2
+    assert mixture["T2V"]["samples"] == 8
+    assert mixture["I2V"]["samples"] == 4
+
+
+def test_a_captioner_s_name_decides_what_is_opened(monkeypatch):
+    opened = []
+    for name in ("transformers_captioner", "server_captioner"):
+        open_it = functools.partial(lambda *args, **options: opened.append((args, options)), name)
+        monkeypatch.setattr(caption, name, open_it)
+    for name in ("mini", "hf:a/b", "openai:https://there#m"):
+        caption.open_captioner(name, device="cpu", concurrency=5, frames=4)
+    assert opened == [
+        (("transformers_captioner", "mini/base"), {"device": "cpu", "frames": 4}),
+        (("transformers_captioner", "a/b"), {"device": "cpu", "frames": 4}),
+        (("server_captioner", "https://there", "m"), {"concurrency": 5, "frames": 4}),
+    ]
+
+
+# The benchmark and its tables
+
+
+def test_uvrb_hands_on_its_flags(monkeypatch, capsys):
+    found = []
+    asked = []
+
+    def check(*args):
+        asked.append(args)
+        return found
+
+    monkeypatch.setattr(uvrb, "check", check)
+    flags = parse_flags(uvrb.Flags, "check there --root a b --decode".split())
+    with pytest.raises(SystemExit) as done:
+        uvrb.main(flags)
+    assert (asked, done.value.code) == ([("there", ["a", "b"], True)], 0)
+    found.append("there/x.jsonl:1: bad")
+    with pytest.raises(SystemExit) as done:
+        uvrb.main(flags)
+    assert done.value.code == 1
+    assert "there/x.jsonl:1: bad" in capsys.readouterr().out
+
+
+def test_eval_shows_the_tables_that_are_asked_for(tmp_path, monkeypatch):
+    watch = Watch(monkeypatch, evaluate, "show")
+    monkeypatch.setattr(evaluate, "show", lambda *args: watch.calls["show"].append(args))
+    write_json(tmp_path / "a.json", {"model": "a"})
+    words = "--table 3 7 --figure 2 --uvrb there --root r --out o --results".split()
+    evaluate.main(parse_flags(evaluate.Flags, [*words, str(tmp_path / "a.json")]))
+    evaluate.main(parse_flags(evaluate.Flags, ["--results", str(tmp_path / "a.json")]))
+    names = ["Table 3", "Table 7", "Figure 2"]
+    own = [{"model": "a"}]
+    assert watch.calls["show"] == [
+        (names, own, "o", "there", ["r"]),
+        (["Table 1", "Table 2"], own, "runs/tables", "runs/mini/uvrb", []),
+    ]
