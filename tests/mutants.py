@@ -2,7 +2,7 @@ r"""Break one line at a time and see a test fail: `python tests/mutants.py`, min
 
     python tests/mutants.py --only train.py     those whose file, function or new line holds this
     python tests/mutants.py --jobs 4            four at a time
-    python tests/mutants.py --functions         only list public functions in which nothing is broken
+    python tests/mutants.py --functions         public functions in which nothing is broken
 
 A test that passes over a broken line tests nothing there. MUTANTS has faults of the kinds that a
 careful person makes: in every public function of the root and of kernels/, and in everything that a
@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", PYTHONDONTWRITEBYTECODE="1")
 ROOT = Path(__file__).resolve().parent.parent
-LIMIT = 120  # seconds for a mutant's tests; one that hangs has been noticed
+LIMIT = 300  # seconds for a mutant's tests
 
 LIST = r"""
 # train.py: the schedule
@@ -117,7 +117,7 @@ LIST = r"""
 - self.random.set_rng_state(before)
 + pass
 
-@ train.py: test_train::ranks_and_grad_cache
+@ train.py: test_wiring::a_run_with_every_setting
 - start += len(vectors)
 + start += 0
 
@@ -161,7 +161,7 @@ LIST = r"""
 - if other == k and source.negatives:
 + if source.negatives:
 
-@ train.py: test_train::mining_is_the_same
+@ train.py: test_wiring::mined_negatives
 - source.mined = {int(row): items for row, items in mined.items()}
 + source.mined = {}
 
@@ -187,7 +187,7 @@ LIST = r"""
 - "scores": scores.sum(),
 + "scores": scores.diagonal().sum(),
 
-@ train.py: test_train::a_dry_run
+@ train.py: test_wiring::a_dry_run
 - n = min(n, max(1, flags.micro_tokens // length))
 + n = max(1, flags.micro_tokens // length)
 
@@ -1010,6 +1010,522 @@ LIST = r"""
 @ kernels/__init__.py: test_infonce::transformers_finds
 - __path__ += _other.submodule_search_locations
 + pass
+
+# The functions that are left, file by file
+
+@ train.py: test_loss::shares_and_gradients
+- padded[: len(rows)] = rows
++ pass
+
+@ train.py: test_loss::shares_and_gradients
+- if not dist.is_initialized():
+- return rows
++ if True:
++     return rows
+
+@ train.py: test_wiring::a_run_with_every_setting
+- self.batches.append(batch)
++ self.batches = [batch]
+
+@ train.py: test_wiring::a_run_is_the_loop
+- return {s.name: round(float(v), 5) for s, v in zip(sources, values, strict=True)}
++ return {s.name: round(float(v), 2) for s, v in zip(sources, values, strict=True)}
+
+@ train.py: test_wiring::a_run_is_the_loop
+- line = {"event": name, "time": round(time.time(), 3), **values}
++ line = {"time": round(time.time(), 3), **values, "event": name.upper()}
+
+@ data.py: test_model::a_store_sees
+- key = [kind, media, file_fingerprint(path), *protocol]
++ key = [kind, media, *protocol]
+
+@ data.py: test_model::inputs_and_hidden
+- seconds_per_grid = processor.temporal_patch_size * seconds / self.frames
++ seconds_per_grid = seconds / self.frames
+
+@ data.py: test_wiring::a_run_is_the_loop
+- "longest_edge": self.max_tokens[kind] * pixels_per_token,
++ "longest_edge": 200 * pixels_per_token,
+
+@ data.py: test_data::a_row_whose
+- return self.sources[k].where(row)
++ return self.sources[k].where(0)
+
+@ embed.py: test_embed::the_commands_prompt
+- lambda i: collate.prepare(items[i], instruction),
++ lambda i: collate.prepare(items[i]),
+
+@ eval.py: test_eval::any_model
+- queries, lost_queries = file.pick("query", bench.queries, bench.name)
++ queries, lost_queries = file.pick("corpus", bench.queries, bench.name)
+
+@ eval.py: test_wiring::eval_hands
+- pairs += min(source["rows"], source["drawn"])
++ pairs += source["drawn"]
+
+@ model.py: test_model::inputs_and_hidden
+- if kind == "image":
++ if kind == "video":
+
+@ model.py: test_model::lora_sits
+- return {name: p for name, p in self.named_parameters() if p.requires_grad}
++ return dict(self.named_parameters())
+
+@ model.py: test_embed::the_commands_prompt
+- batch = collate(items[first : first + batch_size], instruction)
++ batch = collate(items[first : first + batch_size])
+
+@ model.py: test_model::a_path_without
+- return f"{path} (a hub id, for there is no such folder)"
++ return "it"
+
+@ model.py: test_model::an_unknown_model_type
+- if model_type not in BACKBONES:
++ if model_type is None:
+
+@ model.py: test_model::incomplete_folders
+- except (OSError, ValueError, TypeError, ImportError) as error:
++ except ImportError as error:
+
+@ model.py: test_released::every_layout
+- tensors.pop("lm_head.weight", None)
++ pass
+
+@ model.py: test_released::one_wrong
+- if wrong:
++ if False:
+
+@ model.py: test_model::incomplete_folders
+- _raise_exceptions_for_missing_entries=False,
++ _raise_exceptions_for_missing_entries=True,
+
+@ model.py: test_wiring::model_py_prints
+- trained = sum(p.numel() for p in lora.values())
++ trained = len(lora)
+
+@ uvrb.py: test_uvrb::each_bad_row
+- if bad:
+- reasons = bad[:5]
++ if False:
++     reasons = bad[:5]
+
+@ uvrb.py: test_wiring::eval_hands
+- allowed = [root, *bases[1:]]
++ allowed = [root]
+
+@ uvrb.py: test_uvrb::each_bad_row
+- self.bad.append(str(error))
++ pass
+
+@ uvrb.py: test_uvrb::each_bad_row
+- data.check_item(item)
++ pass
+
+@ synth.py: test_wiring::synth_hands
+- numbers[task] = kind(number)
++ numbers[task] = 1
+
+@ synth.py: test_synth::odd_folders
+- row["why"] = why
++ pass
+
+@ synth.py: test_synth::mini_makes
+- return [i for i, row in enumerate(rows) if row["fate"] == "kept"]
++ return list(range(len(rows)))
+
+@ synth.py: test_synth::cuts_clips
+- return rng.sample(clips, min(len(clips), CLIPS))
++ return clips[:1]
+
+@ synth.py: test_synth::odd_folders
+- ("static", row["motion"], flags.min_motion),
++ ("static", row["motion"], 0),
+
+@ synth.py: test_wiring::synth_hands
+- seconds=PATIENCE * flags.seconds,
++ seconds=flags.seconds,
+
+@ synth.py: test_wiring::synth_hands
+- np.save(file, vectors.half().numpy())
++ np.save(file, 0 * vectors.half().numpy())
+
+@ synth.py: test_wiring::synth_drops
+- if "consistency" in row and row["consistency"] < limit:
++ if "consistency" in row and row["consistency"] > limit:
+
+@ synth.py: test_wiring::synth_drops
+- limit = float(np.quantile(scores, limit))
++ pass
+
+@ synth.py: test_wiring::synth_drops
+- alike = others[n][agreement[n] >= least * n_bits].tolist()
++ alike = others[n][agreement[n] >= least].tolist()
+
+@ synth.py: test_wiring::synth_drops
+- first = min((kept[m] for m in alike), default=i)  # the earliest stays
++ first = max((kept[m] for m in alike), default=i)
+
+@ synth.py: test_wiring::synth_drops
+- down = tiny.diff(dim=1) > 0
++ down = tiny.diff(dim=1) > -255
+
+@ synth.py: test_wiring::synth_draws
+- return {"image": {"video": self.path, "time": rng.choice(self.key_frames)}}
++ return {"image": {"video": self.path, "time": self.key_frames[0]}}
+
+@ synth.py: test_wiring::synth_draws
+- start, end = rng.choice(self.clips or [(0, min(CLIP_SECONDS[1], self.duration))])
++ start, end = rng.choice(self.clips or [(0, self.duration)])
+
+@ synth.py: test_wiring::synth_hands
+- if "T2I" not in draw_tasks(video, flags):
++ if True:
+
+@ synth.py: test_wiring::synth_draws
+- worst = min(answers, key=lambda answer: ("failed", "dropped", "kept").index(answer.fate))
++ worst = answers[0]
+
+@ synth.py: test_synth::mini_makes
+- row["reference"] = self.reference
++ pass
+
+@ synth.py: test_wiring::synth_hands
+- frames[row["of"]] = row
++ frames = {row["of"]: row}
+
+@ synth.py: test_wiring::synth_hands
+- if pair.ranks and pair.ranks[0] >= pair.ranks[1]:
++ if pair.ranks and pair.ranks[0] > pair.ranks[1]:
+
+@ synth.py: test_wiring::synth_draws
+- return int((scores > scores[row]).sum()) + 1
++ return int((scores >= scores[row]).sum()) + 1
+
+@ synth.py: test_synth::mini_makes
+- relative[key] = os.path.relpath(inner, folder)
++ relative[key] = os.path.basename(inner)
+
+@ synth.py: test_wiring::synth_draws
+- if row["fate"] == "kept" and row["kind"] == "video":
++ if row["fate"] == "kept":
+
+@ synth.py: test_wiring::synth_draws
+- return max(-1, round(float(a @ b), 4))
++ return abs(round(float(a @ b), 4))
+
+@ caption.py: test_synth::bad_answers
+- if not least <= n <= most:
++ if not n <= most:
+
+@ caption.py: test_synth::every_way
+- pending = [i for i in pending if answers[i].fate == "dropped"]
++ pending = []
+
+@ caption.py: test_wiring::captioner_media
+- scale = math.sqrt(max_tokens * TOKEN_SIDE**2 / (height * width))
++ scale = max_tokens * TOKEN_SIDE**2 / (height * width)
+
+@ caption.py: test_synth::frames_go_out
+- shown = load_media(request["media"], frames, max_tokens)
++ shown = load_media(request["media"], 4, max_tokens)
+
+@ caption.py: test_synth::every_way
+- tokens_read=usage.get("prompt_tokens", 0),
++ tokens_read=usage.get("completion_tokens", 0),
+
+@ caption.py: test_synth::frames_go_out
+- for frame in one.pixels:
+- jpeg = io.BytesIO()
++ for frame in one.pixels[:1]:
++     jpeg = io.BytesIO()
+
+@ caption.py: test_wiring::captioner_media
+- while waiting:
+- yield waiting.popleft().result()
++ while waiting:
++     yield waiting.pop().result()
+
+@ caption.py: test_synth::the_mini_captioner
+- processor.tokenizer.padding_side = "left"
++ processor.tokenizer.padding_side = "right"
+
+@ caption.py: test_synth::the_mini_captioner
+- output = output[:, inputs["input_ids"].shape[1] :]  # (B, T), without the prompt
++ output = output[:, 1:]
+
+@ caption.py: test_synth::the_mini_captioner
+- geometry.temporal_patch_size / frames * seconds,  # per temporal grid
++ 1 / frames * seconds,
+
+@ tables.py: test_tables::score_tables_show
+- every = (self.published, self.yours, self.bounds, self.mixed)
++ every = (self.published, self.yours, self.mixed)
+
+@ tables.py: test_tables::score_tables_show
+- lines.append([cell(row.get(column)) for column in columns])
++ lines.append([cell(value) for value in row.values()])
+
+@ tables.py: test_wiring::a_table_in_four
+- cells = [first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]
++ cells = [first.ljust(widths[0]), *map(str.ljust, others, widths[1:])]
+
+@ tables.py: test_wiring::a_table_in_four
+- alignment = ["---"] + ["---:"] * (len(head) - 1)
++ alignment = ["---"] + ["---:"] * len(head)
+
+@ tables.py: test_wiring::a_table_in_four
+- writer.writerows(itertools.chain(*sections))
++ writer.writerows(sections[0])
+
+@ tables.py: test_wiring::a_table_in_four
+- columns = "l" + "r" * (len(sections[0][0]) - 1)
++ columns = "l" + "r" * len(sections[0][0])
+
+@ tables.py: test_wiring::a_table_in_four
+- return re.sub(r"([%&#_$])", r"\\\1", text)
++ return re.sub(r"([%&#$])", r"\\\1", text)
+
+@ tables.py: test_tables::every_table
+- return name.lower().replace(" ", "")
++ return name.lower()
+
+@ tables.py: test_tables::any_cell
+- computed = sum(cells[name] for name in uvrb.ZERO_SHOT) / len(uvrb.ZERO_SHOT)
++ computed = cells["AVG"]
+
+@ tables.py: test_tables::score_tables_and_curves
+- average = sum(zero_shot) / len(zero_shot)
++ average = max(zero_shot)
+
+@ tables.py: test_tables::datasets_of_a_folders_own
+- return [name for name in names if name not in uvrb.DATASETS and name not in uvrb.ZERO_SHOT]
++ return [name for name in names if name in uvrb.ZERO_SHOT]
+
+@ tables.py: test_tables::score_tables_show
+- values = {**values, "AVG": values.get(AVERAGES[name])}
++ values = {**values, "AVG": values.get("AVG-D")}
+
+@ tables.py: test_tables::score_tables_show
+- if 0 < len(absent) < len(uvrb.DATASETS):
++ if False:
+
+@ tables.py: test_tables::table_4
+- columns = ("queries", "corpus", "duration_s", "words")
++ columns = ("queries", "corpus", "words")
+
+@ tables.py: test_tables::published_rows
+- rows.append({"dataset": name, **{column: values[column] for column in columns}})
++ rows.append({"dataset": name, **{column: values[column] for column in columns[1:]}})
+
+@ tables.py: test_tables::every_table
+- row[column] = getattr(dataset, column) or None
++ row[column] = None
+
+@ tables.py: test_tables::table_4
+- return float(np.mean(values)) if values else None
++ return float(np.max(values)) if values else None
+
+@ tables.py: test_tables::tables_6_to_8
+- "samples_7b": entry_7b["samples"],
++ "samples_7b": entry["samples"],
+
+@ tables.py: test_tables::tables_6_to_8
+- sums["all"][size] += pairs
++ sums["all"][size] = pairs
+
+@ tables.py: test_tables::tables_6_to_8
+- if (kind_of(row) == "UVRD") == synthesised:
++ if kind_of(row) == "UVRD":
+
+@ tables.py: test_tables::tables_6_to_8
+- row["Tables 6+7, 7B"] = sums[kind]["7B"]
++ row["Tables 6+7, 7B"] = sums[kind]["3B"]
+
+@ tables.py: test_tables::every_table
+- row[result["model"]] = training.get(setting)
++ row[result["model"]] = None
+
+@ tables.py: test_tables::every_table
+- "size": protocol.get("parameters"),
++ "size": None,
+
+@ tables.py: test_tables::score_tables_and_curves
+- return {"AVG-D": result["AVG-D"], "AVG-A": result["AVG-A"], **result["abilities"]}
++ return {"AVG-D": result["AVG-A"], "AVG-A": result["AVG-D"], **result["abilities"]}
+
+@ tables.py: test_tables::published_rows
+- row = {"model": model, "AVG-D": paper["table1"][model]["AVG"], "AVG-A": cells["AVG"]}
++ row = {"model": model, "AVG-D": cells["AVG"], "AVG-A": cells["AVG"]}
+
+@ tables.py: test_tables::score_tables_and_curves
+- scores = {score: y[model][i] for score, y in block["values"].items()}
++ scores = {score: y[GVE[0]][i] for score, y in block["values"].items()}
+
+@ tables.py: test_tables::score_tables_and_curves
+- owner = "yours" if curve.setting == "pairs" else protocol["checkpoint"]
++ owner = protocol["checkpoint"]
+
+@ tables.py: test_tables::score_tables_and_curves
+- if curve.setting == "pairs" and len(known) > 1:
++ if len(known) > 1:
+
+@ tables.py: test_tables::correlations_equal
+- return smaller + equal / 2
++ return smaller
+
+@ tables.py: test_tables::published_errata
+- shown_pearson = max(pearson(x, average), 0.03)
++ shown_pearson = pearson(x, average)
+
+@ tables.py: test_tables::correlations_equal
+- a, b = (pair, "AVG-A") if name == "Figure 8" else pair.split("-")
++ a, b = (pair, "AVG-D") if name == "Figure 8" else pair.split("-")
+
+@ tables.py: test_wiring::pictures_show
+- values = [row[ability] or 0 for ability in corners]
++ values = [row[ability] or 0 for ability in uvrb.ABILITIES]
+
+@ tables.py: test_wiring::pictures_show
+- ys = [row[x] for x in xs]
++ ys = [row[xs[0]] for x in xs]
+
+@ tables.py: test_wiring::pictures_show
+- grid[a, b] = value
++ grid[b, a] = value
+
+@ tables.py: test_wiring::pictures_show
+- heights = [row[family] or 0 for row in rows]
++ heights = [row[families[0]] or 0 for row in rows]
+
+@ tables.py: test_wiring::pictures_show
+- picture.suptitle(title)
++ picture.suptitle(name)
+
+@ tables.py: test_tables::any_cell
+- yield from check_gains(paper)
++ pass
+
+@ tables.py: test_tables::any_cell
+- yield Check("Table 1", model, "AVG", cells["AVG"], means["AVG-D"])
++ yield Check("Table 1", model, "AVG", cells["AVG"], cells["AVG"])
+
+@ tables.py: test_tables::any_cell
+- yield Check(where, row, name, cells[name], computed)
++ yield Check(where, row, name, cells[name], cells[name])
+
+@ tables.py: test_tables::any_cell
+- yield Check("Table 3", model, name, printed, same[name], tolerance=1e-9)
++ yield Check("Table 3", model, name, printed, same[name], tolerance=1)
+
+@ tables.py: test_tables::any_cell
+- computed = sum(own)
++ computed = printed
+
+@ tables.py: test_tables::any_cell
+- yield Check(where, label, score, y[model][the_model], computed)
++ yield Check(where, label, score, y[model][the_model], y[model][the_model])
+
+@ tables.py: test_tables::any_cell
+- yield Check("section 5.2", label, column, printed[kind], gain)
++ yield Check("section 5.2", label, column, printed[kind], printed[kind])
+
+@ tables.py: test_tables::any_cell
+- yield Check("text", f"{where}, {row}", name, claimed, shown, tolerance=0.0101)
++ yield Check("text", f"{where}, {row}", name, claimed, shown, tolerance=1)
+
+@ tables.py: test_tables::tables_6_to_8
+- return table_6_or_7(name, paper)
++ return table_6_or_7("Table 6", paper)
+
+@ tables.py: test_tables::every_table
+- for style in STYLES:
+- text = render(caption, table.groups(), style)
++ for style in STYLES:
++     text = render(caption, table.groups())
+
+@ tables.py: test_tables::score_tables_show
+- caption = "\n".join([title, *notes(results)])
++ pass
+
+@ tables.py: test_tables::published_errata
+- row[name] += "!"
++ pass
+
+@ kernels/infonce.py: test_infonce::twin_equals
+- return cls(top, (rests + (tops - top) * scale).logsumexp(0))
++ return cls(top, (rests + (tops - top)).logsumexp(0))
+
+@ kernels/infonce.py: test_infonce::twin_equals
+- return cls(scale.new_full((n,), LOWEST), scale.new_full((n,), -torch.inf))
++ return cls(scale.new_full((n,), 0.0), scale.new_full((n,), 0.0))
+
+@ kernels/infonce.py: test_infonce::twin_equals
+- rests = torch.stack([self.rest, other.rest])
++ rests = torch.stack([other.rest, self.rest])
+
+@ kernels/infonce.py: test_infonce::twin_equals
+- self.top[where] = merged.top
++ pass
+
+@ kernels/infonce.py: test_infonce::twin_equals
+- return (self.top - cosines) * scale + self.rest
++ return (self.top - cosines) * scale
+
+@ kernels/infonce.py: test_infonce::twin_equals
+- return LogSum(self.top[where], self.rest[where])
++ return LogSum(self.top[where], self.rest)
+
+@ kernels/infonce.py: test_infonce::twin_equals
+- return Masks(self.positive_id[rows], self.threshold[rows], self.candidate_id[columns])
++ return Masks(self.positive_id[rows], self.threshold[rows], self.candidate_id[rows])
+
+@ kernels/infonce.py: test_infonce::twin_equals
+- return Weights(self.row[rows], self.positive[rows], self.column[columns])
++ return Weights(self.row[rows], self.positive[rows], self.column[rows])
+
+@ kernels/infonce.py: test_infonce::interpreter_passes
+- row_top = higher
++ pass
+
+@ kernels/infonce.py: test_infonce::interpreter_passes
+- grad = tl.where(dropped, 0.0, grad)
++ pass
+
+@ kernels/bench.py: test_wiring::the_kernel_s_table
+- return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
++ return F.cross_entropy(logits, target)
+
+@ kernels/bench.py: test_wiring::the_kernel_s_table
+- return info_nce(q, d, SCALE, impl="torch")
++ return info_nce(q, d, 1, impl="torch")
+
+@ kernels/bench.py: test_wiring::the_kernel_s_table
+- return info_nce_ref(q, d, SCALE)
++ return info_nce_ref(q, d, SCALE, symmetric=False)
+
+@ kernels/bench.py: test_wiring::the_kernel_s_table
+- methods = [m for m in methods if any(word in m.name for word in flags.methods)]
++ pass
+
+@ kernels/bench.py: test_wiring::the_kernel_s_table
+- return bool(ours and others) and min(ours) < min(others)
++ return bool(ours and others) and min(ours) > min(others)
+
+@ kernels/bench.py: test_wiring::the_kernel_s_table
+- rate = 8 * self.size**2 * self.dim / self.seconds  # four units of 2 N M D
++ rate = 2 * self.size**2 * self.dim / self.seconds
+
+@ kernels/bench.py: test_wiring::the_kernel_s_table
+- for dim, size in itertools.product(flags.dims, flags.sizes):
++ for dim, size in itertools.product(flags.dims, flags.sizes[:1]):
+
+@ kernels/bench.py: test_wiring::the_kernel_s_table
+- dtype = DTYPES[flags.dtype]
++ dtype = torch.float32
+
+@ kernels/bench.py: test_wiring::the_kernel_s_table
+- for _ in range(1 + flags.repeats):
++ for _ in range(2):
 """
 
 
@@ -1057,25 +1573,23 @@ def places_of(mutant, root=ROOT):
 def function_at(mutant):
     """Return the name of the function that a mutant is in, "" outside of any."""
     place = places_of(mutant)[0] + 1
-    inner = ""
     for name, node in functions_of(mutant.file):
         if node.lineno <= place <= node.end_lineno:
-            inner = name
-    return inner
+            return name
+    return ""
 
 
 def functions_of(file):
-    """List (name, node) of a file's functions and methods, outer ones before inner ones."""
+    """List (name, node) of a file's functions and methods; inner ones belong to the outer."""
     found = []
 
     def walk(node, prefix):
         for child in ast.iter_child_nodes(node):
             is_function = isinstance(child, ast.FunctionDef)
-            if is_function or isinstance(child, ast.ClassDef):
-                name = prefix + child.name
-                if is_function:
-                    found.append((name, child))
-                walk(child, name + ".")
+            if is_function:
+                found.append((prefix + child.name, child))
+            elif isinstance(child, ast.ClassDef):
+                walk(child, f"{prefix}{child.name}.")
 
     walk(ast.parse((ROOT / file).read_text()), "")
     return found
@@ -1116,8 +1630,7 @@ def functions_without_mutant():
         file = str(path.relative_to(ROOT))
         for name, _ in functions_of(file):
             public = not any(part.startswith("_") for part in name.split("."))
-            inside = any(f == file and (g + ".").startswith(name + ".") for f, g in broken)
-            if public and not inside:
+            if public and (file, name) not in broken:
                 idle.append(f"{file} {name}")
     return idle
 
@@ -1178,7 +1691,7 @@ def try_mutant(mutant, root):
     path = root / mutant.file
     whole = path.read_text()
     lines = whole.splitlines(keepends=True)
-    (place,) = places_of(mutant)
+    (place,) = places_of(mutant, root)
     old = lines[place]
     indent = old[: len(old) - len(old.lstrip())]
     lines[place : place + len(mutant.old)] = [f"{indent}{line}\n" for line in mutant.new]
@@ -1189,7 +1702,7 @@ def try_mutant(mutant, root):
         status = finish(start(test_ids(mutant), root, output), LIMIT)
     finally:
         path.write_text(whole)
-    verdict = {0: "MISSED", 1: "caught", None: "caught"}.get(status, f"ERROR {status}")
+    verdict = {0: "MISSED", 1: "caught", None: "TOO LONG"}.get(status, f"ERROR {status}")
     return verdict, time.monotonic() - began, output.read_text(errors="replace")
 
 
@@ -1221,10 +1734,22 @@ def work(mutants, first, step, folder, report):
     return failed
 
 
+def check_unbroken(mutants, folder):
+    """Run the mutants' tests over the whole lines: one that fails by itself would catch all."""
+    began = time.monotonic()
+    output = folder / "whole.out"
+    ids = sorted({test for mutant in mutants for test in test_ids(mutant)})
+    status = finish(start(ids, copy_repository(folder / "whole"), output), 3600)
+    if status != 0:
+        sys.exit(output.read_text()[-4000:] + "\nthese fail without a fault")
+    return f"{len(ids)} tests pass without a fault, {time.monotonic() - began:.0f} s"
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="mutants whose name holds this")
     parser.add_argument("--jobs", type=int, default=1, help="mutants at a time")
+    parser.add_argument("--no-check", action="store_true", help="do not run the tests unbroken")
     parser.add_argument("--functions", action="store_true", help="list functions without a mutant")
     flags = parser.parse_args()
     if flags.functions:
@@ -1243,13 +1768,8 @@ def main():
 
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        # A test that fails by itself would catch everything.
-        root = copy_repository(folder / "whole")
-        ids = sorted({test for mutant in mutants for test in test_ids(mutant)})
-        status = finish(start(ids, root, folder / "whole.out"), 1800)
-        if status != 0:
-            sys.exit((folder / "whole.out").read_text()[-4000:] + "\nthese fail without a fault")
-        report(f"{len(ids)} tests pass without a fault, {time.monotonic() - began:.0f} s")
+        if not flags.no_check:
+            report(check_unbroken(mutants, folder))
 
         children = []
         for first in range(flags.jobs):

@@ -11,10 +11,13 @@ import functools
 import inspect
 import json
 import math
+import random
 import re
+import subprocess
 import sys
 from pathlib import Path
 
+import mutants
 import numpy as np
 import pytest
 import torch
@@ -28,7 +31,9 @@ sys.path.insert(0, str(ROOT))
 import caption  # noqa: E402
 import embed  # noqa: E402
 import eval as evaluate  # noqa: E402
+import model  # noqa: E402
 import synth  # noqa: E402
+import tables  # noqa: E402
 import train  # noqa: E402
 import uvrb  # noqa: E402
 from data import Collator  # noqa: E402
@@ -596,6 +601,18 @@ def test_a_run_with_every_setting_turned_is_the_loop_by_hand_as_well(world, tmp_
     assert list(features.rglob("*.safetensors"))
 
 
+def test_mined_negatives_come_back_from_their_file(world, tmp_path):
+    flags = parse(*words_of(world, OTHER, tmp_path))
+    sources = train.load_sources(flags)
+    gve = GVE.from_pretrained(world.base)
+    plan = [(0, np.array([0, 3, 1])), (1, np.array([2, 0])), (2, np.array([1]))]
+    train.mine_epoch(gve, sources, plan, flags, tmp_path / "mined.jsonl")
+    again = train.load_sources(flags)
+    train.read_mined(again, tmp_path / "mined.jsonl")
+    assert [sorted(source.mined) for source in again] == [[0, 1, 3], [0, 2], []]
+    assert [source.mined for source in again] == [source.mined for source in sources]
+
+
 class Watch:
     """Note the arguments of each call of a function that a main program makes, and make it."""
 
@@ -644,6 +661,15 @@ def test_train_hands_on_the_flags_that_change_no_number(world, tmp_path, monkeyp
     assert gve.core.language_model.is_gradient_checkpointing
     steps = events(load_jsonl(tmp_path / "log.jsonl"), "step")
     assert [line["step"] for line in steps] == [2, 3]
+
+
+def test_a_dry_run_tries_a_micro_batch_and_writes_nothing(world, tmp_path, capsys):
+    more = ["--dry-run", "--micro-batch", "2", "--micro-tokens", "999"]
+    train.main(parse(*words_of(world, PLAIN, tmp_path / "out", *more)))
+    printed = capsys.readouterr().out
+    assert re.findall(r"(\d+) (videos|texts) of", printed) == [("2", "videos"), ("2", "texts")]
+    assert f"2 texts of {PLAIN.max_length} tokens" in printed
+    assert not list(tmp_path.iterdir())
 
 
 # Evaluation and encoding
@@ -939,3 +965,192 @@ def test_eval_shows_the_tables_that_are_asked_for(tmp_path, monkeypatch):
         (names, own, "o", "there", ["r"]),
         (["Table 1", "Table 2"], own, "runs/tables", "runs/mini/uvrb", []),
     ]
+
+
+def test_a_table_in_four_styles():
+    groups = [[{"model": "a", "R@1": 0.5}], [{"model": "b_2", "n": 1000}]]
+
+    def lines(style):
+        return tables.render("Title", groups, style).splitlines()
+
+    text = ["model   R@1      n", "a      .500      -", "b_2       -  1,000"]
+    assert [line for line in lines("txt") if line.strip("-")] == ["Title", *text]
+    table = ["| model | R@1 | n |", "| --- | ---: | ---: |", "| a | .500 | - |"]
+    assert lines("md") == ["Title", "", *table, "| b_2 | - | 1,000 |"]
+    assert lines("csv") == ["model,R@1,n", "a,.500,-", 'b_2,-,"1,000"']
+    assert lines("tex")[:2] == ["% Title", "\\begin{tabular}{lrr}"]
+    assert "b\\_2 & - & 1,000 \\\\" in lines("tex")
+
+
+def test_pictures_show_the_rows_of_their_tables(tmp_path, monkeypatch):
+    shown = {}
+
+    def keep(picture, path, **options):
+        shown[path.name] = picture
+
+    from matplotlib.figure import Figure
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    rows = []
+    for n, name in enumerate(("a", "b")):
+        abilities = {tag: (n + 1) * 0.01 * i for i, tag in enumerate(uvrb.ABILITIES)}
+        rows.append({"model": name, "AVG-D": 0.3 + n, "AVG-A": 0.4 + n, **abilities})
+    tables.plot("Figure 2", "two models", tables.Table(yours=rows), tmp_path / "2.png")
+    assert shown["2.png"].get_suptitle() == "two models"
+    radar, bars = shown["2.png"].axes
+    for line, row in zip(radar.lines, rows, strict=True):
+        values = [row[name] for name in uvrb.ABILITIES]
+        assert line.get_ydata().tolist() == [*values, values[0]]
+    assert [bar.get_width() for bar in bars.patches] == [0.3, 1.3, 0.4, 1.4]
+
+    rows = [{"model": "a", "score": "AVG-D", 4: 0.1, 8: 0.2, 16: None}]
+    rows.append({"model": "b", "score": "AVG-D", 4: 0.3, 8: None, 16: 0.5})
+    tables.plot("Figure 12", "frames", tables.Table(yours=rows), tmp_path / "12.png")
+    a, b = shown["12.png"].axes[0].lines
+    assert (a.get_xdata().tolist(), a.get_ydata().tolist()) == ([4, 8], [0.1, 0.2])
+    assert (b.get_xdata().tolist(), b.get_ydata().tolist()) == ([4, 16], [0.3, 0.5])
+
+    rows = [{"pair": "CMP-TXT", "All": 0.1, "All Spearman": 0.7, "CLIP Spearman": None}]
+    tables.plot("Figure 7", "pairs", tables.Table(mixed=rows), tmp_path / "7.png")
+    grid = shown["7.png"].axes[0].images[0].get_array()
+    assert grid[1, 0] == 0.7
+    assert np.isfinite(grid).sum() == 1
+    rows = [{"pair": "CMP", "All Spearman": 0.7, "CLIP Spearman": 0.2}]
+    tables.plot("Figure 8", "bars", tables.Table(mixed=rows), tmp_path / "8.png")
+    heights = [bar.get_height() for bar in shown["8.png"].axes[0].patches]
+    assert heights == [0.7, 0.2]
+
+
+# Functions whose faults no other test saw
+
+
+def test_synth_drops_the_inconsistent_and_the_later_of_two_alike():
+    def rows(*scores):
+        return [{"id": str(i), "fate": "kept", "consistency": s} for i, s in enumerate(scores)]
+
+    def kept(rows):
+        return [row["id"] for row in rows if row["fate"] == "kept"]
+
+    some = rows(0.5, 0.1, 0.3, 0.2)
+    synth.drop_inconsistent(some, "0.25")
+    assert kept(some) == ["0", "2"]
+    some = rows(0.5, 0.1, 0.3, 0.2)
+    synth.drop_inconsistent(some, "q0.3")  # the quantile lies at 0.19
+    assert kept(some) == ["0", "2", "3"]
+
+    # Brighter to the right and downward, and the other way round: all signs differ.
+    slope = torch.arange(32.0) + torch.arange(32.0)[:, None]
+    up = slope.expand(4, 3, 32, 32)
+    films = [up, -up, up + 9, -2 * up]
+    alike = rows(*[1] * 4)
+    for row, film in zip(alike, films, strict=True):
+        row["hash"] = synth.fingerprint(film)
+    synth.drop_duplicates(alike, 0.6)
+    assert kept(alike) == ["0", "1"]
+    assert [row.get("why") for row in alike[2:]] == ["duplicate: of 0", "duplicate: of 1"]
+    half = torch.cat([-slope[:16], slope[16:]]).expand(4, 3, 32, 32)
+    bits = [int(synth.fingerprint(film), 16) for film in (up, half)]
+    assert (bits[0] ^ bits[1]).bit_count() / 448 == pytest.approx(0.5, abs=0.1)
+
+
+def test_synth_draws_frames_and_clips_and_joins_answers():
+    video = synth.Video("a", "a.mp4", "", 12.0, [1.0, 2.0, 3.0], [], 0, torch.zeros(4))
+    rng = random.Random(0)
+    times = {video.draw_frame(rng)["image"]["time"] for _ in range(40)}
+    assert times == {1.0, 2.0, 3.0}
+    assert video.draw_clip(rng) == {"video": {"path": "a.mp4", "start": 0, "end": 10}}
+    video.clips = [[1, 4], [2, 6]]
+    assert {video.draw_clip(rng)["video"]["start"] for _ in range(40)} == {1, 2}
+
+    kept = caption.Answer("kept", {"concise": "a b c"}, None, [1, 2])
+    dropped = caption.Answer("dropped", None, "schema", [3, 4])
+    failed = caption.Answer("failed", None, "no reply", [0, 0])
+    row = synth.merge_answers([kept, dropped, failed])
+    assert (row["fate"], row["why"], row["tokens"]) == ("failed", "no reply", [4, 6])
+    assert synth.merge_answers([kept, dropped])["fate"] == "dropped"
+    assert synth.merge_answers([kept])["captions"] == {"concise": "a b c"}
+
+    # Equal scores are no reason to rank lower; opposite vectors have a negative cosine.
+    assert synth.rank_of(1, torch.tensor([0.5, 0.3, 0.3, 0.1])) == 2
+    assert synth.cosine(torch.tensor([1.0, 0.0]), torch.tensor([-0.5, 0.5])) == -0.5
+
+    captions = [
+        {"of": "a", "kind": "video", "fate": "kept", "captions": {"x": "clip 1", "y": "clip 2"}},
+        {"of": "a", "kind": "image", "fate": "kept", "captions": {"x": "clip 3"}},
+    ]
+
+    class Prober:
+        def embed(self, items):
+            return [item["text"] for item in items], {}
+
+    vectors = synth.caption_embedder(captions, Prober())
+    assert vectors("a") == ["clip 1", "clip 2"]
+    assert vectors("b") == []
+
+
+def test_captioner_media_are_as_large_as_allowed_and_threads_keep_the_order():
+    frames = np.zeros((2, 140, 280, 3), np.uint8)  # 5 x 10 tokens
+    small = caption.shrink(frames, 8)
+    assert small.shape[0] == 2
+    assert 0.7 * 8 < small.shape[1] * small.shape[2] / 28**2 <= 8
+    assert caption.shrink(frames, 50) is frames
+    done = caption.map_in_threads(lambda x: 2 * x, range(9), 3, 4)
+    assert list(done) == [0, 2, 4, 6, 8, 10, 12, 14, 16]
+
+
+def test_model_py_prints_the_sizes_of_a_checkpoint(world, capsys):
+    model.main(parse_flags(model.Flags, [world.base]))
+    full = sum(p.numel() for p in GVE.from_pretrained(world.base).parameters())
+    # Rank 16: q 64 -> 64, k and v 64 -> 32, gate and up 64 -> 96, down 96 -> 64; two layers.
+    lora = 2 * 16 * (64 + 64 + 2 * (64 + 32) + 3 * (64 + 96))
+    wanted = f"dim 64; {full + lora:,} parameters, {lora:,} trained in 24 LoRA tensors"
+    assert capsys.readouterr().out.strip() == wanted
+
+
+def test_the_kernel_s_table_has_every_size_and_equal_losses(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "path", list(sys.path))  # the module changes it
+    from kernels import bench
+
+    monkeypatch.setattr(bench, "CUDA", False)
+    monkeypatch.setattr(bench, "DEVICE", "cpu")
+    monkeypatch.setattr(bench, "measure", lambda run: (run(), (1e-3, 0))[1])  # without its waits
+    watch = Watch(monkeypatch, bench, "run_method")
+    words = "--sizes 32 48 --dims 16 --dtype bf16 --repeats 2 --out".split()
+    names = ["ours (torch twin)", "plain, fp32 logits", "the definition, info_nce_ref"]
+    words = ["bench.py", *words, str(tmp_path / "t.md"), "--methods", "twin", "fp32", "definition"]
+    monkeypatch.setattr(sys, "argv", words)
+    bench.main()
+
+    rows = [line.split("|")[1:-1] for line in (tmp_path / "t.md").read_text().splitlines()]
+    rows = [[cell.strip() for cell in row] for row in rows if len(row) == 8][2:]
+    assert [row[:3] for row in rows] == [[n, "16", name] for n in ("32", "48") for name in names]
+    for first in (0, 3):
+        losses = [float(row[7]) for row in rows[first : first + 3]]
+        assert losses == pytest.approx([losses[0]] * 3, rel=2e-2)
+    assert len(watch.calls["run_method"]) == 2 * 3 * (1 + 2)
+    assert watch.calls["run_method"][0]["q"].dtype == torch.bfloat16
+
+    slow = bench.Result(100, 1000, "plain", matmul=16e9, seconds=0.01, loss=1.0)
+    assert slow.row().split("|")[5:8] == [" 0 ", " 0.01 ", " 50% "]
+    fast = bench.Result(100, 1000, "ours (torch twin)", matmul=16e9, seconds=0.001)
+    assert bench.ours_is_faster([slow, fast])
+    fast.seconds = 0.1
+    assert not bench.ours_is_faster([slow, fast])
+
+
+# Faults that these and all other tests are to catch
+
+
+def test_the_lines_and_tests_that_the_mutants_name_are_there():
+    assert not mutants.faults_of_the_list()
+    files = {mutant.file for mutant in mutants.MUTANTS}
+    root = {path.name for path in ROOT.glob("*.py")}
+    assert root | {"kernels/infonce.py", "kernels/windows.py"} <= files
+    assert len(mutants.MUTANTS) >= 60
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2 * 3600)
+def test_every_mutant_is_caught():
+    done = subprocess.run([sys.executable, "tests/mutants.py"], cwd=ROOT)
+    assert done.returncode == 0
