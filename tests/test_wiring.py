@@ -221,14 +221,15 @@ class Embedder:
         return torch.cat(vectors) if vectors else torch.zeros(0, self.gve.dim, dtype=torch.float64)
 
 
-def loss_by_hand(q, p, n, p_ids, n_ids, s):
+def loss_by_hand(q, p, n, q_ids, p_ids, n_ids, s):
     """Return the mean over rows of -log of the positive's share, in one or both directions."""
     candidates = torch.cat([p, n])
     ids = [*p_ids, *n_ids]
+    answers = set(zip(q_ids, p_ids, strict=True))
 
     def is_negative(i, j):
         too_good = float((q[i] @ candidates[j] - q[i] @ p[i]).detach()) > s.margin
-        return ids[j] != p_ids[i] and (s.margin < 0 or not too_good)
+        return (q_ids[i], ids[j]) not in answers and (s.margin < 0 or not too_good)
 
     total = 0
     for i in range(len(q)):
@@ -248,14 +249,15 @@ def loss_by_hand(q, p, n, p_ids, n_ids, s):
     return total / len(q)
 
 
-def gap_by_hand(q, p, n, p_ids, n_ids):
+def gap_by_hand(q, p, n, q_ids, p_ids, n_ids):
     """Return the mean of a positive's score less that of its hardest negative."""
     candidates = torch.cat([p, n])
+    answers = set(zip(q_ids, p_ids, strict=True))
     gaps = []
     for i in range(len(q)):
         hardest = -1.0
         for j, number in enumerate([*p_ids, *n_ids]):
-            if number != p_ids[i]:
+            if (q_ids[i], number) not in answers:
                 hardest = max(hardest, float(q[i] @ candidates[j]))
         gaps.append(float(q[i] @ p[i]) - hardest)
     return sum(gaps) / len(gaps)
@@ -298,7 +300,11 @@ def mine_by_hand(embed, source, rows, s):
     found = {}
     for i, row in enumerate(rows):
         order = sorted(range(len(rows)), key=lambda j: -float(q[i] @ p[j]))  # noqa: B023
-        seen = {source.id_of(source.rows[row][1])}
+        query = source.id_of(source.rows[row][0])
+        seen = set()  # the answers to its query, and what was found
+        for other in rows:
+            if source.id_of(source.rows[other][0]) == query:
+                seen.add(source.id_of(source.rows[other][1]))
         found[row] = []
         for j in order:
             item = source.rows[rows[j]][1]
@@ -339,11 +345,13 @@ def probabilities_by_hand(relevance, sigma, progress, sources, s):
 
 def other_losses(q, p, n, ids, s):
     """Return the losses that a fault in the wiring would give, {fault: loss}."""
+    q_ids, p_ids, n_ids = ids
     unique = [*range(len(p))], [*range(len(p), len(p) + len(n))]
     return {
-        "ids": float(loss_by_hand(q, p, n, *unique, s)),
+        "q_ids": float(loss_by_hand(q, p, n, unique[0], p_ids, n_ids, s)),
+        "ids": float(loss_by_hand(q, p, n, q_ids, *unique, s)),
         "margin": float(loss_by_hand(q, p, n, *ids, dataclasses.replace(s, margin=-1.0))),
-        "negatives": float(loss_by_hand(q, p, n[:0], ids[0], [], s)),
+        "negatives": float(loss_by_hand(q, p, n[:0], q_ids, p_ids, [], s)),
         "symmetric": float(loss_by_hand(q, p, n, *ids, dataclasses.replace(s, symmetric=False))),
     }
 
@@ -390,11 +398,12 @@ def train_by_hand(world, s):
             for row in rows:
                 own = mined.get(k, {}).get(row, [])
                 others += [*own, *source.rows[row][2:]][: source.negatives]
+            queries = [source.rows[row][0] for row in rows]
             positives = [source.rows[row][1] for row in rows]
-            q = embed([source.rows[row][0] for row in rows], source.instruction)
+            q = embed(queries, source.instruction)
             p = embed(positives)
             n = embed(others)
-            ids = [source.id_of(item) for item in positives], [*map(source.id_of, others)]
+            ids = [[source.id_of(item) for item in items] for items in (queries, positives, others)]
             loss = loss_by_hand(q, p, n, *ids, s)
             optimizer.zero_grad()
             loss.backward()
