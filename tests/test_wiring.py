@@ -550,7 +550,7 @@ def test_a_run_that_stops_and_resumes_is_the_loop_by_hand(world, by_hand, tmp_pa
     assert states() == ["step-00000003", "step-00000004"]
     for change in ("--lr=0.03", "--warmup=0.3", "--clip=0.4", "--weight-decay=0.1", "--seed=8"):
         name = change.removeprefix("--").partition("=")[0].replace("-", "_")
-        with pytest.raises(ValueError, match=f"'{name}'"):
+        with pytest.raises(ValueError, match=rf"\b{name}\b"):
             train.main(parse(*words, "--resume", "auto", change))
     train.main(parse(*words, "--resume", "auto"))
     assert_trained_by_hand(tmp_path, by_hand)
@@ -565,7 +565,8 @@ def test_gve_json_holds_the_run(world, plain_run, by_hand):
     assert (info["pooling"], info["prompt_style"]) == ("last_token", "user")
     assert info["base"] == world.base
     for source, drawn in zip(world.sources, by_hand["drawn"], strict=True):
-        assert info["data"][source.name] == {"rows": len(source.rows), "drawn": drawn}
+        data = info["data"][source.name]
+        assert (data["rows"], data["drawn"]) == (len(source.rows), drawn)
     for key in ("loss", "lr", "grad_norm"):
         assert info["metrics"][key] == near(by_hand["steps"][-1][key])
 
@@ -751,8 +752,9 @@ def test_eval_hands_on_its_flags(world, benchmark, tmp_path, monkeypatch):
     assert {"MSRVTT", "MS-TI"} <= results["ci95"].keys()
     assert results["datasets"]["MS-TI"]["chance"] == 0.5  # pools of two
     assert len(list((tmp_path / "rankings").iterdir())) == 2
-    shown = watch.values("show", "names", "results", "folder", "roots")
-    assert shown == [(["Table 1", "Table 2"], [results], str(benchmark), roots)]
+    shown = watch.values("show", "results", "folder", "roots")
+    assert shown == [([results], str(benchmark), roots)]
+    assert watch.calls["show"][0]["names"][0] == "Table 1"
 
 
 def test_a_function_of_ones_own_gets_the_prompts_in_batches(
@@ -878,9 +880,9 @@ def test_synth_hands_on_its_flags(world, tmp_path, monkeypatch):
     assert opened == [("openai:http://there:1/v1#m", wanted)] * len(opened)
     assert set(models.values("from_pretrained", "path", "device")) == {(world.prober, "cpu")}
     for call in watch.calls["encode"]:
-        shows_media = any("text" not in item for item in call["items"])
-        limits = {"frames": 4, "max_tokens": 6, "workers": int(shows_media), "seconds": 50}
-        assert limits.items() <= call.items()
+        assert (call["frames"], call["max_tokens"], call["seconds"]) == (4, 6, 50)
+        if any("text" not in item for item in call["items"]):  # texts hang no decoder
+            assert call["workers"] == 1
     assert {(w, s) for w, s in watch.values("DecoderPool", "workers", "seconds")} == {(1, 500)}
 
     # Stage 1: all four clips, in parts of three and one.
@@ -945,8 +947,8 @@ def test_uvrb_hands_on_its_flags(monkeypatch, capsys):
     found = []
     asked = []
 
-    def check(*args):
-        asked.append(args)
+    def check(*args, **options):
+        asked.append(args[:3])
         return found
 
     monkeypatch.setattr(uvrb, "check", check)
@@ -964,15 +966,16 @@ def test_uvrb_hands_on_its_flags(monkeypatch, capsys):
 def test_eval_shows_the_tables_that_are_asked_for(tmp_path, monkeypatch):
     watch = Watch(monkeypatch, evaluate, "show")
     monkeypatch.setattr(evaluate, "show", lambda *args: watch.calls["show"].append(args))
-    write_json(tmp_path / "a.json", {"model": "a"})
+    own = {"benchmark": "mine", "model": "a", "protocol": {"checkpoint": "a"}, "datasets": {}}
+    own |= {"abilities": {}, "AVG-D": None, "AVG-A": None}
+    write_json(tmp_path / "a.json", own)
     words = "--table 3 7 --figure 2 --uvrb there --root r --out o --results".split()
     evaluate.main(parse_flags(evaluate.Flags, [*words, str(tmp_path / "a.json")]))
     evaluate.main(parse_flags(evaluate.Flags, ["--results", str(tmp_path / "a.json")]))
     names = ["Table 3", "Table 7", "Figure 2"]
-    own = [{"model": "a"}]
     assert watch.calls["show"] == [
-        (names, own, "o", "there", ["r"]),
-        (["Table 1", "Table 2"], own, "runs/tables", "runs/mini/uvrb", []),
+        (names, [own], "o", "there", ["r"]),
+        (["Table 1", "Table 2"], [own], "runs/tables", "runs/mini/uvrb", []),
     ]
 
 
@@ -1056,7 +1059,8 @@ def test_synth_drops_the_inconsistent_and_the_later_of_two_alike():
         row["hash"] = synth.fingerprint(film)
     synth.drop_duplicates(alike, 0.6)
     assert kept(alike) == ["0", "1"]
-    assert [row.get("why") for row in alike[2:]] == ["duplicate: of 0", "duplicate: of 1"]
+    for row, first in zip(alike[2:], "01", strict=True):
+        assert row["why"].startswith(f"duplicate: of {first}")
     half = torch.cat([-slope[:16], slope[16:]]).expand(4, 3, 32, 32)
     bits = [int(synth.fingerprint(film), 16) for film in (up, half)]
     assert (bits[0] ^ bits[1]).bit_count() / 448 == pytest.approx(0.5, abs=0.1)
