@@ -379,7 +379,7 @@ LIST = r"""
 +     media = item.get(kind)
 +     content.append(sorted(media.items()) if isinstance(media, dict) else media)
 
-@ data.py: test_released::prompts_are
+@ data.py: test_wiring::the_prompt_letter
 - lead = f"{instruction}\n"
 + lead = f"{instruction} "
 
@@ -388,8 +388,8 @@ LIST = r"""
 + ids = ids[: self.max_length]
 
 @ data.py: test_model::vectors_do_not_depend
-- start = width - length if self.padding_side == "left" else 0
-+ start = width - length
+- mask[row, start : start + length] = 1
++ mask[row, start:] = 1
 
 @ data.py: test_model::inputs_and_hidden
 - std = torch.tensor(processor.image_std).repeat_interleave(repeats) * scale
@@ -465,7 +465,7 @@ LIST = r"""
 - prompt_style=prompt_style or info.get("prompt_style", "system"),
 + prompt_style=prompt_style or "system",
 
-@ model.py: test_model::inputs_and_hidden
+@ model.py: test_embed::vectors_are_those
 - tokens_per_second=self.geometry.tokens_per_second,
 + tokens_per_second=4,
 

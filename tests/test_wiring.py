@@ -83,8 +83,8 @@ def write_media(folder):
 def list_rows(pictures, clips):
     """List the rows of the three sources: [query, positive, hard negative, ...]."""
     words = [
-        ["what rolls", "a red ball", "a blue ball"],
-        ["which way", "to the left", "A red  ball"],
+        ["what rolls", "a red ball", "a blue ball", "one more than is used"],
+        ["which way", "to the left", "A red  ball", "and another"],
         ["where is it", "on the table", "under the table"],
         ["what colour", "a Red ball", "green"],  # the first row's answer, in another form
         ["how many", "two of them", "three of them"],
@@ -680,6 +680,20 @@ def test_a_dry_run_tries_a_micro_batch_and_writes_nothing(world, tmp_path, capsy
     assert re.findall(r"(\d+) (videos|texts) of", printed) == [("2", "videos"), ("2", "texts")]
     assert f"2 texts of {PLAIN.max_length} tokens" in printed
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("style", ["system", "user"])
+def test_the_prompt_letter_by_letter(world, style):
+    gve = GVE.from_pretrained(world.base, prompt_style=style)
+    embed = Embedder(gve, PLAIN)
+    ids = embed.collate.prepare({"text": "A ball"}, "Find it.")["ids"]
+    head = {
+        "system": "<|im_start|>system\nFind it.<|im_end|>\n<|im_start|>user\n",
+        "user": "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\nFind it.\n",
+    }
+    tail = "A ball<|im_end|>\n<|im_start|>assistant\n<|endoftext|>"
+    assert gve.processor.tokenizer.decode(ids) == head[style] + tail
 
 
 # Evaluation and encoding
