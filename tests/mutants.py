@@ -522,8 +522,8 @@ LIST = r"""
 # embed.py
 
 @ embed.py: test_embed::only_equal
-- first.setdefault(key, i)
-+ first[key] = i
+- vectors[equals] = vectors[[first[keys[i]] for i in equals]]
++ pass
 
 @ embed.py: test_embed::results_come
 - reasons = {i: failed[first[key]] for i, key in enumerate(keys) if first[key] in failed}
@@ -601,7 +601,7 @@ LIST = r"""
 - values = [min(int(k), p) / (p if kind == "R" else int(k)) for p in counts]
 + values = [min(int(k), p) / p for p in counts]
 
-@ eval.py: test_eval::lost_media
+@ eval.py: test_wiring::a_query_that_lost
 - if i in encoded.lost_queries or len(kept) < len(positives):
 + if i in encoded.lost_queries or not kept:
 
@@ -613,7 +613,7 @@ LIST = r"""
 - return [float(rng.choice(scores, len(scores)).mean()) for _ in range(times)]
 + return [float(rng.permutation(scores).mean()) for _ in range(times)]
 
-@ eval.py: test_eval::trec_files
+@ eval.py: test_wiring::eval_hands
 - order = scores.argsort(descending=True, stable=True)[:depth]
 + order = scores.argsort(stable=True)[:depth]
 
@@ -621,7 +621,7 @@ LIST = r"""
 - if entry["complete"]:
 + if entry["n"]:
 
-@ eval.py: test_eval::bootstrap
+@ eval.py: test_wiring::an_interval
 - bounds[column] = np.percentile(values, (2.5, 97.5)).tolist()
 + bounds[column] = np.percentile(values, (5, 95)).tolist()
 

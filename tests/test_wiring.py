@@ -765,7 +765,10 @@ def test_eval_hands_on_its_flags(world, benchmark, tmp_path, monkeypatch):
     assert (protocol["frames"], protocol["max_tokens"], protocol["batch_tokens"]) == (4, 6, 333)
     assert {"MSRVTT", "MS-TI"} <= results["ci95"].keys()
     assert results["datasets"]["MS-TI"]["chance"] == 0.5  # pools of two
-    assert len(list((tmp_path / "rankings").iterdir())) == 2
+    for name, depth in (("MSRVTT", 4), ("MS-TI", 2)):
+        for row in load_jsonl(tmp_path / "rankings" / f"{name}.jsonl"):
+            assert row["scores"] == sorted(row["scores"], reverse=True)
+            assert len(row["ranked"]) == depth
     shown = watch.values("show", "results", "folder", "roots")
     assert shown == [([results], str(benchmark), roots)]
     assert watch.calls["show"][0]["names"][0] == "Table 1"
@@ -1048,6 +1051,22 @@ def test_pictures_show_the_rows_of_their_tables(tmp_path, monkeypatch):
 
 
 # Functions whose faults no other test saw
+
+
+def test_a_query_that_lost_one_of_its_positives_does_not_count():
+    dataset = uvrb.DATASETS["MSRVTT"]
+    rows = [{"id": str(i), "item": {"text": str(i)}, "where": "x:1"} for i in range(4)]
+    positives = [[0], [1, 2], [3]]
+    bench = uvrb.Bench("MSRVTT", dataset, rows[:3], rows, positives, None, (3, 4), [])
+    encoded = evaluate.Encoded(bench, torch.eye(4)[:3], torch.eye(4), {}, {2: "lost"})
+    part = evaluate.leave_out_lost(encoded)
+    assert (part.queries, part.corpus, part.positives) == ([0, 2], [0, 1, 3], [[0], [2]])
+
+
+def test_an_interval_leaves_out_a_fortieth_on_either_side():
+    draws = {"MSRVTT": [i / 1000 for i in range(1001)]}
+    bounds = evaluate.intervals(draws, {"MSRVTT": 0.5})
+    assert bounds == {"MSRVTT": pytest.approx([0.025, 0.975])}
 
 
 def test_synth_drops_the_inconsistent_and_the_later_of_two_alike():
