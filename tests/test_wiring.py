@@ -1108,6 +1108,10 @@ def test_synth_draws_frames_and_clips_and_joins_answers():
     video.clips = [[1, 4], [2, 6]]
     assert {video.draw_clip(rng)["video"]["start"] for _ in range(40)} == {1, 2}
 
+    # The middle of the longest shot first; no second frame that looks like one chosen.
+    film = torch.cat([torch.zeros(4, 3, 32, 32), torch.full((6, 3, 32, 32), 100.0)])
+    assert synth.choose_key_frames(film, [(0, 4), (4, 10)]) == [7, 2]
+
     kept = caption.Answer("kept", {"concise": "a b c"}, None, [1, 2])
     dropped = caption.Answer("dropped", None, "schema", [3, 4])
     failed = caption.Answer("failed", None, "no reply", [0, 0])
