@@ -741,7 +741,7 @@ LIST = r"""
 - if len(chosen) < KEY_FRAMES and all(difference > 4 for difference in differences):
 + if len(chosen) < KEY_FRAMES:
 
-@ synth.py: test_synth::a_caption_is
+@ synth.py: test_wiring::synth_gives
 - row["consistency"] = max(row["consistency"], cosine(vector, texts[n]))
 + row["consistency"] = cosine(vector, texts[n])
 
@@ -753,7 +753,7 @@ LIST = r"""
 - drop_duplicates(rows, flags.duplicate)
 + drop_duplicates(rows, 0.1)
 
-@ synth.py: test_wiring::synth_hands
+@ synth.py: test_wiring::synth_draws
 - tasks += [task] * int(share + rng.random())
 + tasks += [task] * int(share)
 

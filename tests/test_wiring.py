@@ -1099,6 +1099,25 @@ def test_synth_drops_the_inconsistent_and_the_later_of_two_alike():
     assert (bits[0] ^ bits[1]).bit_count() / 448 == pytest.approx(0.5, abs=0.1)
 
 
+def test_synth_gives_a_caption_the_cosine_of_its_best_shot():
+    row = {"fate": "kept", "text": "a", "video": "a.mp4", "cuts": [1.0, 2.0], "seconds": 3.0}
+    asked = []
+
+    class Prober:
+        def embed(self, items):
+            asked.extend(items)
+            cosines = {0.0: 0.3, 1.0: 0.9, 2.0: 0.1}
+            vectors = [[1.0, 0.0]] * len(items)
+            if "video" in items[0]:
+                vectors = [[cosines[item["video"]["start"]], 0.0] for item in items]
+            return torch.tensor(vectors), {}
+
+    synth.score_captions([row], torch.tensor([[0.5, 0.0]]), Prober())
+    assert row["consistency"] == 0.9
+    spans = [(item["video"]["start"], item["video"]["end"]) for item in asked[1:]]
+    assert spans == [(0, 1.0), (1.0, 2.0), (2.0, 3.0)]
+
+
 def test_synth_draws_frames_and_clips_and_joins_answers():
     video = synth.Video("a", "a.mp4", "", 12.0, [1.0, 2.0, 3.0], [], 0, torch.zeros(4))
     rng = random.Random(0)
@@ -1107,6 +1126,15 @@ def test_synth_draws_frames_and_clips_and_joins_answers():
     assert video.draw_clip(rng) == {"video": {"path": "a.mp4", "start": 0, "end": 10}}
     video.clips = [[1, 4], [2, 6]]
     assert {video.draw_clip(rng)["video"]["start"] for _ in range(40)} == {1, 2}
+
+    # A fraction of pairs per video is the chance of one more.
+    flags = synth.Flags(shares=["T2V=1.5", "T2T=0", "T2I=0", "I2V=0", "V2V=0", "TI2V=0", "TV2V=0"])
+    counts = []
+    for i in range(400):
+        video.id = str(i)
+        counts.append(len(synth.draw_tasks(video, flags)))
+    assert set(counts) == {1, 2}
+    assert np.mean(counts) == pytest.approx(1.5, abs=0.1)
 
     # The middle of the longest shot first; no second frame that looks like one chosen.
     film = torch.cat([torch.zeros(4, 3, 32, 32), torch.full((6, 3, 32, 32), 100.0)])
