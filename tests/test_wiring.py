@@ -922,6 +922,8 @@ def test_synth_hands_on_its_flags(world, tmp_path, monkeypatch):
     for pair in pairs:
         i = int(pair["of"].removeprefix("id"))
         assert number_of(pair["positive"]) == i
+        kind = {"T2T": "text", "T2I": "image"}.get(pair["task"], "video")
+        assert pair["positive"].keys() == {kind}
         negatives = pair.get("negatives", [])
         if pair["task"] == "TI2V":
             assert number_of(pair["query"]["image"]) != i
