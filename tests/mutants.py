@@ -839,7 +839,7 @@ LIST = r"""
 - focus=rng.choices(list(FOCUS), list(FOCUS.values()))[0],
 + focus=rng.choice(list(FOCUS)),
 
-@ caption.py: test_synth::dry_run
+@ caption.py: test_wiring::synth_hands
 - answer_words = sum((least + most) / 2 for least, most in request["want"].values())
 + answer_words = sum(most for least, most in request["want"].values())
 
@@ -881,7 +881,7 @@ LIST = r"""
 - for folder in (root / name, root / name / "UVRB" / name, root / "UVRB" / name):
 + for folder in (root / name, root / name / "UVRB" / name):
 
-@ uvrb.py: test_uvrb::sizes_are
+@ uvrb.py: test_wiring::sizes_that
 - datasets[key] = declared.get(key, dataset._replace(queries=None, corpus=None))
 + datasets[key] = declared.get(key, dataset)
 

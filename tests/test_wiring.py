@@ -846,7 +846,7 @@ def fake_captioner(requests):
         yield caption.Reply(f"a {style} text about clip {i}", None, 1, 2)
 
 
-def test_synth_hands_on_its_flags(world, tmp_path, monkeypatch):
+def test_synth_hands_on_its_flags(world, tmp_path, monkeypatch, capsys):
     names = ("encode", "run_sharded", "make_requests", "DecoderPool", "print_dry_run")
     monkeypatch.setattr(synth, "encode", fake_vectors)
     opened = []
@@ -882,6 +882,9 @@ def test_synth_hands_on_its_flags(world, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
     ((n, shares, *rest),) = [tuple(call.values()) for call in watch.calls["print_dry_run"]]
     assert (n, shares["T2V"], rest) == (4, 2.0, ["short", 4, 6])
+    # Four videos in five styles: 2 x 6 vision tokens and 7 words to read, 2 to 70 words to write.
+    costs = [20, round(20 * (12 + 1.35 * 7)), round(20 * 1.35 * 36)]
+    assert f"video: calls, tokens read, tokens written: {costs}" in capsys.readouterr().out
     with pytest.raises(ValueError, match="other shards"):
         run("--shard", "1/2")
     run("--stages", "1")
@@ -980,6 +983,12 @@ def test_uvrb_hands_on_its_flags(monkeypatch, capsys):
         uvrb.main(flags)
     assert done.value.code == 1
     assert "there/x.jsonl:1: bad" in capsys.readouterr().out
+
+
+def test_sizes_that_a_benchmark_does_not_declare_are_unknown(benchmark):
+    _, datasets = uvrb.benchmark(benchmark)
+    sizes = [(datasets[name].queries, datasets[name].corpus) for name in ("MSRVTT", "CMRB")]
+    assert sizes == [(4, 4), (None, None)]
 
 
 def test_eval_shows_the_tables_that_are_asked_for(tmp_path, monkeypatch):
