@@ -1,0 +1,1791 @@
+r"""Break one line at a time and see a test fail: `python tests/mutants.py`, minutes on one core.
+
+    python tests/mutants.py --only train.py     those whose file, function or new line holds this
+    python tests/mutants.py --jobs 4            four at a time
+    python tests/mutants.py --functions         public functions in which nothing is broken
+
+A test that passes over a broken line tests nothing there. MUTANTS has faults of the kinds that a
+careful person makes: in every public function of the root and of kernels/, and in everything that a
+main program hands to a function. Each is
+
+    @ FILE: TEST FILE::beginning of the test's name, more of them
+    - the line as it stands, once in its file (or several on end)
+    + the line with the fault
+
+Two tests in tests/test_wiring.py use this file: each line still stands (by default), and each fault
+is caught (slow).
+"""
+
+import argparse
+import ast
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", PYTHONDONTWRITEBYTECODE="1")
+ROOT = Path(__file__).resolve().parent.parent
+LIMIT = 300  # seconds for a mutant's tests
+
+LIST = r"""
+# train.py: the schedule
+
+@ train.py: test_wiring::a_run_is_the_loop
+- return np.exp(z - z.max())
++ return np.exp(z - z.max()) * sizes
+
+@ train.py: test_train::source_probabilities
+- z = np.asarray(relevance, float) / sigma_t
++ z = np.asarray(relevance, float) * sigma_t
+
+@ train.py: test_train::sigma_and
+- return sizes
++ return np.sqrt(sizes)
+
+@ train.py: test_train::sigma_and
+- return np.ones(len(sizes))
++ return np.asarray(sizes)
+
+@ train.py: test_wiring::a_run_with_every_setting
+- return sizes * (levels == level)
++ return sizes * (levels <= level)
+
+@ train.py: test_train::an_unknown_schedule
+- if schedule not in SCHEDULES:
++ if schedule is None:
+
+@ train.py: test_wiring::a_run_is_the_loop
+- return low + (high - low) * epoch / (epochs - 1)
++ return low + (high - low) * epoch / epochs
+
+@ train.py: test_wiring::a_run_is_the_loop
+- subset = every[: self.rows[k]]
++ subset = every
+
+@ train.py: test_train::sampler_draws
+- return np.random.default_rng([self.seed, k, pass_number]).permutation(subset)
++ return np.random.default_rng([self.seed, k]).permutation(subset)
+
+@ train.py: test_wiring::a_run_is_the_loop
+- return [drawn / rows for drawn, rows in zip(self.drawn, self.rows, strict=True)]
++ return [drawn // rows for drawn, rows in zip(self.drawn, self.rows, strict=True)]
+
+@ train.py: test_wiring::a_run_is_the_loop
+- self.drawn[k] += len(rows)
++ self.drawn[k] += self.batch[k]
+
+@ train.py: test_wiring::a_run_with_every_setting
+- share += p / len(probabilities)
++ share = p
+
+@ train.py: test_wiring::a_run_is_the_loop
+- if step < rise:
++ if False:
+
+@ train.py: test_train::learning_rate
+- return peak * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
++ return peak * 0.5 * (1 + math.cos(math.pi * step / max(1, steps)))
+
+# train.py: the loss and GradCache
+
+@ train.py: test_loss::shares_and_gradients
+- dist.all_reduce(gradient)
++ pass
+
+@ train.py: test_loss::shares_and_gradients
+- start = sum(ctx.counts[:rank])
++ start = rank * ctx.counts[rank]
+
+@ train.py: test_loss::the_plain_loss
+- drop |= scores > thresholds[own][:, None]
++ drop |= scores > thresholds[own]
+
+@ train.py: test_loss::the_plain_loss
+- drop |= scores > thresholds
++ drop |= scores > thresholds[:, None]
+
+@ train.py: test_loss::auto_takes
+- return batch * batch * (1 + negatives) >= FUSED_FROM
++ return batch * (1 + negatives) >= FUSED_FROM
+
+@ train.py: test_train::grad_cache_replays
+- self.random.set_rng_state(before)
++ pass
+
+@ train.py: test_wiring::a_run_with_every_setting
+- start += len(vectors)
++ start += 0
+
+# train.py: probing and mining
+
+@ train.py: test_wiring::a_run_is_the_loop
+- return float(mean), float((variance / max(n - 1, 1)).sqrt())
++ return float(mean), float((variance / n).sqrt())
+
+@ train.py: test_train::hard_negatives
+- false = scores > positive + margin
++ false = scores > positive
+
+@ train.py: test_wiring::a_run_with_every_setting
+- best, which = scores.masked_fill(same | false, -torch.inf).topk(k)
++ best, which = scores.masked_fill(false, -torch.inf).topk(k)
+
+@ train.py: test_wiring::a_run_is_the_loop
+- q, q_failed = encode(gve, [query for _, query, _ in loaded], source.instruction, **options)
++ q, q_failed = encode(gve, [query for _, query, _ in loaded], **options)
+
+@ train.py: test_wiring::a_run_is_the_loop
+- p, p_failed = encode(gve, [positive for _, _, positive in loaded], **options)
++ p, p_failed = encode(gve, [p for _, _, p in loaded], source.instruction, **options)
+
+@ train.py: test_wiring::a_run_is_the_loop
+- rows = np.random.default_rng([flags.seed, k]).permutation(len(source))
++ rows = np.arange(len(source))
+
+@ train.py: test_train::hard_negatives
+- margin = None if flags.margin < 0 else flags.margin
+- device = prober.device
++ margin = None
++ device = prober.device
+
+@ train.py: test_wiring::a_run_with_every_setting
+- mined[row] = [pairs[i][1] for i in negatives if i >= 0]
++ mined[row] = [pairs[i][1] for i in negatives[1:] if i >= 0]
+
+@ train.py: test_wiring::a_run_with_every_setting
+- if other == k and source.negatives:
++ if source.negatives:
+
+@ train.py: test_wiring::mined_negatives
+- source.mined = {int(row): items for row, items in mined.items()}
++ source.mined = {}
+
+# train.py: what main and its helpers hand on
+
+@ train.py: test_wiring::a_run_is_the_loop
+- sources += load_mixture(mixture, [flags.data, *flags.root])
++ sources += load_mixture(mixture, [*flags.root])
+
+@ train.py: test_wiring::a_run_that_stops
+- self.file.truncate(length)
++ pass
+
+@ train.py: test_wiring::a_run_with_every_setting
+- store.keep(batch)
++ pass
+
+@ train.py: test_wiring::a_run_is_the_loop
+- hardest = scores.masked_fill(ids == p_ids[:, None], -1).amax(1)
++ hardest = scores.amax(1)
+
+@ train.py: test_wiring::a_run_is_the_loop
+- "scores": scores.sum(),
++ "scores": scores.diagonal().sum(),
+
+@ train.py: test_wiring::a_dry_run
+- n = min(n, max(1, flags.micro_tokens // length))
++ n = max(1, flags.micro_tokens // length)
+
+@ train.py: test_wiring::a_run_is_the_loop
+- torch.manual_seed(flags.seed)  # LoRA starts equal on every rank
++ torch.manual_seed(42)
+
+@ train.py: test_train::the_same_run_twice
+- lora = {"lora_dropout": flags.dropout}
++ lora = {"lora_dropout": 0.0}
+
+@ train.py: test_wiring::a_run_is_the_loop
+- lora = {"lora_dropout": flags.dropout}
++ lora = {}
+
+@ train.py: test_wiring::train_hands_on
+- if flags.checkpointing:
++ if False:
+
+@ train.py: test_wiring::a_run_is_the_loop
+- weight_decay=flags.weight_decay,
++ weight_decay=0.01,
+
+@ train.py: test_wiring::gve_json
+- "rows": len(source),
++ "rows": source.samples,
+
+@ train.py: test_wiring::a_run_is_the_loop
+- level_share[str(level)] = round(float(share[members].sum()), 5)
++ level_share[str(level)] = round(float(share[members].mean()), 5)
+
+@ train.py: test_wiring::a_run_is_the_loop
+- sampler = Sampler(sources, flags.batch_scale, flags.seed)
++ sampler = Sampler(sources, seed=flags.seed)
+
+@ train.py: test_wiring::a_run_is_the_loop
+- sampler = Sampler(sources, flags.batch_scale, flags.seed)
++ sampler = Sampler(sources, flags.batch_scale)
+
+@ train.py: test_wiring::a_run_is_the_loop
+- tau = flags.temperature
++ tau = 0.03
+
+@ train.py: test_wiring::a_run_is_the_loop
+- roots = [flags.data, *flags.root]
++ roots = [flags.data]
+
+@ train.py: test_wiring::train_hands_on
+- micro_batch=flags.micro_batch,
++ micro_batch=32,
+
+@ train.py: test_wiring::train_hands_on
+- micro_tokens=flags.micro_tokens,
++ micro_tokens=0,
+
+@ train.py: test_wiring::train_hands_on
+- compute_loss = LOSSES[flags.loss]
+- fused = []  # (K,) by the global batch, so that all ranks choose alike
++ compute_loss = LOSSES["infonce"]
++ fused = []
+
+@ train.py: test_wiring::train_hands_on
+- peak = peak_flops(device, flags.dtype)
++ peak = peak_flops(device, "bfloat16")
+
+@ train.py: test_wiring::a_run_is_the_loop
+- sigma_t = sigma(epoch, flags.epochs, high=flags.sigma_max)
++ sigma_t = sigma(epoch, flags.epochs)
+
+@ train.py: test_wiring::a_run_is_the_loop
+- prober = gve
+- if start is None:
++ prober = prober if epoch else gve
++ if start is None:
+
+@ train.py: test_wiring::a_run_is_the_loop
+- if epoch == 0 and flags.prober and (needs_relevance or flags.remine):
++ if flags.prober and (needs_relevance or flags.remine):
+
+@ train.py: test_wiring::a_run_is_the_loop
+- prober = GVE.from_pretrained(flags.prober, dtype=flags.dtype, device=device)
++ prober = GVE.from_pretrained(flags.base, dtype=flags.dtype, device=device)
+
+@ train.py: test_wiring::train_hands_on
+- prober = GVE.from_pretrained(flags.prober, dtype=flags.dtype, device=device)
++ prober = GVE.from_pretrained(flags.prober, device=device)
+
+@ train.py: test_wiring::a_run_with_every_setting
+- mine_epoch(prober, sources, plan, flags, mined)
++ mine_epoch(gve, sources, plan, flags, mined)
+
+@ train.py: test_wiring::a_run_with_every_setting
+- flags.schedule, start["relevance"], sigma_t, sizes, levels, s / steps
++ flags.schedule, start["relevance"], sigma_t, sizes, levels, epoch / flags.epochs
+
+@ train.py: test_wiring::a_run_that_stops
+- stream = load(plan[step - first_step :])
++ stream = load(plan)
+
+@ train.py: test_wiring::a_run_is_the_loop
+- p_ids = batch.positive.ids.to(device)
++ p_ids = torch.arange(len(p))
+
+@ train.py: test_wiring::a_run_is_the_loop
+- n_ids = batch.negative.ids.to(device)
++ n_ids = torch.arange(len(n)) - len(n)
+
+@ train.py: test_wiring::a_run_is_the_loop
+- q, p, n, p_ids, n_ids, tau=tau, margin=margin, symmetric=flags.symmetric
++ q, p, n, p_ids, n_ids, tau=tau, symmetric=flags.symmetric
+
+@ train.py: test_wiring::a_run_is_the_loop
+- margin = None if flags.margin < 0 else flags.margin
+- tau = flags.temperature
++ margin = 0.1
++ tau = flags.temperature
+
+@ train.py: test_wiring::a_run_with_every_setting
+- made = caches[role].forward(micro_batches)
++ made = caches["query"].forward(micro_batches)
+
+@ train.py: test_wiring::a_run_with_every_setting
+- vectors[role] = made[group.order.to(device)]
++ vectors[role] = made
+
+@ train.py: test_wiring::a_run_is_the_loop
+- norm = float(torch.nn.utils.clip_grad_norm_(parameters, flags.clip or math.inf))
++ norm = float(torch.nn.utils.clip_grad_norm_(parameters, math.inf))
+
+@ train.py: test_wiring::a_run_is_the_loop
+- lr = learning_rate(step, steps, flags.lr, flags.warmup)
++ lr = learning_rate(step, steps, flags.lr, 0.0)
+
+@ train.py: test_wiring::a_run_is_the_loop
+- parameter_group["lr"] = lr
++ pass
+
+@ train.py: test_wiring::a_run_is_the_loop
+- optimizer.zero_grad(set_to_none=True)
++ pass
+
+@ train.py: test_wiring::train_hands_on
+- if step % flags.log_every == 0 or step == steps:
++ if True:
+
+@ train.py: test_wiring::a_run_that_stops
+- due = flags.save_every and step % flags.save_every == 0
++ due = False
+
+@ train.py: test_wiring::a_run_that_stops
+- save_state(out / "state", optimizer, rng, facts, flags.keep)
++ save_state(out / "state", optimizer, rng, facts, 1)
+
+@ train.py: test_train::a_checkpoint_names
+- data[name] = {"rows": facts["rows"], "drawn": drawn}
++ data[name] = {"rows": facts["rows"], "drawn": sampler.drawn[len(data)]}
+
+@ train.py: test_wiring::gve_json
+- gve.save_pretrained(out, info=info)
++ gve.save_pretrained(out)
+
+@ train.py: test_wiring::a_run_that_stops
+- "epoch_start": start,
++ "epoch_start": None,
+
+@ support/checkpoint.py: test_wiring::a_run_that_stops
+- MAY_CHANGE = {"resume", "keep", "save_every"}  # flags that a resumed run may set anew
++ MAY_CHANGE = {"resume", "keep", "save_every", "lr"}
+
+@ support/checkpoint.py: test_wiring::a_run_that_stops
+- optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
++ pass
+
+# data.py
+
+@ data.py: test_data::wrong_items
+- or not numbers.keys() <= NUMBER_KEYS[kind]
++ or not numbers.keys()
+
+@ data.py: test_data::a_sibling_folder
+- if not any(os.path.commonpath([path, root]) == root for root in allowed):
++ if not any(path.startswith(root) for root in allowed):
+
+@ data.py: test_data::content_ids
+- for kind in ("image", "video"):
+- media = item.get(kind)
+- content.append(sorted(media.items()) if isinstance(media, dict) else media)
++ for kind in ("image",):
++     media = item.get(kind)
++     content.append(sorted(media.items()) if isinstance(media, dict) else media)
+
+@ data.py: test_wiring::the_prompt_letter
+- lead = f"{instruction}\n"
++ lead = f"{instruction} "
+
+@ data.py: test_model::the_pooled_token
+- ids = ids[: len(ids) - tail_length - excess] + ids[-tail_length:]
++ ids = ids[: self.max_length]
+
+@ data.py: test_model::vectors_do_not_depend
+- mask[row, start : start + length] = 1
++ mask[row, start:] = 1
+
+@ data.py: test_model::inputs_and_hidden
+- std = torch.tensor(processor.image_std).repeat_interleave(repeats) * scale
++ std = torch.tensor(processor.image_std).repeat(repeats) * scale
+
+@ data.py: test_train::hard_negatives
+- negatives = self.mined.get(row, []) + negatives
++ negatives = negatives + self.mined.get(row, [])
+
+@ data.py: test_wiring::a_run_is_the_loop
+- items = [entry["query"], entry["positive"], *negatives[: self.negatives]]
++ items = [entry["query"], entry["positive"], *negatives]
+
+@ data.py: test_check_data::every_bad_row
+- return f"{self.path}:{self.index[row, 1]}"
++ return f"{self.path}:{row}"
+
+@ data.py: test_data::wrong_mixtures
+- names.add(source.name)
++ pass
+
+@ data.py: test_data::micro_batches_hold
+- long = 0 < max_tokens < (len(last) + 1) * lengths[i]
++ long = 0 < max_tokens < len(last) * lengths[i]
+
+@ data.py: test_wiring::a_run_is_the_loop
+- instruction = source.instruction if n == 0 else None  # the query's alone
++ instruction = source.instruction
+
+@ data.py: test_data::an_unusable_row
+- result = self.pool((k, (row + attempt) % len(self.sources[k])))
++ result = self.pool((k, (row - attempt) % len(self.sources[k])))
+
+@ data.py: test_data::vectors_find
+- order = torch.tensor(places, dtype=torch.int64).argsort()
++ order = torch.tensor(places, dtype=torch.int64)
+
+@ data.py: test_data::ranks_share
+- own = rows[self.rank :: self.world]
++ own = rows[self.rank :]
+
+# model.py
+
+@ model.py: test_model::pool_takes
+- last = hidden.shape[1] - 1 - attention_mask.flip(1).argmax(1)  # (B,)
++ last = attention_mask.sum(1) - 1
+
+@ model.py: test_model::mean_pool
+- return hidden.masked_fill(padding, 0).sum(1) / attention_mask.sum(1, keepdim=True)
++ return hidden.masked_fill(padding, 0).mean(1)
+
+@ model.py: test_model::positions_equal_the_rule
+- extent = torch.stack([((t - 1) * rate * tokens_per_second).long(), h - 1, w - 1]).amax(0) + 1
++ extent = torch.stack([(t * rate * tokens_per_second).long(), h - 1, w - 1]).amax(0) + 1
+
+@ model.py: test_model::geometry_is_read
+- merge_size=vision.spatial_merge_size,
++ merge_size=vision.temporal_patch_size,
+
+@ model.py: test_model::inputs_and_hidden
+- embeds = embeds.masked_scatter(place, features)
++ pass
+
+@ model.py: test_model::in_bfloat16
+- with torch.autocast(position_ids.device.type, torch.bfloat16, enabled=is_bfloat16):
++ with torch.autocast(position_ids.device.type, torch.bfloat16, enabled=False):
+
+@ model.py: test_model::a_checkpoint_is_loaded
+- pooling = pooling or info.get("pooling", "last_token")
++ pooling = pooling or "last_token"
+
+@ model.py: test_released::the_prompt_style
+- prompt_style=prompt_style or info.get("prompt_style", "system"),
++ prompt_style=prompt_style or "system",
+
+@ model.py: test_embed::vectors_are_those
+- tokens_per_second=self.geometry.tokens_per_second,
++ tokens_per_second=4,
+
+@ model.py: test_model::a_store_gives
+- missing = [i for i, known in enumerate(features) if known is None]
++ missing = list(range(len(features)))
+
+@ model.py: test_model::a_checkpoint_is_loaded
+- pooled = POOLINGS[self.pooling](hidden, batch["attention_mask"])  # (B, D)
++ pooled = POOLINGS["last_token"](hidden, batch["attention_mask"])
+
+@ model.py: test_eval::the_command_scores
+- return F.normalize(pooled, dim=-1)
++ return F.normalize(pooled, dim=0)
+
+@ model.py: test_model::sentence_transformers
+- processor.chat_template = CHAT_TEMPLATE
++ pass
+
+@ model.py: test_model::saved_folder
+- full.model.load_state_dict(backbone.state_dict())
++ pass
+
+@ model.py: test_model::adapter_without
+- if (root / base / "config.json").is_file():
++ if True:
+
+@ model.py: test_released::every_layout
+- shards = sorted(set(index["weight_map"].values()))
++ shards = sorted(set(index["weight_map"].values()))[:1]
+
+@ model.py: test_released::every_layout
+- return "language_model." + key
++ return key
+
+@ model.py: test_model::the_dropout
+- config.lora_dropout = lora["lora_dropout"]
++ pass
+
+@ model.py: test_model::a_tensor_without
+- if without_place or missing:
++ if missing:
+
+@ model.py: test_model::the_saved_chat_template
+- {%- for part in message.content if part.type == 'video' %}{{- VIDEO }}{%- endfor %}
+- {%- for part in message.content if part.type == 'image' %}{{- IMAGE }}{%- endfor %}
++ {%- for part in message.content if part.type == 'image' %}{{- IMAGE }}{%- endfor %}
++ {%- for part in message.content if part.type == 'video' %}{{- VIDEO }}{%- endfor %}
+
+@ model.py: test_model::sentence_transformers
+- "pooling_mode": their_names.get(pooling, pooling),
++ "pooling_mode": "mean",
+
+# embed.py
+
+@ embed.py: test_embed::only_equal
+- vectors[equals] = vectors[[first[keys[i]] for i in equals]]
++ pass
+
+@ embed.py: test_embed::results_come
+- reasons = {i: failed[first[key]] for i, key in enumerate(keys) if first[key] in failed}
++ reasons = {}
+
+@ embed.py: test_embed::another_model
+- "instruction": instruction,
++ "instruction": None,
+
+@ embed.py: test_embed::the_commands_prompt
+- prompt_style=gve.prompt_style,
++ prompt_style="system",
+
+@ embed.py: test_embed::batches_hold
+- if batch and width * (len(batch) + 1) > batch_tokens:
++ if batch and width * len(batch) > batch_tokens:
+
+@ embed.py: test_embed::batches_hold
+- width = len(sample["ids"])
+- batch[i] = sample
++ width = 0
++ batch[i] = sample
+
+@ embed.py: test_embed::top_k_is_exact
+- indices[own] = torch.where(columns < k, earlier, start + columns - k)
++ indices[own] = torch.where(columns < k, earlier, columns - k)
+
+@ embed.py: test_wiring::embed_hands
+- items.append(resolve(row, folder, flags.root))
++ items.append(resolve(row, folder))
+
+@ embed.py: test_wiring::embed_hands
+- flags.instruction or None,
++ None,
+
+@ embed.py: test_wiring::embed_hands
+- batch_tokens=flags.batch_tokens,
++ batch_tokens=4096,
+
+@ embed.py: test_wiring::embed_hands
+- seconds=flags.seconds,
++ seconds=60,
+
+@ embed.py: test_wiring::embed_hands
+- frames=flags.frames,
++ frames=8,
+
+@ embed.py: test_wiring::embed_hands
+- max_tokens=flags.max_tokens,
++ max_tokens=200,
+
+# eval.py
+
+@ eval.py: test_eval::ranks_agree
+- c = torch.nn.functional.normalize(part.float(), dim=-1)
++ c = part.float()
+
+@ eval.py: test_eval::metrics_equal_trec_evals_with_ties
+- query_positions.append(1 + int(above + ties_before))
++ query_positions.append(1 + int(above))
+
+@ eval.py: test_eval::metrics_equal_trec_evals
+- values[f"R@{k}"] = sum(rank <= k for rank in positions) / count
++ values[f"R@{k}"] = sum(rank <= k for rank in positions) / min(k, count)
+
+@ eval.py: test_eval::median_and_mean
+- average = np.median if name == "MdR" else np.mean
++ average = np.mean
+
+@ eval.py: test_eval::chance_is
+- values.append(positives / candidates)
++ values.append(min(1, int(k) / candidates))
+
+@ eval.py: test_eval::ceiling_is
+- values = [min(int(k), p) / (p if kind == "R" else int(k)) for p in counts]
++ values = [min(int(k), p) / p for p in counts]
+
+@ eval.py: test_wiring::a_query_that_lost
+- if i in encoded.lost_queries or len(kept) < len(positives):
++ if i in encoded.lost_queries or not kept:
+
+@ eval.py: test_eval::a_benchmark_smaller
+- "complete": n == expected and m == expected_corpus,
++ "complete": n == expected,
+
+@ eval.py: test_eval::bootstrap
+- return [float(rng.choice(scores, len(scores)).mean()) for _ in range(times)]
++ return [float(rng.permutation(scores).mean()) for _ in range(times)]
+
+@ eval.py: test_wiring::eval_hands
+- order = scores.argsort(descending=True, stable=True)[:depth]
++ order = scores.argsort(stable=True)[:depth]
+
+@ eval.py: test_eval::only_complete
+- if entry["complete"]:
++ if entry["n"]:
+
+@ eval.py: test_wiring::an_interval
+- bounds[column] = np.percentile(values, (2.5, 97.5)).tolist()
++ bounds[column] = np.percentile(values, (5, 95)).tolist()
+
+@ eval.py: test_wiring::eval_hands
+- batch_tokens=flags.batch_tokens,
+- workers=flags.workers,
++ workers=flags.workers,
+
+@ eval.py: test_wiring::eval_hands
+- frames=frames,
+- max_tokens=max_tokens,
++ frames=frames,
+
+@ eval.py: test_wiring::a_function_of
+- for start in range(0, len(items), size):
++ for start in range(0, len(items), 32):
+
+@ eval.py: test_wiring::eval_hands
+- corpora, lost = encode_rows(rows, None, "corpora")
++ corpora, lost = encode_rows(rows, benches[0].dataset.prompt, "corpora")
+
+@ eval.py: test_wiring::eval_hands
+- prompt = bench.dataset.prompt
++ prompt = benches[0].dataset.prompt
+
+@ eval.py: test_eval::any_model
+- start = stop
++ start = 0
+
+@ eval.py: test_eval::missing_extra
+- vectors[known] = self.array[places]
++ vectors[known] = self.array[: len(places)]
+
+@ eval.py: test_wiring::eval_hands
+- entry = score(encoded, bootstrap=flags.bootstrap)
++ entry = score(encoded)
+
+@ eval.py: test_wiring::eval_hands
+- if flags.rankings and entry["n"]:
++ if False:
+
+@ eval.py: test_wiring::eval_hands
+- cache = VectorCache(out / "cache", gve)
++ cache = VectorCache("runs/cache", gve)
+
+@ eval.py: test_eval::frames_and_tokens
+- encoder = checkpoint_encoder(gve, cache, flags, frames, max_tokens)
++ encoder = checkpoint_encoder(gve, cache, flags, flags.frames[0], max_tokens)
+
+@ eval.py: test_eval::frames_and_tokens
+- protocol = protocol_of(gve, flags, frames, max_tokens)
++ protocol = protocol_of(gve, flags, 8, max_tokens)
+
+@ eval.py: test_wiring::eval_shows
+- show(names, results, flags.out or "runs/tables", flags.uvrb, flags.root)
++ show(names, results, flags.out or "runs/tables", flags.uvrb)
+
+@ eval.py: test_wiring::eval_hands
+- names = list(dict.fromkeys(flags.datasets))
++ names = []
+
+@ eval.py: test_wiring::eval_hands
+- benches = [uvrb.read(flags.uvrb, name, flags.root) for name in names]
++ benches = [uvrb.read(flags.uvrb, name) for name in names]
+
+@ eval.py: test_wiring::eval_hands
+- model = flags.name or Path(scored).name
++ model = Path(scored).name
+
+@ eval.py: test_wiring::eval_hands
+- show(shown, results, out, flags.uvrb, flags.root)
++ show(shown, results, out, flags.uvrb)
+
+# synth.py
+
+@ synth.py: test_wiring::synth_hands
+- self.pairs_per_video = read_task_numbers(self.shares, per_video, float)
++ self.pairs_per_video = read_task_numbers([], per_video, float)
+
+@ synth.py: test_wiring::synth_hands
+- self.negatives_per_pair = read_task_numbers(self.negatives, per_pair, int)
++ self.negatives_per_pair = read_task_numbers([], per_pair, int)
+
+@ synth.py: test_wiring::synth_hands
+- return GVE.from_pretrained(self.flags.prober, device=self.flags.device)
++ return GVE.from_pretrained("mini/prober", device=self.flags.device)
+
+@ synth.py: test_wiring::synth_hands
+- frames=self.flags.frames,
++ frames=8,
+
+@ synth.py: test_wiring::synth_hands
+- max_tokens=self.flags.max_tokens,
++ max_tokens=200,
+
+@ synth.py: test_wiring::synth_hands
+- seconds=self.flags.seconds,
++ seconds=60,
+
+@ synth.py: test_synth::vectors_of_nan
+- vectors[i] = 0
++ pass
+
+@ synth.py: test_synth::odd_folders
+- for file in sorted(path.rglob("*")):
++ for file in sorted(path.glob("*")):
+
+@ synth.py: test_synth::cuts_clips
+- cuts = ((change > 8) & (change > 1.5 * around)).nonzero()[:, 0] + 1
++ cuts = (change > 8).nonzero()[:, 0] + 1
+
+@ synth.py: test_synth::cuts_clips
+- changed = (shot.amax(0) - shot.amin(0)) > 24
++ changed = (gray.amax(0) - gray.amin(0)) > 24
+
+@ synth.py: test_wiring::synth_draws
+- if len(chosen) < KEY_FRAMES and all(difference > 4 for difference in differences):
++ if len(chosen) < KEY_FRAMES:
+
+@ synth.py: test_wiring::synth_gives
+- row["consistency"] = max(row["consistency"], cosine(vector, texts[n]))
++ row["consistency"] = cosine(vector, texts[n])
+
+@ synth.py: test_wiring::synth_hands
+- drop_inconsistent(rows, flags.consistency)
++ drop_inconsistent(rows, "0.999")
+
+@ synth.py: test_wiring::synth_hands
+- drop_duplicates(rows, flags.duplicate)
++ drop_duplicates(rows, 0.1)
+
+@ synth.py: test_wiring::synth_draws
+- tasks += [task] * int(share + rng.random())
++ tasks += [task] * int(share)
+
+@ synth.py: test_wiring::synth_hands
+- wanted = make_requests(job["kind"], [job["item"]], flags.prompts, rng, job["text"])
++ wanted = make_requests(job["kind"], [job["item"]], flags.prompts, rng)
+
+@ synth.py: test_wiring::synth_hands
+- return texts[-2], texts[-1]
++ return texts[-1], texts[-1]
+
+@ synth.py: test_wiring::synth_hands
+- return {"text": rng.choice(list(frame["captions"].values()))}, frame["item"]
++ return texts[0], video.item
+
+@ synth.py: test_wiring::synth_hands
+- reference = pool.videos[rng.choice(similar)]
++ reference = target
+
+@ synth.py: test_wiring::synth_hands
+- requests += make_requests(pair.task, [pair.query, pair.positive], flags.prompts, rng)
++ requests += make_requests(pair.task, [pair.positive, pair.query], flags.prompts, rng)
+
+@ synth.py: test_synth::hard_negatives
+- excluded |= scores > scores[target.row]
++ pass
+
+@ synth.py: test_synth::hard_negatives
+- excluded = pool.matrix @ target.vector >= TWIN  # the target itself among them
++ excluded = torch.zeros(len(scores), dtype=torch.bool)
+
+@ synth.py: test_wiring::synth_hands
+- entry = {"path": name, "samples": samples, "negatives": flags.negatives_per_pair[task]}
++ entry = {"path": name, "samples": samples}
+
+@ synth.py: test_wiring::synth_hands
+- samples = round(share * made["T2V"]) or len(lines)
++ samples = 1
+
+@ synth.py: test_synth::another_flag
+- if begun.get(key) != now.get(key):
++ if key == "videos" and begun.get(key) != now.get(key):
+
+@ synth.py: test_wiring::synth_hands
+- max_new_tokens=flags.max_new_tokens,
++ max_new_tokens=64,
+
+@ synth.py: test_wiring::synth_hands
+- concurrency=flags.concurrency,
++ concurrency=32,
+
+@ synth.py: test_wiring::synth_hands
+- parts = cut(rows, flags.part)
++ parts = cut(rows, 256)
+
+@ synth.py: test_wiring::synth_hands
+- checked = run_sharded(out, "1-pool", parts, do, flags.shard)
++ checked = run_sharded(out, "1-pool", parts, do)
+
+@ synth.py: test_wiring::synth_hands
+- if flags.stages < 2:
++ if False:
+
+@ synth.py: test_wiring::synth_hands
+- if flags.stages < 3:
++ if False:
+
+@ synth.py: test_wiring::synth_hands
+- caption_vectors=caption_embedder(join(captions), prober),
++ caption_vectors=caption_embedder([], prober),
+
+@ synth.py: test_wiring::synth_hands
+- print_dry_run(len(rows), shares, flags.prompts, flags.frames, flags.max_tokens)
++ print_dry_run(len(rows), shares, flags.prompts, 8, flags.max_tokens)
+
+# caption.py
+
+@ caption.py: test_synth::texts_that
+- if 3 * len(letters) > 4 * in_script:
++ if False:
+
+@ caption.py: test_synth::full_prompts
+- focus=rng.choices(list(FOCUS), list(FOCUS.values()))[0],
++ focus=rng.choice(list(FOCUS)),
+
+@ caption.py: test_wiring::synth_hands
+- answer_words = sum((least + most) / 2 for least, most in request["want"].values())
++ answer_words = sum(most for least, most in request["want"].values())
+
+@ caption.py: test_synth::frames_go_out
+- pixels, seconds = load_video(item["video"], frames)
++ pixels, seconds = load_video(item["video"], 2)
+
+@ caption.py: test_synth::every_way
+- if response.status_code not in (408, 409, 429) and response.status_code < 500:
++ if response.status_code < 500:
+
+@ caption.py: test_synth::every_way
+- answer.tokens = [answer.tokens[0] + reply.tokens_read, answer.tokens[1] + reply.tokens_written]
++ answer.tokens = [reply.tokens_read, reply.tokens_written]
+
+@ caption.py: test_wiring::a_captioner
+- return server_captioner(url, model, concurrency=concurrency, **options)
++ return server_captioner(url, model, **options)
+
+@ caption.py: test_wiring::a_captioner
+- return transformers_captioner(place, device=device, **options)
++ return transformers_captioner(place, device="cpu", frames=8)
+
+# uvrb.py
+
+@ uvrb.py: test_uvrb::table_2
+- means["TXT"] = mean([means["CG"], means["FG"], means["LC"]])
++ means["TXT"] = mean([means["CG"], means["S"], means["T"], means["PR"], means["LC"]])
+
+@ uvrb.py: test_uvrb::table_2
+- result["AVG-A"] = mean([means[tag] for tag in ABILITIES[:6]])
++ result["AVG-A"] = mean([means[tag] for tag in ABILITIES])
+
+@ uvrb.py: test_uvrb::a_missing_dataset
+- return None if None in values else sum(values) / len(values)
++ return sum(v or 0 for v in values) / len(values)
+
+@ uvrb.py: test_uvrb::every_accepted
+- for folder in (root / name, root / name / "UVRB" / name, root / "UVRB" / name):
++ for folder in (root / name, root / name / "UVRB" / name):
+
+@ uvrb.py: test_wiring::sizes_that
+- datasets[key] = declared.get(key, dataset._replace(queries=None, corpus=None))
++ datasets[key] = declared.get(key, dataset)
+
+@ uvrb.py: test_uvrb::benchmark_json_defines
+- return Dataset(name, entry["task"], domain, entry["metric"], None, None, entry["prompt"])
++ return Dataset(name, entry["task"], domain, "R@1", None, None, entry["prompt"])
+
+@ uvrb.py: test_uvrb::each_bad_row
+- if key in first:
++ if False:
+
+@ uvrb.py: test_uvrb::lines_of
+- found.add(corpus_of[key])
++ found |= {corpus_of[ids[0]]}
+
+@ uvrb.py: test_uvrb::media_are_found
+- places += [base / path, base / "videos" / path, base / "images" / path]
++ places += [base / "videos" / path, base / path, base / "images" / path]
+
+@ uvrb.py: test_uvrb::check_command
+- bad += problems + bench.missing
++ bad += problems
+
+@ uvrb.py: test_wiring::uvrb_hands
+- bad = check(flags.dir, flags.root, flags.decode)
++ bad = check(flags.dir, flags.root)
+
+@ uvrb.py: test_wiring::uvrb_hands
+- sys.exit(1 if bad else 0)
++ sys.exit(0)
+
+# tables.py
+
+@ tables.py: test_tables::published_rows
+- return all(result["benchmark"] == "UVRB" for result in results)
++ return any(result["benchmark"] == "UVRB" for result in results)
+
+@ tables.py: test_tables::published_rows
+- return f"{value:.3f}".replace("0.", ".", 1)
++ return f"{value:.2f}".replace("0.", ".", 1)
+
+@ tables.py: test_tables::score_tables_show
+- elif entry["n"]:
+- incomplete[dataset] = cell(entry["score"]) + "*"
++ elif entry["n"]:
++     incomplete[dataset] = cell(entry["score"])
+
+@ tables.py: test_tables::tables_6_to_8
+- return "video" if "V" in row["task"] else "image"
++ return "image" if "I" in row["task"] else "video"
+
+@ tables.py: test_tables::score_tables_and_curves
+- gain = a * math.log(10)  # of y, where x grows tenfold
++ gain = a * math.log(2)
+
+@ tables.py: test_tables::correlations_equal
+- return pearson(mean_ranks(x), mean_ranks(y))
++ return pearson(np.argsort(x), np.argsort(y))
+
+@ tables.py: test_tables::table_4
+- candidates = int(np.median([len(pool) for pool in bench.pools]))
++ candidates = max(len(pool) for pool in bench.pools)
+
+@ tables.py: test_tables::published_errata
+- if abs(check.printed - check.computed) > check.tolerance:
++ if abs(check.printed - check.computed) > 1:
+
+@ tables.py: test_tables::the_pyramids_table
+- f"{p:7.3f} {p * event['steps']:7.1f} {event['passes'][name]:7.2f}"
++ f"{p:7.3f} {event['steps']:7.1f} {event['passes'][name]:7.2f}"
+
+# kernels/
+
+@ kernels/infonce.py: test_infonce::definition_on_paper
+- dropped |= cosines > cosines.gather(1, target[:, None]).detach() + margin
++ dropped |= cosines > cosines.gather(1, target[:, None]).detach() - margin
+
+@ kernels/infonce.py: test_infonce::twin_equals
+- dropped.logical_or_(cosines > masks.threshold[:, None])
++ pass
+
+@ kernels/infonce.py: test_infonce::twin_equals
+- positive_weight = positive_weight + reverse
++ pass
+
+@ kernels/infonce.py: test_infonce::twin_equals
+- full_lse = row_lse.including(LogSum(positive, torch.zeros_like(positive)), scale)
++ full_lse = row_lse
+
+@ kernels/infonce.py: test_infonce::small_upstream
+- factor = torch.ldexp(torch.ones_like(scale), largest.frexp().exponent)
++ factor = torch.ones_like(scale)
+
+@ kernels/infonce.py: test_loss::shares_and_gradients
+- dd = _reduce_scatter(dd)  # this rank's candidates again
++ dd = dd[: len(dd) // world]
+
+@ kernels/infonce.py: test_loss::shares_and_gradients
+- dist.all_reduce(col_weight)
++ pass
+
+@ kernels/infonce.py: test_loss::shares_and_gradients
+- return loss.sum() / total
++ return loss.sum() / len(q)
+
+@ kernels/infonce.py: test_infonce::bad_input_names
+- if reduction not in ("mean", "none"):
++ if False:
+
+@ kernels/infonce.py: test_wiring::a_run_with_every_setting
+- loss = losses.mean(0) if symmetric else losses[0]
++ loss = losses.mean(0)
+
+@ kernels/windows.py: test_model::windows_of_one
+- cu_seq_lens_q.windows.append(starts[lengths == n][:, None] + offsets)  # (W, n)
++ cu_seq_lens_q.windows.append(starts[lengths >= n][:, None] + offsets)
+
+@ kernels/windows.py: test_model::inputs_and_hidden
+- return F.linear(patches.to(weight.dtype), weight)
++ return F.linear(patches.to(weight.dtype), weight.flip(1))
+
+@ kernels/windows.py: test_model::windows_of_one
+- visual.config._attn_implementation = NAME
++ pass
+
+@ kernels/__init__.py: test_infonce::transformers_finds
+- __path__ += _other.submodule_search_locations
++ pass
+
+# The functions that are left, file by file
+
+@ train.py: test_loss::shares_and_gradients
+- padded[: len(rows)] = rows
++ pass
+
+@ train.py: test_loss::shares_and_gradients
+- if not dist.is_initialized():
+- return rows
++ if True:
++     return rows
+
+@ train.py: test_wiring::a_run_with_every_setting
+- self.batches.append(batch)
++ self.batches = [batch]
+
+@ train.py: test_wiring::a_run_is_the_loop
+- return {s.name: round(float(v), 5) for s, v in zip(sources, values, strict=True)}
++ return {s.name: round(float(v), 2) for s, v in zip(sources, values, strict=True)}
+
+@ train.py: test_wiring::a_run_is_the_loop
+- line = {"event": name, "time": round(time.time(), 3), **values}
++ line = {"time": round(time.time(), 3), **values, "event": name.upper()}
+
+@ data.py: test_model::a_store_sees
+- key = [kind, media, file_fingerprint(path), *protocol]
++ key = [kind, media, *protocol]
+
+@ data.py: test_model::inputs_and_hidden
+- seconds_per_grid = processor.temporal_patch_size * seconds / self.frames
++ seconds_per_grid = seconds / self.frames
+
+@ data.py: test_wiring::a_run_is_the_loop
+- "longest_edge": self.max_tokens[kind] * pixels_per_token,
++ "longest_edge": 200 * pixels_per_token,
+
+@ data.py: test_data::a_row_whose
+- return self.sources[k].where(row)
++ return self.sources[k].where(0)
+
+@ embed.py: test_embed::the_commands_prompt
+- lambda i: collate.prepare(items[i], instruction),
++ lambda i: collate.prepare(items[i]),
+
+@ eval.py: test_eval::any_model
+- queries, lost_queries = file.pick("query", bench.queries, bench.name)
++ queries, lost_queries = file.pick("corpus", bench.queries, bench.name)
+
+@ eval.py: test_wiring::eval_hands
+- pairs += min(source["rows"], source["drawn"])
++ pairs += source["drawn"]
+
+@ model.py: test_model::inputs_and_hidden
+- if kind == "image":
++ if kind == "video":
+
+@ model.py: test_model::lora_sits
+- return {name: p for name, p in self.named_parameters() if p.requires_grad}
++ return dict(self.named_parameters())
+
+@ model.py: test_embed::the_commands_prompt
+- batch = collate(items[first : first + batch_size], instruction)
++ batch = collate(items[first : first + batch_size])
+
+@ model.py: test_model::a_path_without
+- return f"{path} (a hub id, for there is no such folder)"
++ return "it"
+
+@ model.py: test_model::an_unknown_model_type
+- if model_type not in BACKBONES:
++ if model_type is None:
+
+@ model.py: test_model::incomplete_folders
+- except (OSError, ValueError, TypeError, ImportError) as error:
++ except ImportError as error:
+
+@ model.py: test_released::every_layout
+- tensors.pop("lm_head.weight", None)
++ pass
+
+@ model.py: test_released::one_wrong
+- if wrong:
++ if False:
+
+@ model.py: test_model::incomplete_folders
+- _raise_exceptions_for_missing_entries=False,
++ _raise_exceptions_for_missing_entries=True,
+
+@ model.py: test_wiring::model_py_prints
+- trained = sum(p.numel() for p in lora.values())
++ trained = len(lora)
+
+@ uvrb.py: test_uvrb::each_bad_row
+- if bad:
+- reasons = bad[:5]
++ if False:
++     reasons = bad[:5]
+
+@ uvrb.py: test_wiring::eval_hands
+- allowed = [root, *bases[1:]]
++ allowed = [root]
+
+@ uvrb.py: test_uvrb::each_bad_row
+- self.bad.append(str(error))
++ pass
+
+@ uvrb.py: test_uvrb::each_bad_row
+- data.check_item(item)
++ pass
+
+@ synth.py: test_wiring::synth_hands
+- numbers[task] = kind(number)
++ numbers[task] = 1
+
+@ synth.py: test_synth::odd_folders
+- row["why"] = why
++ pass
+
+@ synth.py: test_synth::mini_makes
+- return [i for i, row in enumerate(rows) if row["fate"] == "kept"]
++ return list(range(len(rows)))
+
+@ synth.py: test_synth::cuts_clips
+- return rng.sample(clips, min(len(clips), CLIPS))
++ return clips[:1]
+
+@ synth.py: test_synth::odd_folders
+- ("static", row["motion"], flags.min_motion),
++ ("static", row["motion"], 0),
+
+@ synth.py: test_wiring::synth_hands
+- seconds=PATIENCE * flags.seconds,
++ seconds=flags.seconds,
+
+@ synth.py: test_wiring::synth_hands
+- np.save(file, vectors.half().numpy())
++ np.save(file, 0 * vectors.half().numpy())
+
+@ synth.py: test_wiring::synth_drops
+- if "consistency" in row and row["consistency"] < limit:
++ if "consistency" in row and row["consistency"] > limit:
+
+@ synth.py: test_wiring::synth_drops
+- limit = float(np.quantile(scores, limit))
++ pass
+
+@ synth.py: test_wiring::synth_drops
+- alike = others[n][agreement[n] >= least * n_bits].tolist()
++ alike = others[n][agreement[n] >= least].tolist()
+
+@ synth.py: test_wiring::synth_drops
+- first = min((kept[m] for m in alike), default=i)  # the earliest stays
++ first = max((kept[m] for m in alike), default=i)
+
+@ synth.py: test_wiring::synth_drops
+- down = tiny.diff(dim=1) > 0
++ down = tiny.diff(dim=1) > -255
+
+@ synth.py: test_wiring::synth_draws
+- return {"image": {"video": self.path, "time": rng.choice(self.key_frames)}}
++ return {"image": {"video": self.path, "time": self.key_frames[0]}}
+
+@ synth.py: test_wiring::synth_draws
+- start, end = rng.choice(self.clips or [(0, min(CLIP_SECONDS[1], self.duration))])
++ start, end = rng.choice(self.clips or [(0, self.duration)])
+
+@ synth.py: test_wiring::synth_hands
+- if "T2I" not in draw_tasks(video, flags):
++ if True:
+
+@ synth.py: test_wiring::synth_draws
+- worst = min(answers, key=lambda answer: ("failed", "dropped", "kept").index(answer.fate))
++ worst = answers[0]
+
+@ synth.py: test_synth::mini_makes
+- row["reference"] = self.reference
++ pass
+
+@ synth.py: test_wiring::synth_hands
+- frames[row["of"]] = row
++ frames = {row["of"]: row}
+
+@ synth.py: test_wiring::synth_hands
+- if pair.ranks and pair.ranks[0] >= pair.ranks[1]:
++ if pair.ranks and pair.ranks[0] > pair.ranks[1]:
+
+@ synth.py: test_wiring::synth_draws
+- return int((scores > scores[row]).sum()) + 1
++ return int((scores >= scores[row]).sum()) + 1
+
+@ synth.py: test_synth::mini_makes
+- relative[key] = os.path.relpath(inner, folder)
++ relative[key] = os.path.basename(inner)
+
+@ synth.py: test_wiring::synth_draws
+- if row["fate"] == "kept" and row["kind"] == "video":
++ if row["fate"] == "kept":
+
+@ synth.py: test_wiring::synth_draws
+- return max(-1, round(float(a @ b), 4))
++ return abs(round(float(a @ b), 4))
+
+@ caption.py: test_synth::bad_answers
+- if not least <= n <= most:
++ if not n <= most:
+
+@ caption.py: test_synth::every_way
+- pending = [i for i in pending if answers[i].fate == "dropped"]
++ pending = []
+
+@ caption.py: test_wiring::captioner_media
+- scale = math.sqrt(max_tokens * TOKEN_SIDE**2 / (height * width))
++ scale = max_tokens * TOKEN_SIDE**2 / (height * width)
+
+@ caption.py: test_synth::frames_go_out
+- shown = load_media(request["media"], frames, max_tokens)
++ shown = load_media(request["media"], 4, max_tokens)
+
+@ caption.py: test_synth::every_way
+- tokens_read=usage.get("prompt_tokens", 0),
++ tokens_read=usage.get("completion_tokens", 0),
+
+@ caption.py: test_synth::frames_go_out
+- for frame in one.pixels:
+- jpeg = io.BytesIO()
++ for frame in one.pixels[:1]:
++     jpeg = io.BytesIO()
+
+@ caption.py: test_wiring::captioner_media
+- while waiting:
+- yield waiting.popleft().result()
++ while waiting:
++     yield waiting.pop().result()
+
+@ caption.py: test_synth::the_mini_captioner
+- processor.tokenizer.padding_side = "left"
++ processor.tokenizer.padding_side = "right"
+
+@ caption.py: test_synth::the_mini_captioner
+- output = output[:, inputs["input_ids"].shape[1] :]  # (B, T), without the prompt
++ output = output[:, 1:]
+
+@ caption.py: test_synth::the_mini_captioner
+- geometry.temporal_patch_size / frames * seconds,  # per temporal grid
++ 1 / frames * seconds,
+
+@ tables.py: test_tables::score_tables_show
+- every = (self.published, self.yours, self.bounds, self.mixed)
++ every = (self.published, self.yours, self.mixed)
+
+@ tables.py: test_tables::score_tables_show
+- lines.append([cell(row.get(column)) for column in columns])
++ lines.append([cell(value) for value in row.values()])
+
+@ tables.py: test_wiring::a_table_in_four
+- cells = [first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]
++ cells = [first.ljust(widths[0]), *map(str.ljust, others, widths[1:])]
+
+@ tables.py: test_wiring::a_table_in_four
+- alignment = ["---"] + ["---:"] * (len(head) - 1)
++ alignment = ["---"] + ["---:"] * len(head)
+
+@ tables.py: test_wiring::a_table_in_four
+- writer.writerows(itertools.chain(*sections))
++ writer.writerows(sections[0])
+
+@ tables.py: test_wiring::a_table_in_four
+- columns = "l" + "r" * (len(sections[0][0]) - 1)
++ columns = "l" + "r" * len(sections[0][0])
+
+@ tables.py: test_wiring::a_table_in_four
+- return re.sub(r"([%&#_$])", r"\\\1", text)
++ return re.sub(r"([%&#$])", r"\\\1", text)
+
+@ tables.py: test_tables::every_table
+- return name.lower().replace(" ", "")
++ return name.lower()
+
+@ tables.py: test_tables::any_cell
+- computed = sum(cells[name] for name in uvrb.ZERO_SHOT) / len(uvrb.ZERO_SHOT)
++ computed = cells["AVG"]
+
+@ tables.py: test_tables::score_tables_and_curves
+- average = sum(zero_shot) / len(zero_shot)
++ average = max(zero_shot)
+
+@ tables.py: test_tables::datasets_of_a_folders_own
+- return [name for name in names if name not in uvrb.DATASETS and name not in uvrb.ZERO_SHOT]
++ return [name for name in names if name in uvrb.ZERO_SHOT]
+
+@ tables.py: test_tables::score_tables_show
+- values = {**values, "AVG": values.get(AVERAGES[name])}
++ values = {**values, "AVG": values.get("AVG-D")}
+
+@ tables.py: test_tables::score_tables_show
+- if 0 < len(absent) < len(uvrb.DATASETS):
++ if False:
+
+@ tables.py: test_tables::table_4
+- columns = ("queries", "corpus", "duration_s", "words")
++ columns = ("queries", "corpus", "words")
+
+@ tables.py: test_tables::published_rows
+- rows.append({"dataset": name, **{column: values[column] for column in columns}})
++ rows.append({"dataset": name, **{column: values[column] for column in columns[1:]}})
+
+@ tables.py: test_tables::every_table
+- row[column] = getattr(dataset, column) or None
++ row[column] = None
+
+@ tables.py: test_tables::table_4
+- return float(np.mean(values)) if values else None
++ return float(np.max(values)) if values else None
+
+@ tables.py: test_tables::tables_6_to_8
+- "samples_7b": entry_7b["samples"],
++ "samples_7b": entry["samples"],
+
+@ tables.py: test_tables::tables_6_to_8
+- sums["all"][size] += pairs
++ sums["all"][size] = pairs
+
+@ tables.py: test_tables::tables_6_to_8
+- if (kind_of(row) == "UVRD") == synthesised:
++ if kind_of(row) == "UVRD":
+
+@ tables.py: test_tables::tables_6_to_8
+- row["Tables 6+7, 7B"] = sums[kind]["7B"]
++ row["Tables 6+7, 7B"] = sums[kind]["3B"]
+
+@ tables.py: test_tables::every_table
+- row[result["model"]] = training.get(setting)
++ row[result["model"]] = None
+
+@ tables.py: test_tables::every_table
+- "size": protocol.get("parameters"),
++ "size": None,
+
+@ tables.py: test_tables::score_tables_and_curves
+- return {"AVG-D": result["AVG-D"], "AVG-A": result["AVG-A"], **result["abilities"]}
++ return {"AVG-D": result["AVG-A"], "AVG-A": result["AVG-D"], **result["abilities"]}
+
+@ tables.py: test_tables::published_rows
+- row = {"model": model, "AVG-D": paper["table1"][model]["AVG"], "AVG-A": cells["AVG"]}
++ row = {"model": model, "AVG-D": cells["AVG"], "AVG-A": cells["AVG"]}
+
+@ tables.py: test_tables::score_tables_and_curves
+- scores = {score: y[model][i] for score, y in block["values"].items()}
++ scores = {score: y[GVE[0]][i] for score, y in block["values"].items()}
+
+@ tables.py: test_tables::score_tables_and_curves
+- owner = "yours" if curve.setting == "pairs" else protocol["checkpoint"]
++ owner = protocol["checkpoint"]
+
+@ tables.py: test_tables::score_tables_and_curves
+- if curve.setting == "pairs" and len(known) > 1:
++ if len(known) > 1:
+
+@ tables.py: test_tables::correlations_equal
+- return smaller + equal / 2
++ return smaller
+
+@ tables.py: test_tables::published_errata
+- shown_pearson = max(pearson(x, average), 0.03)
++ shown_pearson = pearson(x, average)
+
+@ tables.py: test_tables::correlations_equal
+- a, b = (pair, "AVG-A") if name == "Figure 8" else pair.split("-")
++ a, b = (pair, "AVG-D") if name == "Figure 8" else pair.split("-")
+
+@ tables.py: test_wiring::pictures_show
+- values = [row[ability] or 0 for ability in corners]
++ values = [row[ability] or 0 for ability in uvrb.ABILITIES]
+
+@ tables.py: test_wiring::pictures_show
+- ys = [row[x] for x in xs]
++ ys = [row[xs[0]] for x in xs]
+
+@ tables.py: test_wiring::pictures_show
+- grid[a, b] = value
++ grid[b, a] = value
+
+@ tables.py: test_wiring::pictures_show
+- heights = [row[family] or 0 for row in rows]
++ heights = [row[families[0]] or 0 for row in rows]
+
+@ tables.py: test_wiring::pictures_show
+- picture.suptitle(title)
++ picture.suptitle(name)
+
+@ tables.py: test_tables::any_cell
+- yield from check_gains(paper)
++ pass
+
+@ tables.py: test_tables::any_cell
+- yield Check("Table 1", model, "AVG", cells["AVG"], means["AVG-D"])
++ yield Check("Table 1", model, "AVG", cells["AVG"], cells["AVG"])
+
+@ tables.py: test_tables::any_cell
+- yield Check(where, row, name, cells[name], computed)
++ yield Check(where, row, name, cells[name], cells[name])
+
+@ tables.py: test_tables::any_cell
+- yield Check("Table 3", model, name, printed, same[name], tolerance=1e-9)
++ yield Check("Table 3", model, name, printed, same[name], tolerance=1)
+
+@ tables.py: test_tables::any_cell
+- computed = sum(own)
++ computed = printed
+
+@ tables.py: test_tables::any_cell
+- yield Check(where, label, score, y[model][the_model], computed)
++ yield Check(where, label, score, y[model][the_model], y[model][the_model])
+
+@ tables.py: test_tables::any_cell
+- yield Check("section 5.2", label, column, printed[kind], gain)
++ yield Check("section 5.2", label, column, printed[kind], printed[kind])
+
+@ tables.py: test_tables::any_cell
+- yield Check("text", f"{where}, {row}", name, claimed, shown, tolerance=0.0101)
++ yield Check("text", f"{where}, {row}", name, claimed, shown, tolerance=1)
+
+@ tables.py: test_tables::tables_6_to_8
+- return table_6_or_7(name, paper)
++ return table_6_or_7("Table 6", paper)
+
+@ tables.py: test_tables::every_table
+- for style in STYLES:
+- text = render(caption, table.groups(), style)
++ for style in STYLES:
++     text = render(caption, table.groups())
+
+@ tables.py: test_tables::score_tables_show
+- caption = "\n".join([title, *notes(results)])
++ pass
+
+@ tables.py: test_tables::published_errata
+- row[name] += "!"
++ pass
+
+@ kernels/infonce.py: test_infonce::twin_equals
+- return cls(top, (rests + (tops - top) * scale).logsumexp(0))
++ return cls(top, (rests + (tops - top)).logsumexp(0))
+
+@ kernels/infonce.py: test_infonce::twin_equals
+- return cls(scale.new_full((n,), LOWEST), scale.new_full((n,), -torch.inf))
++ return cls(scale.new_full((n,), 0.0), scale.new_full((n,), 0.0))
+
+@ kernels/infonce.py: test_infonce::twin_equals
+- rests = torch.stack([self.rest, other.rest])
++ rests = torch.stack([other.rest, self.rest])
+
+@ kernels/infonce.py: test_infonce::twin_equals
+- self.top[where] = merged.top
++ pass
+
+@ kernels/infonce.py: test_infonce::twin_equals
+- return (self.top - cosines) * scale + self.rest
++ return (self.top - cosines) * scale
+
+@ kernels/infonce.py: test_infonce::twin_equals
+- return LogSum(self.top[where], self.rest[where])
++ return LogSum(self.top[where], self.rest)
+
+@ kernels/infonce.py: test_infonce::twin_equals
+- return Masks(self.positive_id[rows], self.threshold[rows], self.candidate_id[columns])
++ return Masks(self.positive_id[rows], self.threshold[rows], self.candidate_id[rows])
+
+@ kernels/infonce.py: test_infonce::twin_equals
+- return Weights(self.row[rows], self.positive[rows], self.column[columns])
++ return Weights(self.row[rows], self.positive[rows], self.column[rows])
+
+@ kernels/infonce.py: test_infonce::interpreter_passes
+- row_top = higher
++ pass
+
+@ kernels/infonce.py: test_infonce::interpreter_passes
+- grad = tl.where(dropped, 0.0, grad)
++ pass
+
+@ kernels/bench.py: test_wiring::the_kernel_s_table
+- return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
++ return F.cross_entropy(logits, target)
+
+@ kernels/bench.py: test_wiring::the_kernel_s_table
+- return info_nce(q, d, SCALE, impl="torch")
++ return info_nce(q, d, 1, impl="torch")
+
+@ kernels/bench.py: test_wiring::the_kernel_s_table
+- return info_nce_ref(q, d, SCALE)
++ return info_nce_ref(q, d, SCALE, symmetric=False)
+
+@ kernels/bench.py: test_wiring::the_kernel_s_table
+- methods = [m for m in methods if any(word in m.name for word in flags.methods)]
++ pass
+
+@ kernels/bench.py: test_wiring::the_kernel_s_table
+- return bool(ours and others) and min(ours) < min(others)
++ return bool(ours and others) and min(ours) > min(others)
+
+@ kernels/bench.py: test_wiring::the_kernel_s_table
+- rate = 8 * self.size**2 * self.dim / self.seconds  # four units of 2 N M D
++ rate = 2 * self.size**2 * self.dim / self.seconds
+
+@ kernels/bench.py: test_wiring::the_kernel_s_table
+- for dim, size in itertools.product(flags.dims, flags.sizes):
++ for dim, size in itertools.product(flags.dims, flags.sizes[:1]):
+
+@ kernels/bench.py: test_wiring::the_kernel_s_table
+- dtype = DTYPES[flags.dtype]
++ dtype = torch.float32
+
+@ kernels/bench.py: test_wiring::the_kernel_s_table
+- for _ in range(1 + flags.repeats):
++ for _ in range(2):
+"""
+
+
+class Mutant(NamedTuple):
+    """One fault. Lines are compared without their indentation."""
+
+    file: str
+    old: list  # lines
+    new: list  # lines, indented relative to the first
+    tests: list  # of (test file, beginning of a test's name)
+
+    @property
+    def name(self):
+        return f"{self.file} {function_at(self)}: {self.new[0].strip()}"
+
+
+def read_list(text):
+    """Read LIST -> [Mutant]."""
+    mutants = []
+    for line in text.splitlines():
+        sign, _, rest = line.partition(" ")
+        if sign == "@":
+            file, _, tests = rest.partition(": ")
+            pairs = [tuple(test.split("::")) for test in tests.split(", ")]
+            mutants.append(Mutant(file, [], [], [(f"{name}.py", test) for name, test in pairs]))
+        elif sign == "-":
+            mutants[-1].old.append(rest.strip())
+        elif sign == "+":
+            mutants[-1].new.append(rest)
+        elif sign not in ("", "#"):
+            raise ValueError(f"mutants.py: neither @, -, + nor #: {line!r}")
+    return mutants
+
+
+MUTANTS = read_list(LIST)
+
+
+def places_of(mutant, root=ROOT):
+    """Return the numbers of the lines at which a mutant's old lines stand, from 0."""
+    lines = [line.strip() for line in (root / mutant.file).read_text().splitlines()]
+    n = len(mutant.old)
+    return [i for i in range(len(lines)) if lines[i : i + n] == mutant.old]
+
+
+def function_at(mutant):
+    """Return the name of the function that a mutant is in, "" outside of any."""
+    place = places_of(mutant)[0] + 1
+    for name, node in functions_of(mutant.file):
+        if node.lineno <= place <= node.end_lineno:
+            return name
+    return ""
+
+
+def functions_of(file):
+    """List (name, node) of a file's functions and methods; inner ones belong to the outer."""
+    found = []
+
+    def walk(node, prefix):
+        for child in ast.iter_child_nodes(node):
+            is_function = isinstance(child, ast.FunctionDef)
+            if is_function:
+                found.append((prefix + child.name, child))
+            elif isinstance(child, ast.ClassDef):
+                walk(child, f"{prefix}{child.name}.")
+
+    walk(ast.parse((ROOT / file).read_text()), "")
+    return found
+
+
+def test_ids(mutant, root=ROOT):
+    """Return the full ids of a mutant's tests. Raises ValueError unless each is one test."""
+    ids = []
+    for file, beginning in mutant.tests:
+        text = (root / "tests" / file).read_text()
+        names = re.findall(rf"^def (test_{beginning}\w*)\(", text, re.MULTILINE)
+        if not names:
+            raise ValueError(f"{mutant.name}: {file} has no test_{beginning}...")
+        ids += [f"tests/{file}::{name}" for name in names]
+    return ids
+
+
+def faults_of_the_list():
+    """Return what is wrong with the list: lines that no longer stand, tests that are not there."""
+    wrong = []
+    for mutant in MUTANTS:
+        times = len(places_of(mutant))
+        if times != 1:
+            wrong.append(f"{mutant.file}: stands {times} times: {' / '.join(mutant.old)}")
+            continue
+        try:
+            test_ids(mutant)
+        except ValueError as error:
+            wrong.append(str(error))
+    return wrong
+
+
+def functions_without_mutant():
+    """List the public functions of the root and of kernels/ in which nothing is broken."""
+    broken = {(m.file, function_at(m)) for m in MUTANTS}
+    idle = []
+    for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("kernels/*.py")]):
+        file = str(path.relative_to(ROOT))
+        for name, _ in functions_of(file):
+            public = not any(part.startswith("_") for part in name.split("."))
+            if public and (file, name) not in broken:
+                idle.append(f"{file} {name}")
+    return idle
+
+
+# The runner: a process with torch and transformers forks one child per mutant, which imports the
+# repository's copy. A fresh Python for each would take eight seconds to import them.
+
+
+def copy_repository(folder):
+    """Copy what the tests need; no Python caches, which are told apart by time and size alone."""
+    ignored = shutil.ignore_patterns(".git", "runs", "__pycache__", ".*_cache")
+    shutil.copytree(ROOT, folder, ignore=ignored)
+    return folder
+
+
+def start(ids, root, output):
+    """Run tests in a forked child, in a process group of its own -> its pid."""
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 99
+    try:
+        os.setsid()
+        handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(handle, 1)
+        os.dup2(handle, 2)
+        os.chdir(root)
+        sys.path[0] = str(root / "tests")
+        sys.dont_write_bytecode = True
+        import pytest
+
+        status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *ids])
+    finally:
+        os._exit(int(status))
+
+
+def finish(pid, seconds):
+    """Wait for a child -> its exit status, None if it took too long; its processes are ended."""
+    until = time.monotonic() + seconds
+    status = None
+    while status is None and time.monotonic() < until:
+        done, code = os.waitpid(pid, os.WNOHANG)
+        if done:
+            status = os.waitstatus_to_exitcode(code)
+        else:
+            time.sleep(0.02)
+    try:
+        os.killpg(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    if status is None:
+        os.waitpid(pid, 0)
+    return status
+
+
+def try_mutant(mutant, root):
+    """Break the line in a copy, run its tests, mend it -> (verdict, seconds, output)."""
+    path = root / mutant.file
+    whole = path.read_text()
+    lines = whole.splitlines(keepends=True)
+    (place,) = places_of(mutant, root)
+    old = lines[place]
+    indent = old[: len(old) - len(old.lstrip())]
+    lines[place : place + len(mutant.old)] = [f"{indent}{line}\n" for line in mutant.new]
+    output = root.with_suffix(".out")
+    began = time.monotonic()
+    try:
+        path.write_text("".join(lines))
+        status = finish(start(test_ids(mutant), root, output), LIMIT)
+    finally:
+        path.write_text(whole)
+    verdict = {0: "MISSED", 1: "caught", None: "TOO LONG"}.get(status, f"ERROR {status}")
+    return verdict, time.monotonic() - began, output.read_text(errors="replace")
+
+
+def preload():
+    """Import what the tests import, outside of this repository."""
+    import av  # noqa: F401
+    import httpx  # noqa: F401
+    import peft  # noqa: F401
+    import pytest  # noqa: F401
+    import torch
+    import transformers.models.qwen2_5_vl.modeling_qwen2_5_vl  # noqa: F401
+    from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor  # noqa: F401
+
+    torch.set_num_threads(1)
+
+
+def work(mutants, first, step, folder, report):
+    """Try every step-th mutant in a copy of one's own; report a line for each."""
+    root = copy_repository(folder / f"copy-{first}")
+    failed = 0
+    for mutant in mutants[first::step]:
+        verdict, seconds, output = try_mutant(mutant, root)
+        report(f"{verdict:8} {seconds:5.1f} s  {mutant.name}")
+        if verdict != "caught":
+            failed += 1
+            report("    - " + "\n    - ".join(mutant.old) + f"\n    {mutant.tests}")
+            if verdict != "MISSED":
+                report(output[-1500:])
+    return failed
+
+
+def check_unbroken(mutants, folder):
+    """Run the mutants' tests over the whole lines: one that fails by itself would catch all."""
+    began = time.monotonic()
+    output = folder / "whole.out"
+    ids = sorted({test for mutant in mutants for test in test_ids(mutant)})
+    status = finish(start(ids, copy_repository(folder / "whole"), output), 3600)
+    if status != 0:
+        sys.exit(output.read_text()[-4000:] + "\nthese fail without a fault")
+    return f"{len(ids)} tests pass without a fault, {time.monotonic() - began:.0f} s"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="mutants whose name holds this")
+    parser.add_argument("--jobs", type=int, default=1, help="mutants at a time")
+    parser.add_argument("--no-check", action="store_true", help="do not run the tests unbroken")
+    parser.add_argument("--functions", action="store_true", help="list functions without a mutant")
+    flags = parser.parse_args()
+    if flags.functions:
+        print("\n".join(functions_without_mutant()))
+        return
+    wrong = faults_of_the_list()
+    if wrong:
+        sys.exit("\n".join(wrong))
+
+    mutants = [mutant for mutant in MUTANTS if flags.only in mutant.name]
+    began = time.monotonic()
+    preload()
+
+    def report(text):
+        print(text, flush=True)
+
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        if not flags.no_check:
+            report(check_unbroken(mutants, folder))
+
+        children = []
+        for first in range(flags.jobs):
+            pid = os.fork()
+            if not pid:
+                failed = 99
+                try:
+                    failed = work(mutants, first, flags.jobs, folder, report)
+                finally:
+                    os._exit(min(failed, 99))
+            children.append(pid)
+        failed = sum(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children)
+    seconds = time.monotonic() - began
+    report(f"{len(mutants) - failed} of {len(mutants)} faults caught, {seconds:.0f} s")
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
