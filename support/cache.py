@@ -28,7 +28,7 @@ from support.files import file_fingerprint, read_jsonl, whole_file, write_json
 # another vector: prompt, pooled token, choice of frames, resizing, normalisation, positions. It is
 # part of every key, so entries that older code made are not found again. Golden vectors in
 # tests/test_embed.py fail if it is forgotten.
-VECTORS_VERSION = 1
+VECTORS_VERSION = 2
 
 
 def hash_key(key):
