@@ -50,10 +50,11 @@ def write_array(path, array):
 
     np.save's own writing says on a full disk how many values it wrote, but neither file nor reason.
     """
+    array = np.ascontiguousarray(array)  # before the header, which names the order of the values
     with whole_file(path, "wb") as file:
         header = np.lib.format.header_data_from_array_1_0(array)
         np.lib.format.write_array_header_1_0(file, header)
-        file.write(np.ascontiguousarray(array).data)
+        file.write(array.data)
 
 
 def item_key(item):
