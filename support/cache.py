@@ -203,7 +203,7 @@ class FeatureStore:
 
     def __init__(self, folder):
         self.folder = Path(folder)
-        self.broken = False  # it could not be written
+        self.broken = False  # a file could not be written
 
     def find(self, key):
         """Look features up -> (file, tensors by name, or None if the file cannot be read).
@@ -224,23 +224,28 @@ class FeatureStore:
         """
         for kind in ("image", "video"):
             for i, file in enumerate(batch.get(f"{kind}_file") or ()):
-                if file is None or self.broken:
+                if file is None:
                     continue
                 names = [f"{kind}_grid_thw"]
                 if kind == "video":
                     names.append("second_per_grid_ts")
                 tensors = {name: batch[name][i : i + 1] for name in names}
                 tensors[f"{kind}_features"] = batch[f"{kind}_features"][i].contiguous()
+                self.write(file, tensors)
 
-                # Several ranks may write the same file at once: each writes it whole. Waiting for
-                # the disk takes milliseconds a file, and a damaged one is computed anew.
-                try:
-                    os.makedirs(os.path.dirname(file), exist_ok=True)
-                    with whole_file(file, "wb", sync=False) as out:
-                        out.write(save(tensors))
-                except OSError as error:  # the disk is full, or may not be written
-                    self.broken = True
-                    tqdm.write(
-                        f"warning: no further features are kept in {self.folder}: {error}",
-                        file=sys.stderr,
-                    )
+    def write(self, file, tensors):
+        """Write one medium's tensors by name, unless an earlier file could not be written."""
+        if self.broken:
+            return
+        # Several ranks may write the same file at once: each writes it whole. Waiting for the disk
+        # takes milliseconds a file, and a damaged one is computed anew.
+        try:
+            os.makedirs(os.path.dirname(file), exist_ok=True)
+            with whole_file(file, "wb", sync=False) as out:
+                out.write(save(tensors))
+        except OSError as error:  # the disk is full, or may not be written
+            self.broken = True
+            tqdm.write(
+                f"warning: no further features are kept in {self.folder}: {error}",
+                file=sys.stderr,
+            )

@@ -118,7 +118,7 @@ class Timeline:
         # may have stood there for a minute, and its part before the window does not count.
         if self.rate:
             return first, stop, (stop - first) / self.rate
-        return first, stop, float(end - max(start, self.times[first]))
+        return first, stop, float(end - start)
 
 
 def make_timeline(stamps, tick, last, rates):

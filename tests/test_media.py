@@ -392,6 +392,8 @@ def test_a_slide_that_began_before_the_window_counts_from_its_start():
     assert line.window(3, 4) == (0, 1, 1.0)
     assert line.window(9.5, 12) == (0, 3, 2.5)
     assert line.window(12, None) == (2, 3, 3.0)
+    # Shorter than the rounding, just before a frame begins: no window lasts for 0 s or less.
+    assert line.window(9.9998, 9.9999) == (1, 2, pytest.approx(1e-4))
     assert [line.frame_at(time) for time in (0, 9.9, 10, 10.9996, 15)] == [0, 0, 1, 2, 2]
 
 

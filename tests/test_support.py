@@ -51,6 +51,17 @@ def test_an_array_s_values_stay_in_their_places_whatever_its_layout(tmp_path):
         np.testing.assert_array_equal(np.load(tmp_path / "a.npy"), array)
 
 
+def test_the_current_folder_can_be_written_too(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    with files.whole_folder(".") as staging:
+        (staging / "a").write_text("new")
+    assert [str(path) for path in sorted(tmp_path.rglob("*"))] == [
+        str(tmp_path / "out"),
+        str(tmp_path / "out" / "a"),
+    ]
+
+
 def write_lines(folder):
     files.write_jsonl(folder / "rows.jsonl", [{"text": "x" * 9000}])
 
