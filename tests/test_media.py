@@ -211,6 +211,8 @@ def check_cell(path, kind, treatment, degrees):
     wanted = [numbers[first + i] for i in sample_indices(stop - first, 8)]
 
     clip = open_clip(spec)
+    if clip.note:
+        return clip.note
     upright = [np.rot90(frame, -turns) for frame in clip.pixels]
     found = [number_in(frame) for frame in upright if frame.shape == (HEIGHT, WIDTH, 3)]
     if found != wanted:
