@@ -719,8 +719,8 @@ def choose_settings(given, saved, path):
         "min_tokens": MIN_TOKENS if saved else RELEASED_MIN_TOKENS,
         "positions": "mrope",
     }
-    for name, default in settings.items():
-        settings[name] = given[name] or saved.get(name, default)
+    for name in settings:
+        settings[name] = given[name] or saved.get(name, settings[name])
 
     for name, accepted in (("pooling", POOLINGS), ("positions", POSITIONS)):
         value = settings[name]
