@@ -15,6 +15,7 @@ Another pooling is a function in POOLINGS, another Qwen-VL a row of BACKBONES.
 Legend: B batch, T tokens, D embedding dim (hidden size), V vision tokens after merging, P patches.
 """
 
+import contextlib
 import copy
 import dataclasses
 import hashlib
@@ -360,29 +361,20 @@ class GVE(nn.Module):
 
         info = read_info(path)
         is_adapter = checkpoint_file(path, "adapter_config.json") is not None
-        if is_adapter:
-            full = find_base(path, base)
-        else:
-            full = path
-        settings = info or read_info(full)
-        least = MIN_TOKENS if settings else RELEASED_MIN_TOKENS
-        min_tokens = min_tokens or settings.get("min_tokens", least)
-        pooling = one_of(
-            POOLINGS, pooling or settings.get("pooling", "last_token"), "pooling", path
-        )
-        positions = positions or settings.get("positions", "mrope")
-        positions = one_of(POSITIONS, positions, "positions", path)
+        full = find_base(path, base) if is_adapter else path
+        given = {
+            "pooling": pooling,
+            "prompt_style": prompt_style,
+            "min_tokens": min_tokens,
+            "positions": positions,
+        }
+        settings = choose_settings(given, info or read_info(full), path)
 
-        try:
+        with name_adapter(path, full):
             spec = find_spec(full)
-            processor = load_processor(path, spec)
+        processor = load_processor(path, spec)
+        with name_adapter(path, full):
             backbone = load_backbone(full, spec, dtype)
-        except ValueError as error:
-            if not is_adapter or str(error).startswith(path):
-                raise
-            raise ValueError(
-                f"{path}: the base of this adapter: {error} (if it lies elsewhere: --base)"
-            ) from error
         backbone.requires_grad_(False)
 
         wrong_base = ""
@@ -394,27 +386,13 @@ class GVE(nn.Module):
                 warnings.warn(wrong_base, stacklevel=2)  # the caller asked for this base
             backbone = load_adapter(backbone, path, lora)
         elif lora:
-            fields = {**LORA, "target_modules": spec.lora_targets}
-            if isinstance(lora, dict):
-                fields |= lora
-            # PEFT keeps LoRA weights in float32 over a bfloat16 base (autocast_adapter_dtype).
-            backbone = get_peft_model(backbone, LoraConfig(**fields))
+            backbone = add_adapter(backbone, spec, lora)
         for module in backbone.modules():
             # PEFT casts the inputs of LoRA layers to their weights' float32. Over bfloat16 that is
             # switched off: there the autocast in forward decides.
             module.cast_input_dtype_enabled = dtype != torch.bfloat16
 
-        gve = cls(
-            backbone,
-            processor,
-            spec,
-            base=full,
-            info=info,
-            pooling=pooling,
-            prompt_style=prompt_style or settings.get("prompt_style", "system"),
-            min_tokens=min_tokens,
-            positions=positions,
-        )
+        gve = cls(backbone, processor, spec, base=full, info=info, **settings)
         gve.wrong_base = wrong_base
         return gve.to(device).eval()
 
@@ -729,11 +707,28 @@ def read_info(path):
     return parse_json(Path(file).read_bytes(), file)
 
 
-def one_of(accepted, value, what, path):
-    """Return value; raise ValueError if it is none of the accepted ones."""
-    if value not in accepted:
-        raise ValueError(f"{path}: {what} {value!r} is unknown; accepted: {', '.join(accepted)}")
-    return value
+def choose_settings(given, saved, path):
+    """Choose a checkpoint's settings: those given, else those of its gve.json, else the defaults.
+
+    given: a value or None or "" for each setting; saved: the gve.json, {} if there is none.
+    Raises ValueError for an unknown pooling or unknown positions.
+    """
+    settings = {
+        "pooling": "last_token",
+        "prompt_style": "system",
+        "min_tokens": MIN_TOKENS if saved else RELEASED_MIN_TOKENS,
+        "positions": "mrope",
+    }
+    for name in settings:
+        settings[name] = given[name] or saved.get(name, settings[name])
+
+    for name, accepted in (("pooling", POOLINGS), ("positions", POSITIONS)):
+        value = settings[name]
+        if value not in accepted:
+            raise ValueError(
+                f"{path}: {name} {value!r} is unknown; accepted: {', '.join(accepted)}"
+            )
+    return settings
 
 
 def find_base(adapter, base=None):
@@ -755,6 +750,22 @@ def find_base(adapter, base=None):
         f"{adapter}: the base of this adapter is not here: {base!r} ({given_by}) is no checkpoint "
         "folder; give its folder or hub id (--base)"
     )
+
+
+@contextlib.contextmanager
+def name_adapter(path, full):
+    """Put an adapter's name before an error about its base.
+
+    path: the checkpoint; full: the folder or hub id of its full weights, `path` if no adapter's.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if full == path:
+            raise
+        raise ValueError(
+            f"{path}: the base of this adapter: {error} (if it lies elsewhere: --base)"
+        ) from error
 
 
 def compare_base(info, backbone, path, base):
@@ -894,6 +905,15 @@ def backbone_name(key):
     if key.startswith(("layers.", "embed_tokens.", "norm.")):
         return "language_model." + key
     return key
+
+
+def add_adapter(backbone, spec, lora):
+    """Put fresh LoRA weights on a backbone; lora: True or a dict of LoraConfig fields."""
+    fields = {**LORA, "target_modules": spec.lora_targets}
+    if isinstance(lora, dict):
+        fields |= lora
+    # PEFT keeps LoRA weights in float32 over a bfloat16 base (autocast_adapter_dtype).
+    return get_peft_model(backbone, LoraConfig(**fields))
 
 
 def load_adapter(backbone, path, lora):

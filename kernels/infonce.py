@@ -70,7 +70,8 @@ ROWS_AT_ONCE = 2048
 
 # Largest cosine of a sum without terms. It is finite, so that inf - inf never arises.
 LOWEST = -1e30
-# Content id of the rows that pad a rank's candidates to the length of the longest rank's.
+# Id of what is not there: the content of rows that pad a rank's candidates to the length of the
+# longest rank's, and the query of candidates that are no row's positive.
 NO_ID = torch.iinfo(torch.int64).min
 # dtype of the inputs -> dtype of the loss and of all sums
 SUM_TYPE = {
@@ -847,7 +848,7 @@ def _reduce_scatter(x):
 
 
 def _dense(ids):
-    """Number int64 content ids from 0 -> int32, equal where they were equal, -1 for NO_ID.
+    """Number int64 ids from 0 -> int32, equal where they were equal, -1 for NO_ID.
 
     unique() would do this, but waits for the GPU.
     """
@@ -881,12 +882,13 @@ def _hash_rows(q):
 def _find_askers(query_id, target, M):
     """Return the query id (M,) of the row whose positive each column is; -1 where there is none.
 
-    query_id (N,): int32. target (N,): as in info_nce. A column that several rows share is the first
-    one's: the least row number, since a plain scatter would write in any order.
+    query_id (N,): int32. target (N,): as in info_nce. A column that several rows share belongs to
+    the first of them.
     """
     N = len(query_id)
     rows = torch.arange(N, device=target.device)
     column = target.where(target >= 0, M)  # ignored rows write past the end
+    # The least row number: a plain scatter would write in any order on a GPU.
     first_row = torch.full((M + 1,), N, device=target.device)
     first_row = first_row.scatter_reduce(0, column, rows, "amin")[:M]
     return query_id[first_row.clamp(max=N - 1)].masked_fill(first_row == N, -1)

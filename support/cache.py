@@ -28,7 +28,7 @@ from support.files import file_fingerprint, read_jsonl, whole_file, write_json
 # another vector: prompt, pooled token, choice of frames, resizing, normalisation, positions. It is
 # part of every key, so entries that older code made are not found again. Golden vectors in
 # tests/test_embed.py fail if it is forgotten.
-VECTORS_VERSION = 1
+VECTORS_VERSION = 2
 
 
 def hash_key(key):
@@ -50,10 +50,11 @@ def write_array(path, array):
 
     np.save's own writing says on a full disk how many values it wrote, but neither file nor reason.
     """
+    array = np.ascontiguousarray(array)  # before the header, which names the order of the values
     with whole_file(path, "wb") as file:
         header = np.lib.format.header_data_from_array_1_0(array)
         np.lib.format.write_array_header_1_0(file, header)
-        file.write(np.ascontiguousarray(array).data)
+        file.write(array.data)
 
 
 def item_key(item):
@@ -202,7 +203,7 @@ class FeatureStore:
 
     def __init__(self, folder):
         self.folder = Path(folder)
-        self.broken = False  # it could not be written
+        self.broken = False  # a file could not be written
 
     def find(self, key):
         """Look features up -> (file, tensors by name, or None if the file cannot be read).
@@ -223,23 +224,28 @@ class FeatureStore:
         """
         for kind in ("image", "video"):
             for i, file in enumerate(batch.get(f"{kind}_file") or ()):
-                if file is None or self.broken:
+                if file is None:
                     continue
                 names = [f"{kind}_grid_thw"]
                 if kind == "video":
                     names.append("second_per_grid_ts")
                 tensors = {name: batch[name][i : i + 1] for name in names}
                 tensors[f"{kind}_features"] = batch[f"{kind}_features"][i].contiguous()
+                self.write(file, tensors)
 
-                # Several ranks may write the same file at once: each writes it whole. Waiting for
-                # the disk takes milliseconds a file, and a damaged one is computed anew.
-                try:
-                    os.makedirs(os.path.dirname(file), exist_ok=True)
-                    with whole_file(file, "wb", sync=False) as out:
-                        out.write(save(tensors))
-                except OSError as error:  # the disk is full, or may not be written
-                    self.broken = True
-                    tqdm.write(
-                        f"warning: no further features are kept in {self.folder}: {error}",
-                        file=sys.stderr,
-                    )
+    def write(self, file, tensors):
+        """Write one medium's tensors by name, unless an earlier file could not be written."""
+        if self.broken:
+            return
+        # Several ranks may write the same file at once: each writes it whole. Waiting for the disk
+        # takes milliseconds a file, and a damaged one is computed anew.
+        try:
+            os.makedirs(os.path.dirname(file), exist_ok=True)
+            with whole_file(file, "wb", sync=False) as out:
+                out.write(save(tensors))
+        except OSError as error:  # the disk is full, or may not be written
+            self.broken = True
+            tqdm.write(
+                f"warning: no further features are kept in {self.folder}: {error}",
+                file=sys.stderr,
+            )

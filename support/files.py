@@ -119,7 +119,7 @@ def whole_folder(folder):
     Other files of `folder` stay. If the block raises, nothing has changed, and an error of the disk
     names `folder`.
     """
-    folder = Path(folder)
+    folder = Path(folder).absolute()  # "." has no name
     staging = folder.with_name(folder.name + ".part")
     shutil.rmtree(staging, ignore_errors=True)  # of a killed process
     try:

@@ -19,16 +19,15 @@ Every error names its file. Legend: F frames, H height, W width, n frames of a w
 import bisect
 import dataclasses
 import itertools
-import math
 import os
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif"}
 FOLDER_FPS = 8  # frame rate of a folder of frames that names none
-
 FALLBACK_RATE = 25  # frames per second of a file that states no rate, as FFmpeg has it
 
 # Containers in which a keyframe can be found again by its timestamp, by FFmpeg's names.
@@ -37,7 +36,7 @@ SKIP = 8  # frames that are rather decoded than jumped over
 # FFmpeg draws text files as pictures, and follows playlists into other folders.
 NO_VIDEO = {"tty", "bin", "xbin", "adf", "idf", "hls", "concat", "dash"}
 
-# Timestamps are often whole milliseconds: a time may be off by half of one.
+# Timestamps, and the times that users give, are often whole milliseconds: off by half of one.
 ROUNDING = 5e-4
 MISPLACED = 1.0  # seconds by which a timestamp may be out of order
 LOST = 0.1  # a clip with a larger share of frames that do not decode is refused
@@ -71,7 +70,8 @@ def check_numbers(spec, path):
             continue
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise MediaError(f"{path}: {key} must be a number, got {value!r}")
-        if not math.isfinite(value) or value < 0:
+        # A NaN is not at least 0, and JSON may hold integers that no float can.
+        if not 0 <= value <= sys.float_info.max:
             raise MediaError(f"{path}: {key} must be finite and not negative, got {value}")
 
     if spec.get("fps") == 0:
@@ -98,11 +98,7 @@ class Timeline:
 
     def frame_at(self, time):
         """Return the index of the frame that is on display at `time` seconds."""
-        if self.rate:
-            i = int(time * self.rate)
-        else:
-            i = int(np.searchsorted(self.times, time + ROUNDING, side="right")) - 1
-        return min(i, len(self) - 1)
+        return int(np.searchsorted(self.times, time + ROUNDING, side="right")) - 1
 
     def window(self, start, end):
         """Return the frames of a window -> (first, stop, seconds that they are on display).
@@ -110,14 +106,10 @@ class Timeline:
         start, end: seconds; end None: to the clip's end. The first frame is on display at start,
         the others begin in the window.
         """
-        n = len(self)
         first = self.frame_at(start)
-        if end is None:
+        if end is None or end >= self.seconds:
             end = self.seconds
-            stop = n
-        elif self.rate:
-            # In floating point 0.1 * 3 s * 10 fps is a little more than 3 frames.
-            stop = min(n, max(first + 1, math.ceil(end * self.rate - 1e-6)))
+            stop = len(self)
         else:
             stop = int(np.searchsorted(self.times, end - ROUNDING, side="left"))
             stop = max(first + 1, stop)
@@ -126,7 +118,7 @@ class Timeline:
         # may have stood there for a minute, and its part before the window does not count.
         if self.rate:
             return first, stop, (stop - first) / self.rate
-        return first, stop, float(min(end, self.seconds) - max(start, self.times[first]))
+        return first, stop, float(end - start)
 
 
 def make_timeline(stamps, tick, last, rates):
@@ -189,8 +181,8 @@ class Promise:
 class Frames:
     """Frames that were read from a file."""
 
-    pictures: list  # one for each index
-    indices: list  # that were asked for
+    pictures: list  # one for each of `indices`
+    indices: list  # the frames that were chosen
     timeline: Timeline
     decoder: str  # "seek": from keyframe to keyframe, "pass": all of the file
     note: str  # what is wrong with a file that gave only a part of its frames; else empty
@@ -288,11 +280,13 @@ def scan_packets(file, stream):
 
 def count_missing(file, stream, total):
     """Return the number of frames that the header names beside the `total` that are there."""
-    # Other containers count pauses as frames, or nothing. A header that names ten times as many
-    # frames is damaged itself.
-    if not file.format.name.startswith("mov") or stream.frames > 10 * total:
+    # Other containers count pauses as frames, or nothing.
+    if not file.format.name.startswith("mov"):
         return 0
-    return max(0, stream.frames - total)
+    # Not stream.frames, which also counts the frames that an edit list takes out altogether.
+    named = len(stream.index_entries)
+    # A header that names ten times as many frames is damaged itself.
+    return max(0, named - total) if named <= 10 * total else 0
 
 
 def read_frames(path, choose, keep=None):

@@ -35,7 +35,7 @@ def report_progress(total, label, quiet=False):
     quiet = quiet or os.environ.get("RANK", "0") != "0"
     on_terminal = sys.stderr.isatty()
     bar = tqdm(total=total, desc=label, leave=False, disable=quiet or not on_terminal)
-    began = time.time()
+    began = time.monotonic()
     done = 0
     has_ended = threading.Event()
 
@@ -50,7 +50,7 @@ def report_progress(total, label, quiet=False):
                 bar.refresh()  # the time goes on
                 continue
 
-            seconds = time.time() - began
+            seconds = time.monotonic() - began
             line = f"    {label}: {seconds:.0f} s so far"
             if total is not None:
                 line += f", {done} of {total}"

@@ -211,6 +211,8 @@ def check_cell(path, kind, treatment, degrees):
     wanted = [numbers[first + i] for i in sample_indices(stop - first, 8)]
 
     clip = open_clip(spec)
+    if clip.note:
+        return clip.note
     upright = [np.rot90(frame, -turns) for frame in clip.pixels]
     found = [number_in(frame) for frame in upright if frame.shape == (HEIGHT, WIDTH, 3)]
     if found != wanted:
@@ -338,10 +340,20 @@ def test_jumps_give_the_pixels_of_a_plain_decode(tmp_path, name, options, decode
         np.testing.assert_array_equal(read.pictures, [truth[i] for i in indices])
 
 
-def test_a_cut_with_an_edit_list_needs_no_whole_pass(tmp_path):
+def test_a_cut_with_an_edit_list_needs_no_whole_pass_and_is_not_damaged(tmp_path):
     source = write(tmp_path / "whole.mp4", Kind("mp4", "libx264", b_frames=2))
     clip = open_clip(copy(source, tmp_path / "cut.mp4", -CUT / RATE))
-    assert clip.decoder == "seek" and number_in(clip.pixels[0]) == CUT
+    assert (clip.decoder, number_in(clip.pixels[0]), clip.note) == ("seek", CUT, "")
+
+    # As phones trim: the edit list says how long to play, and the file still holds the rest.
+    content = bytearray(source.read_bytes())
+    place = content.index(b"elst") + 12
+    content[place : place + 4] = (1000).to_bytes(4, "big")  # of 1,000 a second
+    (tmp_path / "trimmed.mp4").write_bytes(content)
+    clip = open_clip(tmp_path / "trimmed.mp4")
+    numbers = [number_in(frame) for frame in clip.pixels]
+    assert numbers == sample_indices(RATE, 8).tolist()
+    assert (clip.seconds, clip.note) == (1.0, "")
 
 
 # Time
@@ -382,7 +394,20 @@ def test_a_slide_that_began_before_the_window_counts_from_its_start():
     assert line.window(3, 4) == (0, 1, 1.0)
     assert line.window(9.5, 12) == (0, 3, 2.5)
     assert line.window(12, None) == (2, 3, 3.0)
+    # Shorter than the rounding, just before a frame begins: no window lasts for 0 s or less.
+    assert line.window(9.9998, 9.9999) == (1, 2, pytest.approx(1e-4))
     assert [line.frame_at(time) for time in (0, 9.9, 10, 10.9996, 15)] == [0, 0, 1, 2, 2]
+
+
+@pytest.mark.parametrize("rate", [8, 24, 25, 30, 30000 / 1001, 60])
+def test_windows_that_meet_at_a_frame_s_start_share_no_frame(rate):
+    """29 / 25 * 25 is less than 29 in floating point, and users write 1.033 for 31 / 30."""
+    line = make_timeline(list(range(300)), 1 / rate, 1, [rate])
+    for i in range(1, 300):
+        for time in (i / rate, round(i / rate, 3)):
+            assert line.frame_at(time) == i
+            assert line.window(0, time)[:2] == (0, i)
+            assert line.window(time, None)[:2] == (i, 300)
 
 
 def test_milliseconds_of_a_constant_rate_are_that_rate():
@@ -456,13 +481,18 @@ def test_text_and_playlists_are_no_videos(tmp_path):
             load_video(tmp_path / name)
 
 
-@pytest.mark.parametrize("key, value", [("start", math.nan), ("end", math.inf), ("start", True)])
+@pytest.mark.parametrize(
+    "key, value",
+    [("start", math.nan), ("end", math.inf), ("start", True), ("end", 10**400)],
+    ids=["nan", "inf", "bool", "huge"],
+)
 def test_numbers_that_are_no_times_name_file_and_key(tmp_path, key, value):
     path = str(write(tmp_path / "a.mp4", Kind("mp4", "libx264")))
     with pytest.raises(MediaError, match=f"a.mp4: {key} must be"):
         load_video({"path": path, key: value})
     with pytest.raises(MediaError, match="a.mp4: time must be"):
         load_image({"video": path, "time": value})
+    assert load_video({"path": path, "end": 1e308})[1] == FRAMES / RATE
     # The clip's very end still shows the last frame.
     last = load_image({"video": path, "time": FRAMES / RATE})
     assert number_in(last) == FRAMES - 1

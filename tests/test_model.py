@@ -816,6 +816,16 @@ def test_a_missing_base_is_told_from_a_missing_adapter(lora, tmp_path, base, mes
         GVE.from_pretrained(tmp_path / "adapter")
 
 
+def test_a_faulty_base_is_told_from_its_adapter_whatever_their_names(lora, tmp_path):
+    lora.save_pretrained(tmp_path / "adapter")
+    base = tmp_path / "adapter-base"  # begins like the adapter
+    base.mkdir()
+    (base / "config.json").write_text('{"model_type": "other"}')
+    name_base(tmp_path / "adapter", str(base))
+    with pytest.raises(ValueError, match="adapter: the base of this adapter: .*'other' is unknown"):
+        GVE.from_pretrained(tmp_path / "adapter")
+
+
 @pytest.mark.parametrize("merge", [False, True])
 def test_saved_folder_gives_the_same_vectors(lora, media, tmp_path, merge):
     items = all_items(media)

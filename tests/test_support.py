@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import byte_tokenizer, full_disk
@@ -18,7 +19,7 @@ from safetensors.torch import save_file
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from support import checkpoint, files, ranks  # noqa: E402
-from support.cache import FeatureStore  # noqa: E402
+from support.cache import FeatureStore, write_array  # noqa: E402
 from support.flags import flag, parse_flags  # noqa: E402
 
 # files.py
@@ -41,6 +42,24 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, mode, old, new):
         file.write(new)
     assert path.read_bytes() == b"new"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_array_s_values_stay_in_their_places_whatever_its_layout(tmp_path):
+    columns = np.arange(6.0).reshape(2, 3).T  # laid out column by column
+    for array in (columns, columns[::2], columns[:, :1], columns[:0]):
+        write_array(tmp_path / "a.npy", array)
+        np.testing.assert_array_equal(np.load(tmp_path / "a.npy"), array)
+
+
+def test_the_current_folder_can_be_written_too(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    with files.whole_folder(".") as staging:
+        (staging / "a").write_text("new")
+    assert [str(path) for path in sorted(tmp_path.rglob("*"))] == [
+        str(tmp_path / "out"),
+        str(tmp_path / "out" / "a"),
+    ]
 
 
 def write_lines(folder):

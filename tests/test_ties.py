@@ -126,14 +126,23 @@ def test_rankings_give_equal_rows_one_score():
 def test_rows_are_equal_if_all_values_are():
     """Rows that agree in the columns of the first look, -0 and 0, and what only float64 tells."""
     corpus = torch.zeros(9, 40, dtype=torch.float64)
-    corpus[1, 1] = 1  # not among every second column
-    corpus[2, 1] = 1
+    corpus[1, 20] = 1  # not among the first 16
+    corpus[2, 20] = 1
     corpus[3, 39] = 1e-30
     corpus[4] = -0.0
     corpus[5, 0] = 2
-    corpus[6, 1] = 1 + 1e-12  # 1 in float32, in which scores are computed
-    corpus[7:, 3] = torch.nan
+    corpus[6, 20] = 1 + 1e-12  # 1 in float32, in which scores are computed
+    corpus[7:, 30] = torch.nan
     looks = hash_some_columns(corpus)
     assert len(looks.unique()) == 2
     assert find_first_equals(corpus, looks).tolist() == [0, 1, 1, 3, 0, 5, 1, 7, 7]
     assert find_first_equals(corpus, looks, block=2).tolist() == [0, 1, 1, 3, 0, 5, 1, 7, 7]
+
+
+def test_few_rows_agree_in_the_first_look():
+    """Signs are the worst case: their float32 bits differ in one place alone."""
+    generator = torch.Generator().manual_seed(2)
+    signs = torch.randint(0, 2, (5000, 64), generator=generator) * 2.0 - 1
+    looks = hash_some_columns(signs)
+    assert len(looks.unique()) == len(signs[:, :16].unique(dim=0))
+    assert torch.equal(looks, hash_some_columns(signs.half()))
