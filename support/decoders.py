@@ -13,6 +13,7 @@ worker killed at the wrong moment ends the pool, and a large result keeps the ot
 which counts against their time limits.
 """
 
+import atexit
 import collections
 import contextlib
 import ctypes
@@ -20,6 +21,7 @@ import dataclasses
 import io
 import itertools
 import multiprocessing
+import multiprocessing.util  # registers its exit handler before ours, which so comes first
 import os
 import pickle
 import signal
@@ -29,6 +31,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h: the signal that a process gets when its parent dies
+PROCESS_NAME = "nanoGVE decoder"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,15 +67,27 @@ def serve(pipe, parents_end, decode):
     # A worker that hangs in C outlives its parent otherwise, and keeps a dead rank's GPU memory.
     # (To Linux the parent is the thread that forked: workers end with DecoderPool.map's threads.)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    # Own session: a SIGTERM to the process group must not kill decoders, since the parent finishes
-    # its step first.
+    # A signal to the process group, or to all processes of a job as SLURM sends it, must not kill
+    # decoders: the parent may finish its step first, and they end with it anyway.
     os.setsid()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the parent's handler is not this process's
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
 
     with contextlib.suppress(EOFError, BrokenPipeError):
         while True:
             pipe.send_bytes(dumps(decode(pipe.recv())))
+
+
+@atexit.register
+def kill_decoders():
+    """Kill the decoders that are left at exit: multiprocessing's own handler waits for ever.
+
+    It sends SIGTERM, which they ignore, and joins them.
+    """
+    for process in multiprocessing.active_children():
+        if process.name == PROCESS_NAME:
+            process.kill()
 
 
 class Worker:
@@ -92,7 +107,10 @@ class Worker:
         with self.fork_lock:
             self.pipe, workers_end = fork.Pipe()
             self.process = fork.Process(
-                target=serve, args=(workers_end, self.pipe, self.decode), daemon=True
+                target=serve,
+                args=(workers_end, self.pipe, self.decode),
+                name=PROCESS_NAME,
+                daemon=True,
             )
             self.process.start()
             workers_end.close()
