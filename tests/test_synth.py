@@ -608,6 +608,17 @@ def test_a_server_that_dies_midway_leaves_everything_accounted_for_and_a_rerun_f
     )
 
 
+def test_failures_end_in_status_1_also_where_the_run_stops_after_the_captions(
+    raw, tmp_path, impatient
+):
+    server = Server(dies_after=0)
+    where = ["--videos", raw / "captions.jsonl", "--out", tmp_path, "--stages", 2]
+    printed = run(*where, "--captioner", server.name, ok=False)
+    failed = accounted(tmp_path, "2-captions")["failed"]
+    assert failed > 0
+    assert f"{failed} failed; the same command tries them again" in printed
+
+
 def test_a_captioner_that_always_refuses_ends_with_everything_dropped(raw, tmp_path, monkeypatch):
     monkeypatch.setattr(synth, "TRIES", 2)
     server = Server(answer=lambda prompt, n: "I'm sorry, but I can't help with that.")
@@ -974,6 +985,10 @@ def test_odd_folders_ids_and_files(tmp_path, media):
         write_video(tmp_path / "in" / name, moving_square(16, seed=len(name) + (name < "t")))
     (tmp_path / "in" / "notes.txt").write_text("not a video")
     shutil.copy(media / "i.png", tmp_path / "in" / "i.png")
+    # Left out: a Mac's companion of a video, a folder of thumbnails
+    (tmp_path / "in" / "one" / "._ä b.mp4").write_bytes(b"\0\5\x16\7")
+    (tmp_path / "in" / ".thumbnails").mkdir()
+    (tmp_path / "in" / ".thumbnails" / "a.mp4").write_bytes(b"")
     server = Server()
     run(
         "--videos",
