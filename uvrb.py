@@ -32,6 +32,7 @@ import data
 from support.files import parse_json
 from support.flags import flag, parse_flags
 from support.media import MediaError, load_image, load_video
+from support.progress import first_few
 
 MODALITIES = ("text", "image", "video")
 # The values that a dataset's task, domain and metric may have.
@@ -311,10 +312,7 @@ def read(root, name: str, roots=()) -> Bench:
     """
     bench, bad = scan(root, name, roots)
     if bad:
-        reasons = bad[:5]
-        if len(bad) > 5:
-            reasons.append(f"... and {len(bad) - 5} more: python uvrb.py check {root}")
-        raise ValueError("\n".join(reasons))
+        raise ValueError("\n".join(first_few(bad, 5, f"more: python uvrb.py check {root}")))
     return bench
 
 
@@ -571,10 +569,8 @@ def check(root, roots=(), decode=False, show=5) -> list:
 
 def print_some(lines, show):
     """Print the first `show` lines, indented, and how many there are besides."""
-    for line in lines[:show]:
+    for line in first_few(lines, show, f"more like these (--show {len(lines)} lists them)"):
         print(f"  {line}")
-    if len(lines) > show:
-        print(f"  ... and {len(lines) - show} more like these (--show {len(lines)} lists them)")
 
 
 @dataclass

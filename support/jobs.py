@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from support.files import file_lock, load_jsonl, write_jsonl
-from support.progress import report_progress
+from support.progress import first_few, report_progress
 
 NAMED = 3  # rows that are named for each reason why rows were dropped
 
@@ -138,9 +138,8 @@ def print_summary(out, stage, rows):
     line += f"; {seconds:.0f} s of one process, {read} tokens read, {written} written"
     print(line)
     for (fate, reason), alike in sorted(groups.items()):
-        for row in alike[:NAMED]:
-            print(f"    {fate} {row['id']}: {row.get('why', '')[:150]}")
-        if len(alike) > NAMED:
-            print(f"    {fate}: {len(alike) - NAMED} more ({reason})")
+        lines = [f"{row['id']}: {row.get('why', '')[:150]}" for row in alike]
+        for line in first_few(lines, NAMED, f"more ({reason})"):
+            print(f"    {fate} {line}")
     sys.stdout.flush()
     return seconds

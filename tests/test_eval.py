@@ -884,6 +884,17 @@ def test_nothing_scored_is_an_error_with_the_reasons_in_the_log(tmp_path):
     assert [len(json.loads(event)["failed"]) for event in events] == [7, 16]
 
 
+def test_torchrun_and_an_encoder_of_ones_own_are_refused_before_every_rank_writes(
+    tmp_path, monkeypatch
+):
+    folder = own_benchmark(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for source in (["--encoder", f"{tmp_path / 'mine.py'}:embed"], ["--embeddings", tmp_path]):
+        with pytest.raises(ValueError, match="take one process: no torchrun"):
+            call(*source, "--uvrb", folder, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_vectors_that_embed_wrote_are_read_from_two_folders(tmp_path):
     """queries/ and corpus/, whose lines have no kind but a line number and perhaps an error."""
     b = bench(3, 4)

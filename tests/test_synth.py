@@ -1062,7 +1062,7 @@ def test_the_summary_names_the_first_rows_of_each_reason(tmp_path, capsys):
         "    dropped v0: duplicate: of w0",
         "    dropped v1: duplicate: of w1",
         "    dropped v2: duplicate: of w2",
-        "    dropped: 2 more (duplicate)",
+        "    dropped ... and 2 more (duplicate)",
         "    dropped s: static: 0 < 1",
     ]
 
