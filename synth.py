@@ -53,7 +53,15 @@ from data import resolve
 from embed import encode, top_k
 from model import GVE
 from support.decoders import DecoderPool, Failed
-from support.files import file_lock, load_jsonl, read_jsonl, whole_file, write_json, write_jsonl
+from support.files import (
+    file_lock,
+    load_jsonl,
+    read_jsonl,
+    visible_files,
+    whole_file,
+    write_json,
+    write_jsonl,
+)
 from support.flags import flag, parse_flags
 from support.jobs import print_summary, run_sharded
 from support.media import read_frames
@@ -220,18 +228,15 @@ def kept_indices(rows):
 def list_videos(flags):
     """List rows {"id", "video", "text"} of a JSON-lines file, or of every file in a folder.
 
-    Hidden files and folders are left out: other systems' file managers put a ._a.mp4 beside a.mp4.
-    Raises ValueError naming file:line for wrong types and for an id that comes twice.
+    Hidden files are left out. Raises ValueError naming file:line for wrong types and for an id that
+    comes twice.
     """
     path = Path(flags.videos)
     rows = {}
     if path.is_dir():
-        for file in sorted(path.rglob("*")):
-            inside = file.relative_to(path)
-            is_hidden = any(part.startswith(".") for part in inside.parts)
-            if file.is_file() and not is_hidden:
-                name = str(inside)
-                rows[name] = raw_row(name, os.path.abspath(file), "")
+        for file in visible_files(path):
+            name = str(file.relative_to(path))
+            rows[name] = raw_row(name, os.path.abspath(file), "")
         return list(rows.values())
 
     for number, given in read_jsonl(path):
