@@ -242,7 +242,7 @@ def draw_epoch(sampler, probabilities):
 
 
 def learning_rate(step, steps, peak, warmup):
-    """Return the rate of a step: linear warm-up over a share of the steps, then cosine to zero."""
+    """Return a step's learning rate: linear warm-up over a share of the steps, then cosine to 0."""
     rise = max(1, round(warmup * steps))
     if step < rise:
         return peak * (step + 1) / rise
@@ -563,7 +563,8 @@ def mine_source(prober, source, rows, flags, cache=None):
 
 def mine_epoch(prober, sources, plan, flags, path):
     """Mine hard negatives for the rows of a plan; keep them in `path` for a resumed run."""
-    cache = VectorCache(path.parent / "cache", prober)  # through it the ranks share the work
+    # Through the cache the ranks share the work. It is no other's: eval.py keeps one in the folder.
+    cache = VectorCache(path.parent / "mining", prober)
     for k, source in enumerate(sources):
         rows = set()
         for other, drawn in plan:
@@ -574,7 +575,8 @@ def mine_epoch(prober, sources, plan, flags, path):
     barrier()  # all have read the cache
     if not dist.is_initialized() or dist.get_rank() == 0:
         write_jsonl(path, [source.mined for source in sources])
-        shutil.rmtree(path.parent / "cache")
+        # On a network disk, a file that another rank has not closed yet stays a while.
+        shutil.rmtree(path.parent / "mining", ignore_errors=True)
 
 
 def read_mined(sources, path):
@@ -1402,6 +1404,7 @@ def train(flags, sources, sampler, rank, world, device):
                 sys.exit(128 + (received_signals or [15])[0])  # 15: another rank got the signal
             clock = time.perf_counter()
             since += clock - saving
+        training_time += clock - since  # of the steps since the last log line
 
     bar.close()
     bad_rows = set().union(*all_gather_object(bad_rows))  # every rank met its own
