@@ -883,7 +883,8 @@ class ChatServer:
         if not form or not self.has_json_mode:
             return self.client.post(self.endpoint, json=body)
         response = self.client.post(self.endpoint, json=body | {"response_format": form})
-        if response.status_code not in (400, 422) or not re.search(JSON_MODE, response.text, re.I):
+        is_refusal = response.status_code in (400, 422, 500, 501)
+        if not is_refusal or not re.search(JSON_MODE, response.text, re.I):
             return response
 
         with self.lock:  # one of the threads says so

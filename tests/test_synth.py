@@ -135,6 +135,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.served = []
         self.formats = []  # `response_format` of each request
         self.json_mode = True
+        self.refuses_with = 400
         self.completion = None  # the reply to every request
         self.lock = threading.Lock()
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -184,7 +185,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if server.completion is not None:
             return self.send(200, json.dumps(server.completion).encode())
         if server.formats[-1] and not server.json_mode:
-            return self.send(400, b'{"error": {"message": "response_format is unavailable"}}')
+            words = b'{"error": {"message": "response_format is unavailable"}}'
+            return self.send(server.refuses_with, words)
         if fault == "429":
             return self.send(429, b'{"error": "busy"}', Retry_After=0)
         if fault == "500":
@@ -438,9 +440,11 @@ def test_a_reply_that_is_no_completion_is_asked_for_again_and_shows_the_server_s
     assert result.why == f"HTTP 200 without a completion: {json.dumps(completion)}"
 
 
-def test_json_mode_is_used_until_the_server_refuses_it_and_then_never_again(capsys):
+@pytest.mark.parametrize("status", [400, 422, 500, 501])
+def test_json_mode_is_used_until_the_server_refuses_it_and_then_never_again(capsys, status):
     server = Server()
     server.json_mode = False
+    server.refuses_with = status
     ask = ask_server(server)
     asked = caption.make_requests("TI2V", [], "full", random.Random(0)) * 3
     results = caption.ask_until_valid(ask, asked, tries=1)
