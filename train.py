@@ -147,6 +147,7 @@ def proportional_weights(relevance, sigma_t, sizes, levels, progress):
 
 
 def uniform_weights(relevance, sigma_t, sizes, levels, progress):
+    """Weigh all sources alike."""
     return np.ones(len(sizes))
 
 
@@ -876,6 +877,7 @@ class RunLog:
         self.file.truncate(length)
 
     def event(self, name, **values):
+        """Write one line: the event's name, the time, and its values."""
         if self.file:
             line = {"event": name, "time": round(time.time(), 3), **values}
             rest = (json.dumps(line) + "\n").encode()
@@ -888,6 +890,7 @@ class RunLog:
         return self.file.tell() if self.file else 0
 
     def say(self, text):
+        """Print a message, above the progress bar if there is one."""
         if self.file:
             tqdm.write(text)
             sys.stdout.flush()  # a batch job's output is a file
@@ -1116,7 +1119,7 @@ def train(flags, sources, sampler, rank, world, device):
             tqdm.write(
                 f"note: the state is of commit {before}, this is {commit}: numbers may differ"
             )
-    elif rank == 0 and (out / "state").exists():  # another run's
+    elif rank == 0 and any((out / "state").glob("step-*")):  # another run's
         shutil.rmtree(out / "state.old", ignore_errors=True)
         os.replace(out / "state", out / "state.old")
     log = RunLog(out, rank, length=resumed["log"] if resumed else 0)
