@@ -1071,6 +1071,17 @@ def test_the_summary_names_the_first_rows_of_each_reason(tmp_path, capsys):
     ]
 
 
+def test_a_log_line_that_a_full_disk_cut_spoils_no_later_run(tmp_path, capsys):
+    (tmp_path / "log.jsonl").write_text('{"stage": "1-pool", "sec')
+
+    def do(p, jobs):
+        return [{**job, "fate": "kept", "tokens": [3, 4]} for job in jobs]
+
+    (rows,) = run_sharded(tmp_path, "1-pool", [[{"id": "a"}]], do)
+    print_summary(tmp_path, "1-pool", rows)
+    assert "1-pool: kept 1 of 1; 0 s of one process, 3 tokens read, 4 " in capsys.readouterr().out
+
+
 def test_a_long_loop_speaks_up_while_one_thing_takes_its_time(monkeypatch, capfd):
     monkeypatch.setattr(progress, "SILENCE", 0.1)
 
