@@ -13,15 +13,15 @@ worker killed at the wrong moment ends the pool, and a large result keeps the ot
 which counts against their time limits.
 """
 
-import atexit
 import collections
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import io
 import itertools
 import multiprocessing
-import multiprocessing.util  # registers its exit handler before ours, which so comes first
+import multiprocessing.util
 import os
 import pickle
 import signal
@@ -79,12 +79,17 @@ def serve(pipe, parents_end, decode):
             pipe.send_bytes(dumps(decode(pipe.recv())))
 
 
-@atexit.register
-def kill_decoders():
-    """Kill the decoders that are left at exit: multiprocessing's own handler waits for ever.
+@functools.cache
+def kill_decoders_at_exit(pid):
+    """Let process `pid`, this one, kill the decoders that it has left when it ends.
 
-    It sends SIGTERM, which they ignore, and joins them.
+    Multiprocessing's own handler would send them SIGTERM, which they ignore, and wait for ever.
     """
+    multiprocessing.util.Finalize(None, kill_decoders, exitpriority=0)  # runs before that handler
+
+
+def kill_decoders():
+    """Kill all decoders of this process."""
     for process in multiprocessing.active_children():
         if process.name == PROCESS_NAME:
             process.kill()
@@ -103,6 +108,7 @@ class Worker:
     def start(self):
         # A forked process has everything that `decode` refers to: nothing need be pickled. It also
         # has copies of all locks in their current state: never fork while a thread runs the model.
+        kill_decoders_at_exit(os.getpid())
         fork = multiprocessing.get_context("fork")
         with self.fork_lock:
             self.pipe, workers_end = fork.Pipe()

@@ -195,6 +195,15 @@ def test_a_process_ends_at_once_with_a_decoder_that_its_main_thread_left_idle_or
     assert idle.communicate(timeout=30)[0] == "decoded\n"
     assert idle.returncode == 0
 
+    # A child of multiprocessing, which runs no handlers of atexit
+    child = multiprocessing.get_context("fork").Process(
+        target=lambda: DecoderPool(decode, workers=1)(7)
+    )
+    child.start()
+    child.join(30)
+    child.kill()
+    assert child.exitcode == 0
+
     hanging = start("""
 import signal, threading
 threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()
