@@ -506,8 +506,8 @@ def judge(answer, reply, request):
 def keep_replies(ask, path, captioner):
     """Return ask(requests), which has each reply in a file before anything else is done with it.
 
-    What was paid for is never asked again, whenever the run is killed: the n-th of equal requests
-    gets the n-th reply that the file has. Failures are not kept.
+    Whenever the run is killed, no reply that was yielded is asked for again: the n-th of equal
+    requests gets the n-th reply that the file has. Failures are not kept.
 
     path       file of JSON lines, which need not exist.
     captioner  its name and settings: another one's replies are others.
@@ -798,37 +798,14 @@ def server_captioner(
     Answers in JSON are asked for in the server's JSON mode, until the server refuses that.
     $OPENAI_API_KEY is sent where it is set. Raises ValueError for a URL that is none.
     """
-    headers = {}
-    if os.environ.get("OPENAI_API_KEY"):
-        headers["Authorization"] = f"Bearer {os.environ['OPENAI_API_KEY']}"
-    limits = httpx.Limits(max_connections=concurrency)
-    client = httpx.Client(timeout=timeout, headers=headers, limits=limits)
-    try:
-        endpoint = httpx.URL(f"{url.rstrip('/')}/chat/completions")
-    except httpx.InvalidURL as error:
-        raise ValueError(f"captioner {url}: {error}") from error
-    lock = threading.Lock()
-    no_json_mode = threading.Event()  # set once the server has refused it
+    server = ChatServer(url, retries, backoff, timeout, concurrency)
 
     def decode(request):
         shown = load_media(request["media"], frames, max_tokens)
         return message_content(shown, request["prompt"])
 
-    def post(request, body):
-        """Send a message, in JSON mode if the server knows it -> httpx.Response."""
-        if request.get("plain", True) or no_json_mode.is_set():
-            return client.post(endpoint, json=body)
-        response = client.post(endpoint, json=body | {"response_format": json_mode(request)})
-        if response.status_code not in (400, 422) or not re.search(JSON_MODE, response.text, re.I):
-            return response
-        with lock:
-            if not no_json_mode.is_set():
-                print(f"{url} has no JSON mode; its answers are checked all the same", flush=True)
-            no_json_mode.set()
-        return client.post(endpoint, json=body)
-
     def complete(asked):
-        """Send one message until the server answers it -> Reply."""
+        """Have one request answered -> Reply."""
         request, content = asked
         if isinstance(content, Failed):
             return Reply(None, f"media: {content.reason}", 0, 0)
@@ -841,14 +818,46 @@ def server_captioner(
             "max_tokens": limit,
             "temperature": 0,
         }
+        form = None if request.get("plain", True) else json_mode(request)
+        return server.complete(body, form)
 
+    def ask(requests):
+        # Processes decode and encode JPEGs; threads wait for the server.
+        decoded = decode_ahead(requests, decode, workers, seconds)
+        asked = zip(requests, decoded, strict=True)
+        return map_in_threads(complete, asked, concurrency, 2 * concurrency)
+
+    return ask
+
+
+class ChatServer:
+    """A server's chat completions, for many threads; the arguments are server_captioner's."""
+
+    def __init__(self, url, retries, backoff, timeout, concurrency):
+        self.url = url
+        self.retries = retries
+        self.backoff = backoff
+        try:
+            self.endpoint = httpx.URL(f"{url.rstrip('/')}/chat/completions")
+        except httpx.InvalidURL as error:
+            raise ValueError(f"captioner {url}: {error}") from error
+        headers = {}
+        if os.environ.get("OPENAI_API_KEY"):
+            headers["Authorization"] = f"Bearer {os.environ['OPENAI_API_KEY']}"
+        limits = httpx.Limits(max_connections=concurrency)
+        self.client = httpx.Client(timeout=timeout, headers=headers, limits=limits)
+        self.lock = threading.Lock()
+        self.has_json_mode = True  # until it refuses that
+
+    def complete(self, body, form):
+        """Send a request until the server answers it -> Reply. form: `response_format` or None."""
         # Waits grow, and differ between threads so that these do not come back all at once.
         wait = 0.0
-        for attempt in range(retries + 1):
+        for attempt in range(self.retries + 1):
             time.sleep(wait)
-            wait = backoff * 2**attempt * random.uniform(0.8, 1.2)
+            wait = self.backoff * 2**attempt * random.uniform(0.8, 1.2)
             try:
-                response = post(request, body)
+                response = self.post(body, form)
             except httpx.HTTPError as error:
                 why = f"{type(error).__name__}: {error}"
                 continue
@@ -869,13 +878,22 @@ def server_captioner(
             wait = max(wait, retry_after(response.headers.get("retry-after", "")))
         return Reply(None, why, 0, 0)
 
-    def ask(requests):
-        # Processes decode and encode JPEGs; threads wait for the server.
-        decoded = decode_ahead(requests, decode, workers, seconds)
-        asked = zip(requests, decoded, strict=True)
-        return map_in_threads(complete, asked, concurrency, 2 * concurrency)
+    def post(self, body, form):
+        """Send a request once, with `form` if the server knows it -> httpx.Response."""
+        if not form or not self.has_json_mode:
+            return self.client.post(self.endpoint, json=body)
+        response = self.client.post(self.endpoint, json=body | {"response_format": form})
+        is_refusal = response.status_code in (400, 422, 500, 501)
+        if not is_refusal or not re.search(JSON_MODE, response.text, re.I):
+            return response
 
-    return ask
+        with self.lock:  # one of the threads says so
+            if self.has_json_mode:
+                print(
+                    f"{self.url} has no JSON mode; its answers are checked all the same", flush=True
+                )
+            self.has_json_mode = False
+        return self.client.post(self.endpoint, json=body)
 
 
 LONGEST_WAIT = 30.0  # seconds that a server's Retry-After may ask for

@@ -14,7 +14,7 @@ arXiv 2510.27571 (section 4; tables.py makes the tables).
 Writes <out>/results.json, whole or not at all, log.jsonl, and tables as .txt, .md, .csv and .tex;
 with --rankings also rankings/<DS>.jsonl. extras/export.py turns these into files for MTEB and
 trec_eval. <out>/cache keeps the vectors, so that a killed run goes on where it stopped. Under
-torchrun the ranks share the encoding.
+torchrun the ranks share a checkpoint's encoding.
 
 Protocol: vision only, uniform frames, cosine in float32, no re-ranking. Queries carry the prompt of
 their dataset (Table 5) as system turn, corpus items the default one. Ties rank in corpus order.
@@ -45,7 +45,7 @@ from model import GVE
 from support.cache import VectorCache
 from support.files import hash_files, read_jsonl, write_json, write_jsonl
 from support.flags import flag, parse_flags
-from support.progress import track
+from support.progress import first_few, track
 from support.ranks import join_ranks, leave_ranks
 from tables import cell, print_published, read_results, show, with_numbers
 
@@ -770,10 +770,8 @@ def score_datasets(source, benchmark, model, protocol, flags, out):
             print(f"  all corpus vectors are equal: only their order makes this score; {bound}")
         elif all_equal(encoded.queries):
             print(f"  all query vectors are equal: all queries get the same ranking; {bound}")
-        for reason in failed[:3]:
+        for reason in first_few(failed, 3, f"more, listed in {out / 'log.jsonl'}"):
             print(f"  no vector: {reason}")
-        if len(failed) > 3:
-            print(f"  no vector: {len(failed) - 3} more, listed in {out / 'log.jsonl'}")
         began = time.time()
 
     results = summarise(benchmark, model, protocol, entries)
@@ -851,6 +849,8 @@ def main(flags):
     model = flags.name or Path(scored).name
     out = Path(flags.out or Path("runs") / Path(scored).name)
     if flags.embeddings or flags.encoder:
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # each rank would do and write everything
+            raise ValueError("--encoder and --embeddings take one process: no torchrun")
         if flags.embeddings:
             source = read_datasets(flags.embeddings, benches)
         else:

@@ -53,7 +53,15 @@ from data import resolve
 from embed import encode, top_k
 from model import GVE
 from support.decoders import DecoderPool, Failed
-from support.files import file_lock, load_jsonl, read_jsonl, whole_file, write_json, write_jsonl
+from support.files import (
+    file_lock,
+    load_jsonl,
+    read_jsonl,
+    visible_files,
+    whole_file,
+    write_json,
+    write_jsonl,
+)
 from support.flags import flag, parse_flags
 from support.jobs import print_summary, run_sharded
 from support.media import read_frames
@@ -220,15 +228,15 @@ def kept_indices(rows):
 def list_videos(flags):
     """List rows {"id", "video", "text"} of a JSON-lines file, or of every file in a folder.
 
-    Raises ValueError naming file:line for wrong types and for an id that comes twice.
+    Hidden files are left out. Raises ValueError naming file:line for wrong types and for an id that
+    comes twice.
     """
     path = Path(flags.videos)
     rows = {}
     if path.is_dir():
-        for file in sorted(path.rglob("*")):
-            if file.is_file():
-                name = str(file.relative_to(path))
-                rows[name] = raw_row(name, os.path.abspath(file), "")
+        for file in visible_files(path):
+            name = str(file.relative_to(path))
+            rows[name] = raw_row(name, os.path.abspath(file), "")
         return list(rows.values())
 
     for number, given in read_jsonl(path):
@@ -1030,6 +1038,13 @@ def print_pool_notes(rows, out):
     print(f"    videos without a caption of use: {listed or 'none'}; {n_cuts} cuts")
 
 
+def exit_if_failed(rows):
+    """End the program with status 1 and the number of rows that failed, if any did."""
+    failed = sum(row["fate"] == "failed" for row in rows)
+    if failed:
+        sys.exit(f"{failed} failed; the same command tries them again")
+
+
 def cut(rows, size):
     """Cut a list into parts of at most `size`."""
     return [rows[i : i + size] for i in range(0, len(rows), size)]
@@ -1086,6 +1101,7 @@ def main(flags):
     captions = run_sharded(out, "2-captions", parts, do, flags.shard)
     seconds += print_summary(out, "2-captions", join(captions))
     if flags.stages < 3:
+        exit_if_failed(join(captions))
         return
 
     # Stage 3: task extension
@@ -1112,9 +1128,7 @@ def main(flags):
             f"    for training: train.py --mixture {out}/uvrd/mixture.json --root FOLDER_OF_VIDEOS"
         )
 
-    failed = sum(row["fate"] == "failed" for row in join(captions) + pairs)
-    if failed:
-        sys.exit(f"{failed} failed; the same command tries them again")
+    exit_if_failed(join(captions) + pairs)
     if not kept:
         sys.exit("not one pair was made; the reasons are above")
 

@@ -147,6 +147,7 @@ def proportional_weights(relevance, sigma_t, sizes, levels, progress):
 
 
 def uniform_weights(relevance, sigma_t, sizes, levels, progress):
+    """Weigh all sources alike."""
     return np.ones(len(sizes))
 
 
@@ -242,7 +243,7 @@ def draw_epoch(sampler, probabilities):
 
 
 def learning_rate(step, steps, peak, warmup):
-    """Return the rate of a step: linear warm-up over a share of the steps, then cosine to zero."""
+    """Return a step's learning rate: linear warm-up over a share of the steps, then cosine to 0."""
     rise = max(1, round(warmup * steps))
     if step < rise:
         return peak * (step + 1) / rise
@@ -563,7 +564,8 @@ def mine_source(prober, source, rows, flags, cache=None):
 
 def mine_epoch(prober, sources, plan, flags, path):
     """Mine hard negatives for the rows of a plan; keep them in `path` for a resumed run."""
-    cache = VectorCache(path.parent / "cache", prober)  # through it the ranks share the work
+    # Through the cache the ranks share the work. It is no other's: eval.py keeps one in the folder.
+    cache = VectorCache(path.parent / "mining", prober)
     for k, source in enumerate(sources):
         rows = set()
         for other, drawn in plan:
@@ -574,7 +576,8 @@ def mine_epoch(prober, sources, plan, flags, path):
     barrier()  # all have read the cache
     if not dist.is_initialized() or dist.get_rank() == 0:
         write_jsonl(path, [source.mined for source in sources])
-        shutil.rmtree(path.parent / "cache")
+        # On a network disk, a file that another rank has not closed yet stays a while.
+        shutil.rmtree(path.parent / "mining", ignore_errors=True)
 
 
 def read_mined(sources, path):
@@ -751,67 +754,95 @@ def check_sources(sources, sampler, flags):
     """
     warnings = []
     for source, batch, pass_rows in zip(sources, sampler.batch, sampler.rows, strict=True):
-        looked_at = min(ROWS_LOOKED_AT, len(source))
-        rows = np.linspace(0, len(source) - 1, looked_at).astype(int)
-        outside = []
-        unusable = []
-        queries = set()
-        positives = set()
-        hard_negatives = 0
-        for row in rows:
-            try:
-                query, positive, *negatives = source.load(int(row), [flags.data, *flags.root])
-            except OutsideRoots as error:
-                outside.append(str(error))
-                continue
-            except ValueError as error:
-                unusable.append(str(error))
-                continue
-            queries.add(content_id(query))
-            positives.add(content_id(positive))
-            hard_negatives += len(negatives)
-
-        # Can its rows be used?
-        share = f"of {looked_at} rows looked at" if looked_at < len(source) else f"of {looked_at}"
-        if len(outside) > 0.9 * looked_at:
-            raise ValueError(
-                f"source {source.name}: {len(outside)} {share} name media outside the allowed "
-                f"folders; --root adds one. The first: {outside[0]}"
-            )
-        if not positives:
-            raise ValueError(
-                f"source {source.name}: none {share} can be used. The first: {unusable[0]}"
-            )
-        if outside:
-            warnings.append(
-                f"source {source.name}: {len(outside)} {share} name media outside the allowed "
-                "folders; they will be replaced"
-            )
-
-        # Has a row anything to be told from? Rows of equal content are no negatives of each other.
-        different = min(len(queries), len(positives))
-        if flags.remine and different > 1:
-            hard_negatives += source.negatives
-        reason = None
-        if pass_rows == 1:
-            reason = "a pass over it is one row"
-        elif batch == 1:
-            reason = f"batch_size {source.batch_size} x --batch-scale makes a global batch of 1"
-        elif different == 1:
-            reason = f"{looked_at} {share} have the same query or the same positive"
-        if reason and not hard_negatives:
-            raise ValueError(
-                f"source {source.name}: {reason}, and no hard negatives: its loss would be 0; "
-                "remove its entry from the mixture, or give it more rows"
-            )
-        if looked_at < len(source) and 2 * different > looked_at:
-            different = pass_rows  # too many to be counted in so few rows
-        if 2 * different <= batch:
-            warnings.append(
-                f"source {source.name}: {different} different pairs for a global batch of {batch}; "
-                "few negatives make a weak source"
-            )
+        look = look_at(source, [flags.data, *flags.root])
+        if flags.remine and look.different > 1:
+            look.hard_negatives += source.negatives
+        warnings += check_usable(source, look)
+        warnings += check_contrast(source, look, batch, pass_rows)
     return warnings
+
+
+@dataclasses.dataclass
+class Look:
+    """What was seen in some rows of a source."""
+
+    rows: int
+    share: str  # "of 12", or "of 100 rows looked at" where the source has more
+    outside: list  # reasons of rows whose media lie outside the allowed roots
+    unusable: list  # reasons of other rows that cannot be used
+    different: int  # queries or positives, the fewer of the two
+    hard_negatives: int
+
+
+def look_at(source, roots):
+    """Load at most ROWS_LOOKED_AT rows of a source, evenly spaced, without their media -> Look."""
+    looked_at = min(ROWS_LOOKED_AT, len(source))
+    outside = []
+    unusable = []
+    queries = set()
+    positives = set()
+    hard_negatives = 0
+    for row in np.linspace(0, len(source) - 1, looked_at).astype(int):
+        try:
+            query, positive, *negatives = source.load(int(row), roots)
+        except OutsideRoots as error:
+            outside.append(str(error))
+            continue
+        except ValueError as error:
+            unusable.append(str(error))
+            continue
+        queries.add(content_id(query))
+        positives.add(content_id(positive))
+        hard_negatives += len(negatives)
+
+    share = f"of {looked_at} rows looked at" if looked_at < len(source) else f"of {looked_at}"
+    different = min(len(queries), len(positives))
+    return Look(looked_at, share, outside, unusable, different, hard_negatives)
+
+
+def check_usable(source, look):
+    """Raise ValueError if the rows of a source cannot be used -> warnings."""
+    outside = (
+        f"source {source.name}: {len(look.outside)} {look.share} name media outside the allowed "
+        "folders; "
+    )
+    if len(look.outside) > 0.9 * look.rows:
+        raise ValueError(f"{outside}--root adds one. The first: {look.outside[0]}")
+    if not look.different:
+        raise ValueError(
+            f"source {source.name}: none {look.share} can be used. The first: {look.unusable[0]}"
+        )
+    return [f"{outside}they will be replaced"] if look.outside else []
+
+
+def check_contrast(source, look, batch, pass_rows):
+    """Raise ValueError if a row of a source has nothing to be told from -> warnings.
+
+    Rows of equal content are no negatives of each other. batch: the source's global batch.
+    pass_rows: distinct rows of one pass over it.
+    """
+    different = look.different
+    reason = None
+    if pass_rows == 1:
+        reason = "a pass over it is one row"
+    elif batch == 1:
+        reason = f"batch_size {source.batch_size} x --batch-scale makes a global batch of 1"
+    elif different == 1:
+        reason = f"{look.rows} {look.share} have the same query or the same positive"
+    if reason and not look.hard_negatives:
+        raise ValueError(
+            f"source {source.name}: {reason}, and no hard negatives: its loss would be 0; "
+            "remove its entry from the mixture, or give it more rows"
+        )
+
+    if look.rows < len(source) and 2 * different > look.rows:
+        different = pass_rows  # too many to be counted in so few rows
+    if 2 * different > batch:
+        return []
+    return [
+        f"source {source.name}: {different} different pairs for a global batch of {batch}; "
+        "few negatives make a weak source"
+    ]
 
 
 @contextlib.contextmanager
@@ -846,6 +877,7 @@ class RunLog:
         self.file.truncate(length)
 
     def event(self, name, **values):
+        """Write one line: the event's name, the time, and its values."""
         if self.file:
             line = {"event": name, "time": round(time.time(), 3), **values}
             rest = (json.dumps(line) + "\n").encode()
@@ -858,6 +890,7 @@ class RunLog:
         return self.file.tell() if self.file else 0
 
     def say(self, text):
+        """Print a message, above the progress bar if there is one."""
         if self.file:
             tqdm.write(text)
             sys.stdout.flush()  # a batch job's output is a file
@@ -1086,7 +1119,7 @@ def train(flags, sources, sampler, rank, world, device):
             tqdm.write(
                 f"note: the state is of commit {before}, this is {commit}: numbers may differ"
             )
-    elif rank == 0 and (out / "state").exists():  # another run's
+    elif rank == 0 and any((out / "state").glob("step-*")):  # another run's
         shutil.rmtree(out / "state.old", ignore_errors=True)
         os.replace(out / "state", out / "state.old")
     log = RunLog(out, rank, length=resumed["log"] if resumed else 0)
@@ -1368,12 +1401,13 @@ def train(flags, sources, sampler, rank, world, device):
                         save_state(out / "state", optimizer, rng, facts, flags.keep)
 
             if sums["stops"]:
-                # Wait until rank 0 has saved: torchrun kills the rest 30 s after the first exit.
-                barrier()
+                # All ranks have waited for rank 0 to save: torchrun kills those that are left 30 s
+                # after the first exit.
                 log.say(f"stopped after step {step} as asked; `--resume auto` continues from here")
                 sys.exit(128 + (received_signals or [15])[0])  # 15: another rank got the signal
             clock = time.perf_counter()
             since += clock - saving
+        training_time += clock - since  # of the steps since the last log line
 
     bar.close()
     bad_rows = set().union(*all_gather_object(bad_rows))  # every rank met its own

@@ -29,9 +29,11 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 import data
+from support.decoders import DecoderPool, Failed
 from support.files import parse_json
 from support.flags import flag, parse_flags
-from support.media import MediaError, load_image, load_video
+from support.media import load_image, load_video
+from support.progress import first_few
 
 MODALITIES = ("text", "image", "video")
 # The values that a dataset's task, domain and metric may have.
@@ -311,10 +313,7 @@ def read(root, name: str, roots=()) -> Bench:
     """
     bench, bad = scan(root, name, roots)
     if bad:
-        reasons = bad[:5]
-        if len(bad) > 5:
-            reasons.append(f"... and {len(bad) - 5} more: python uvrb.py check {root}")
-        raise ValueError("\n".join(reasons))
+        raise ValueError("\n".join(first_few(bad, 5, f"more: python uvrb.py check {root}")))
     return bench
 
 
@@ -345,7 +344,10 @@ def scan(root, name: str, roots=(), decode=False) -> tuple[Bench, list]:
         allowed.append(root.parent)
 
     dataset = known[name]
-    reader = Reader(name, bases, allowed, decode, bad=[], missing=[], outside=[])
+    decoder = None
+    if decode:  # in a process: a clip may hang or crash its decoder
+        decoder = DecoderPool(load_medium, lambda key: str(key[1]), workers=1)
+    reader = Reader(name, bases, allowed, decoder, bad=[], missing=[], outside=[])
     if dataset.queries is None and name in DATASETS:
         reader.bad.append(f"{root / 'benchmark.json'}: no sizes for {name}, whose folder is here")
     queries = reader.items(folder / "queries.jsonl")
@@ -363,6 +365,15 @@ def scan(root, name: str, roots=(), decode=False) -> tuple[Bench, list]:
     return bench, reader.bad
 
 
+def load_medium(key):
+    """Decode a medium, given as ("image" or "video", its path or span); MediaError if it cannot."""
+    kind, media = key
+    if kind == "image":
+        load_image(media)
+    else:
+        load_video(media)
+
+
 @dataclass
 class Reader:
     """Reads a dataset's three files. Faults go to two lists and do not raise."""
@@ -370,7 +381,7 @@ class Reader:
     name: str
     bases: list  # folders that paths are relative to, the first that has the file counts
     allowed: list  # folders that media may lie in
-    decode: bool
+    decoder: DecoderPool | None  # decodes every medium, if there is one
     bad: list  # "file:line: reason" of rows that cannot be used
     missing: list  # the same of media that are absent or cannot be decoded
     outside: list  # ("file:line", path as given, where it leads) of media in no allowed folder
@@ -404,7 +415,7 @@ class Reader:
         out = []
         first = {}  # {id: "file:line" where it first stands}
         # Only decoding takes long. None: no bar where stderr is no terminal.
-        no_bar = None if self.decode else True
+        no_bar = None if self.decoder else True
         label = f"{self.name} {path.name}"
         for where, row in tqdm(self.rows(path), label, leave=False, disable=no_bar):
             key = row.get("id")
@@ -455,12 +466,10 @@ class Reader:
                     f"{where}: missing media: no {given!r} in {folders}, nor in videos/ or images/ "
                     "there"
                 )
-            elif self.decode:
-                load = load_image if kind == "image" else load_video
-                try:
-                    load(item[kind])
-                except MediaError as error:
-                    self.missing.append(f"{where}: undecodable media: {error}")
+            elif self.decoder:
+                result = self.decoder((kind, item[kind]))
+                if isinstance(result, Failed):
+                    self.missing.append(f"{where}: undecodable media: {result.reason}")
         return item
 
     def locate(self, path):
@@ -571,10 +580,8 @@ def check(root, roots=(), decode=False, show=5) -> list:
 
 def print_some(lines, show):
     """Print the first `show` lines, indented, and how many there are besides."""
-    for line in lines[:show]:
+    for line in first_few(lines, show, f"more like these (--show {len(lines)} lists them)"):
         print(f"  {line}")
-    if len(lines) > show:
-        print(f"  ... and {len(lines) - show} more like these (--show {len(lines)} lists them)")
 
 
 @dataclass

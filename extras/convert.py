@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository, for a script
 
-from support.files import read_jsonl, whole_file
+from support.files import read_jsonl, visible_files, whole_file
 from support.flags import flag, parse_flags
 
 # Upstream's files
@@ -38,7 +38,7 @@ def read_rows(source):
     """
     path = Path(source)
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES)
+        files = [file for file in visible_files(path) if file.suffix in SUFFIXES]
         if not files:
             raise ValueError(f"{path}: no {', '.join(SUFFIXES)} file below this folder")
         for file in files:

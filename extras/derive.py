@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repositor
 
 import uvrb
 from extras.convert import SUFFIXES, key_in, pick, read_rows
-from support.files import write_json, write_jsonl
+from support.files import visible_files, write_json, write_jsonl
 from support.flags import flag, parse_flags
 from support.media import load_video
 
@@ -456,7 +456,7 @@ def fingerprints(source):
     path = Path(source)
     files = [path]
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES)
+        files = [file for file in visible_files(path) if file.suffix in SUFFIXES]
 
     out = {}
     for file in files:

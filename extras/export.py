@@ -9,7 +9,6 @@ have corpus order: its numbers differ from ours where scores tie.
 """
 
 import dataclasses
-import json
 import re
 import sys
 from pathlib import Path
@@ -20,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 import uvrb  # noqa: E402
 from support.files import hash_files, read_jsonl, whole_file, write_json  # noqa: E402
 from support.flags import flag, parse_flags  # noqa: E402
+from tables import read_results  # noqa: E402
 
 MTEB_NAMES = {"R": "recall_at_", "hit": "hit_rate_at_", "P": "precision_at_", "nDCG": "ndcg_at_"}
 
@@ -102,8 +102,9 @@ def without_spaces(key):
 
 
 def main(flags):
+    """Export each results.json and print the folder that it went to."""
     for path in map(Path, flags.results):
-        results = json.loads(path.read_text(encoding="utf-8"))
+        results = read_results(path)
         if flags.format == "mteb":
             print(export_mteb(path, results, flags.uvrb))
         else:

@@ -17,9 +17,11 @@ import collections
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import io
 import itertools
 import multiprocessing
+import multiprocessing.util
 import os
 import pickle
 import signal
@@ -29,6 +31,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h: the signal that a process gets when its parent dies
+PROCESS_NAME = "nanoGVE decoder"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,15 +67,32 @@ def serve(pipe, parents_end, decode):
     # A worker that hangs in C outlives its parent otherwise, and keeps a dead rank's GPU memory.
     # (To Linux the parent is the thread that forked: workers end with DecoderPool.map's threads.)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    # Own session: a SIGTERM to the process group must not kill decoders, since the parent finishes
-    # its step first.
+    # A signal to the process group, or to all processes of a job as SLURM sends it, must not kill
+    # decoders: the parent may finish its step first, and they end with it anyway.
     os.setsid()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the parent's handler is not this process's
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
 
     with contextlib.suppress(EOFError, BrokenPipeError):
         while True:
             pipe.send_bytes(dumps(decode(pipe.recv())))
+
+
+@functools.cache
+def kill_decoders_at_exit(pid):
+    """Let process `pid`, this one, kill the decoders that it has left when it ends.
+
+    Multiprocessing's own handler would send them SIGTERM, which they ignore, and wait for ever.
+    """
+    multiprocessing.util.Finalize(None, kill_decoders, exitpriority=0)  # runs before that handler
+
+
+def kill_decoders():
+    """Kill all decoders of this process."""
+    for process in multiprocessing.active_children():
+        if process.name == PROCESS_NAME:
+            process.kill()
 
 
 class Worker:
@@ -88,11 +108,15 @@ class Worker:
     def start(self):
         # A forked process has everything that `decode` refers to: nothing need be pickled. It also
         # has copies of all locks in their current state: never fork while a thread runs the model.
+        kill_decoders_at_exit(os.getpid())
         fork = multiprocessing.get_context("fork")
         with self.fork_lock:
             self.pipe, workers_end = fork.Pipe()
             self.process = fork.Process(
-                target=serve, args=(workers_end, self.pipe, self.decode), daemon=True
+                target=serve,
+                args=(workers_end, self.pipe, self.decode),
+                name=PROCESS_NAME,
+                daemon=True,
             )
             self.process.start()
             workers_end.close()

@@ -176,6 +176,24 @@ def file_lock(path, wait=True):
         lock.release()
 
 
+def visible_files(folder):
+    """List the files below a folder as sorted Paths; hidden files and folders are left out.
+
+    Hidden are a Mac's companions of files (._a.mp4), for one. Links to folders are followed.
+    """
+    found = []
+    seen = set()  # a link to a folder above would lead round in circles
+    for at, folders, names in os.walk(folder, followlinks=True):
+        place = os.path.realpath(at)
+        if place in seen:
+            folders.clear()
+            continue
+        seen.add(place)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [Path(at) / name for name in names if not name.startswith(".")]
+    return sorted(found)
+
+
 def file_fingerprint(path):
     """Return [[name, size, mtime in ns]] of a file, or of each file in a folder of frames.
 

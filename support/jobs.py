@@ -8,6 +8,7 @@ A part is a list of jobs, dicts with an "id". do(p, jobs) returns one row per jo
 """
 
 import collections
+import contextlib
 import json
 import os
 import re
@@ -15,8 +16,8 @@ import sys
 import time
 from pathlib import Path
 
-from support.files import file_lock, load_jsonl, write_jsonl
-from support.progress import report_progress
+from support.files import file_lock, load_jsonl, name_what_failed, write_jsonl
+from support.progress import first_few, report_progress
 
 NAMED = 3  # rows that are named for each reason why rows were dropped
 
@@ -96,8 +97,17 @@ def do_part(out, stage, p, paths, jobs, do):
 
     event = {"stage": stage, "part": p, "seconds": seconds, "tokens": sum_tokens(new.values())}
     fates = collections.Counter(row["fate"] for row in new.values())
-    with open(Path(out) / "log.jsonl", "a") as file:
-        file.write(json.dumps(event | fates) + "\n")
+    log = Path(out) / "log.jsonl"
+    with name_what_failed(log), open(log, "a") as file:
+        # On a line of its own: a full disk may have cut the line before.
+        file.write("\n" + json.dumps(event | fates) + "\n")
+
+
+def read_events(path):
+    """Yield the events of a log; lines that a full disk cut are passed over."""
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(ValueError):
+            yield json.loads(line)
 
 
 def rows_by_id(rows):
@@ -131,16 +141,15 @@ def print_summary(out, stage, rows):
 
     events = []
     if rows:
-        log = load_jsonl(Path(out) / "log.jsonl")
+        log = read_events(Path(out) / "log.jsonl")
         events = [event for event in log if event["stage"] == stage]
     seconds = sum(event["seconds"] for event in events)
     read, written = sum_tokens(events)
     line += f"; {seconds:.0f} s of one process, {read} tokens read, {written} written"
     print(line)
     for (fate, reason), alike in sorted(groups.items()):
-        for row in alike[:NAMED]:
-            print(f"    {fate} {row['id']}: {row.get('why', '')[:150]}")
-        if len(alike) > NAMED:
-            print(f"    {fate}: {len(alike) - NAMED} more ({reason})")
+        lines = [f"{row['id']}: {row.get('why', '')[:150]}" for row in alike]
+        for line in first_few(lines, NAMED, f"more ({reason})"):
+            print(f"    {fate} {line}")
     sys.stdout.flush()
     return seconds

@@ -1,9 +1,12 @@
 """Say how far a loop is: a bar on a terminal, a line now and then in a log file.
 
+And of many problems, say the first few.
+
 for video in track(videos, len(videos), "videos"): ...
 with report_progress(len(items), "encode") as advance:
     ...
     advance(3)
+for line in first_few(problems, 5, "more"): print(line)
 """
 
 import contextlib
@@ -71,3 +74,11 @@ def report_progress(total, label, quiet=False):
         if not quiet:
             thread.join()
         bar.close()
+
+
+def first_few(lines, most, rest):
+    """Return the first `most` lines of a list and, if there are 7 besides, "... and 7 <rest>"."""
+    few = list(lines[:most])
+    if len(lines) > most:
+        few.append(f"... and {len(lines) - most} {rest}")
+    return few

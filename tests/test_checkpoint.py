@@ -204,6 +204,17 @@ def test_sigterm_finishes_the_step_and_saves(tiny, mixture, tmp_path):
     assert [step for step, *_ in steps_of(tmp_path / "a")] == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_run_killed_in_its_first_save_leaves_the_states_of_the_run_before(
+    tiny, mixture, tmp_path
+):
+    (tmp_path / "state.old" / "step-00000009").mkdir(parents=True)
+    (tmp_path / "state" / "part").mkdir(parents=True)
+    same = "--steps 1 --epochs 1 --schedule uniform --resume auto"
+    go(*flags_for(tiny, mixture, tmp_path, same))
+    assert os.listdir(tmp_path / "state.old") == ["step-00000009"]
+    assert os.listdir(tmp_path / "state") == ["step-00000001"]
+
+
 def test_resuming_with_other_settings_is_an_error_and_an_unfinished_state_is_not_loaded(
     tiny, mixture, tmp_path, capsys
 ):

@@ -170,3 +170,44 @@ print(len(results), failures(results), flush=True)
     assert parent.stdout.readline() == "ready\n"
     os.killpg(parent.pid, signal.SIGTERM)
     assert parent.communicate(timeout=60)[0] == "24 []\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
+def test_a_signal_to_every_process_of_the_job_leaves_the_parent_its_decoders(number):
+    """As SLURM sends it; torchrun's and a terminal's signals reach a process group."""
+    parent = start("""
+stream = DecoderPool(decode, workers=2).map([0, *["slow"] * 4, *range(20)])
+next(stream)
+time.sleep(0.3)
+print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+results = list(stream)
+print(len(results), failures(results), flush=True)
+""")
+    decoders = [int(pid) for pid in parent.stdout.readline().split()]
+    assert len(decoders) == 2
+    for decoder in decoders:
+        os.kill(decoder, number)
+    assert parent.communicate(timeout=60)[0] == "24 []\n"
+
+
+def test_a_process_ends_at_once_with_a_decoder_that_its_main_thread_left_idle_or_hanging():
+    idle = start("print(DecoderPool(decode, workers=1)(7) and 'decoded', flush=True)")
+    assert idle.communicate(timeout=30)[0] == "decoded\n"
+    assert idle.returncode == 0
+
+    # A child of multiprocessing, which runs no handlers of atexit
+    child = multiprocessing.get_context("fork").Process(
+        target=lambda: DecoderPool(decode, workers=1)(7)
+    )
+    child.start()
+    child.join(30)
+    child.kill()
+    assert child.exitcode == 0
+
+    hanging = start("""
+import signal, threading
+threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()
+DecoderPool(decode, workers=1)("hang")
+""")
+    hanging.communicate(timeout=30)
+    assert hanging.returncode == -signal.SIGINT

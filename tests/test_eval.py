@@ -884,6 +884,17 @@ def test_nothing_scored_is_an_error_with_the_reasons_in_the_log(tmp_path):
     assert [len(json.loads(event)["failed"]) for event in events] == [7, 16]
 
 
+def test_torchrun_and_an_encoder_of_ones_own_are_refused_before_every_rank_writes(
+    tmp_path, monkeypatch
+):
+    folder = own_benchmark(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for source in (["--encoder", f"{tmp_path / 'mine.py'}:embed"], ["--embeddings", tmp_path]):
+        with pytest.raises(ValueError, match="take one process: no torchrun"):
+            call(*source, "--uvrb", folder, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_vectors_that_embed_wrote_are_read_from_two_folders(tmp_path):
     """queries/ and corpus/, whose lines have no kind but a line number and perhaps an error."""
     b = bench(3, 4)
@@ -1114,7 +1125,8 @@ def test_trec_files_give_trec_eval_our_numbers(tmp_path):
         entry = ev.score(encoded)
         (tmp_path / "rankings").mkdir(exist_ok=True)
         write_jsonl(tmp_path / "rankings" / "MSRVTT.jsonl", ev.rankings(encoded))
-        write_json(tmp_path / "results.json", {"model": "x", "datasets": {"MSRVTT": entry}})
+        results = ev.summarise("UVRB", "x", PROTOCOL, {"MSRVTT": entry})
+        write_json(tmp_path / "results.json", results)
         export_files("trec", tmp_path / "results.json")
 
         runs, qrel = read_trec(tmp_path / "trec" / "MSRVTT")
@@ -1122,6 +1134,12 @@ def test_trec_files_give_trec_eval_our_numbers(tmp_path):
         assert len(rows) == entry["n"] < 19 and all("%20" in key or " " not in key for key in qrel)
         assert entry["MRR"] == pytest.approx(means["MRR"], abs=1e-9)
         assert entry["nDCG@10"] == pytest.approx(means["nDCG@10"], abs=1e-9)
+
+
+def test_a_file_that_is_no_results_json_is_named(tmp_path):
+    write_json(tmp_path / "gve.json", {"pooling": "last"})
+    with pytest.raises(ValueError, match="gve.json: no results.json of eval.py"):
+        export_files("trec", tmp_path / "gve.json")
 
 
 def test_rankings_that_the_command_writes_become_trec_files(tmp_path):

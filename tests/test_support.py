@@ -469,3 +469,16 @@ def test_a_single_process_is_the_only_rank():
     assert p.grad.tolist() == [1, 1]
     assert q.grad.tolist() == [0, 0, 0]
     ranks.leave_ranks()
+
+
+def test_files_below_a_folder_are_listed_without_hidden_ones_and_through_links_once(tmp_path):
+    folder = tmp_path / "in"
+    for name in ("b/2.mp4", "a.mp4", "._a.mp4", ".git/c.mp4", "b/.d/e.mp4"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "f.mp4").write_bytes(b"")
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    (folder / "round").symlink_to(folder)
+    listed = [str(path.relative_to(folder)) for path in files.visible_files(folder)]
+    assert listed == ["a.mp4", "b/2.mp4", "linked/f.mp4"]

@@ -135,6 +135,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.served = []
         self.formats = []  # `response_format` of each request
         self.json_mode = True
+        self.refuses_with = 400
         self.completion = None  # the reply to every request
         self.lock = threading.Lock()
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -184,7 +185,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if server.completion is not None:
             return self.send(200, json.dumps(server.completion).encode())
         if server.formats[-1] and not server.json_mode:
-            return self.send(400, b'{"error": {"message": "response_format is unavailable"}}')
+            words = b'{"error": {"message": "response_format is unavailable"}}'
+            return self.send(server.refuses_with, words)
         if fault == "429":
             return self.send(429, b'{"error": "busy"}', Retry_After=0)
         if fault == "500":
@@ -438,9 +440,11 @@ def test_a_reply_that_is_no_completion_is_asked_for_again_and_shows_the_server_s
     assert result.why == f"HTTP 200 without a completion: {json.dumps(completion)}"
 
 
-def test_json_mode_is_used_until_the_server_refuses_it_and_then_never_again(capsys):
+@pytest.mark.parametrize("status", [400, 422, 500, 501])
+def test_json_mode_is_used_until_the_server_refuses_it_and_then_never_again(capsys, status):
     server = Server()
     server.json_mode = False
+    server.refuses_with = status
     ask = ask_server(server)
     asked = caption.make_requests("TI2V", [], "full", random.Random(0)) * 3
     results = caption.ask_until_valid(ask, asked, tries=1)
@@ -606,6 +610,17 @@ def test_a_server_that_dies_midway_leaves_everything_accounted_for_and_a_rerun_f
     assert rows_of(tmp_path / "out") == rows_of(tmp_path / "whole") and len(again.served) < len(
         whole.served
     )
+
+
+def test_failures_end_in_status_1_also_where_the_run_stops_after_the_captions(
+    raw, tmp_path, impatient
+):
+    server = Server(dies_after=0)
+    where = ["--videos", raw / "captions.jsonl", "--out", tmp_path, "--stages", 2]
+    printed = run(*where, "--captioner", server.name, ok=False)
+    failed = accounted(tmp_path, "2-captions")["failed"]
+    assert failed > 0
+    assert f"{failed} failed; the same command tries them again" in printed
 
 
 def test_a_captioner_that_always_refuses_ends_with_everything_dropped(raw, tmp_path, monkeypatch):
@@ -974,6 +989,10 @@ def test_odd_folders_ids_and_files(tmp_path, media):
         write_video(tmp_path / "in" / name, moving_square(16, seed=len(name) + (name < "t")))
     (tmp_path / "in" / "notes.txt").write_text("not a video")
     shutil.copy(media / "i.png", tmp_path / "in" / "i.png")
+    # Left out: a Mac's companion of a video, a folder of thumbnails
+    (tmp_path / "in" / "one" / "._ä b.mp4").write_bytes(b"\0\5\x16\7")
+    (tmp_path / "in" / ".thumbnails").mkdir()
+    (tmp_path / "in" / ".thumbnails" / "a.mp4").write_bytes(b"")
     server = Server()
     run(
         "--videos",
@@ -1047,9 +1066,20 @@ def test_the_summary_names_the_first_rows_of_each_reason(tmp_path, capsys):
         "    dropped v0: duplicate: of w0",
         "    dropped v1: duplicate: of w1",
         "    dropped v2: duplicate: of w2",
-        "    dropped: 2 more (duplicate)",
+        "    dropped ... and 2 more (duplicate)",
         "    dropped s: static: 0 < 1",
     ]
+
+
+def test_a_log_line_that_a_full_disk_cut_spoils_no_later_run(tmp_path, capsys):
+    (tmp_path / "log.jsonl").write_text('{"stage": "1-pool", "sec')
+
+    def do(p, jobs):
+        return [{**job, "fate": "kept", "tokens": [3, 4]} for job in jobs]
+
+    (rows,) = run_sharded(tmp_path, "1-pool", [[{"id": "a"}]], do)
+    print_summary(tmp_path, "1-pool", rows)
+    assert "1-pool: kept 1 of 1; 0 s of one process, 3 tokens read, 4 " in capsys.readouterr().out
 
 
 def test_a_long_loop_speaks_up_while_one_thing_takes_its_time(monkeypatch, capfd):

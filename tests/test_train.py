@@ -1,6 +1,7 @@
 """train.py: ranks against one process, frozen weights, damaged clips, mining, the schedule."""
 
 import ctypes
+import itertools
 import json
 import os
 import re
@@ -209,6 +210,17 @@ def test_the_run_held_the_uneven_cases(one_and_many):
     rows = {(line["source"], line["rows"]) for line in steps}
     assert ("ti2v", 1) in rows, rows  # fewer rows than ranks
     assert ("t2v", 3) in rows, rows  # hard negatives in a short batch
+
+
+def test_the_rate_counts_the_time_of_steps_before_an_epochs_end(
+    tiny, mixture, tmp_path, capsys, monkeypatch
+):
+    """Of a clock that moves by a second whenever it is read, twice in a step."""
+    monkeypatch.setattr(train.time, "perf_counter", itertools.count().__next__)
+    flags = "--steps 6 --epochs 2 --schedule uniform --log-every 6"
+    go(*flags_for(tiny, mixture, tmp_path, flags))
+    (rate,) = re.findall(r"^step 6/6: .*, (\S+) steps/s, ", capsys.readouterr().err, re.M)
+    assert float(rate) == pytest.approx(1 / 2, rel=0.1)
 
 
 def test_the_same_run_twice_is_bit_identical_with_dropout(tiny, mixture, tmp_path, capsys):
@@ -711,7 +723,10 @@ def names_of(items):
 def test_hard_negatives_are_mined_again_under_the_prober(tiny, media, mixture, tmp_path):
     more = "--steps 9 --epochs 1 --schedule uniform --remine"
     flags = flags_for(tiny, mixture, tmp_path / "one", more)
+    kept = tmp_path / "one" / "cache" / "of eval.py"
+    kept.mkdir(parents=True)
     go(*flags, "--margin", "-1")
+    assert kept.exists()
     t2v, *others = mined(tmp_path / "one")
     assert others == [{}, {}]  # only t2v has hard negatives
     assert len(t2v) == 7

@@ -2,6 +2,8 @@
 layout, every kind of bad row, benchmarks with datasets of their own."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -312,6 +314,25 @@ def test_missing_media_do_not_stop_reading_but_check_lists_them(tmp_path):
     assert missing.startswith(f"{rows / 'corpus.jsonl'}:2: missing media")
     assert Path(bench.corpus[1]["item"]["video"]).name == "gone.mp4" and len(bench.corpus) == 2
     assert uvrb.check(tmp_path) == bench.missing
+
+
+def test_a_clip_that_crashes_its_decoder_is_listed_and_the_check_goes_on(
+    tmp_path, media, monkeypatch
+):
+    rows = write(tmp_path)
+    declare(tmp_path, {"MSRVTT": (2, 2)})
+    for video in ("a.mp4", "b.mp4"):
+        (rows.parent / "videos" / video).write_bytes((media / "a.mp4").read_bytes())
+
+    def load_video(video):
+        if "a.mp4" in video:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(uvrb, "load_video", load_video)
+    bench, bad = uvrb.scan(tmp_path, "MSRVTT", decode=True)
+    (missing,) = bench.missing
+    assert missing.startswith(f"{rows}/corpus.jsonl:1: undecodable media: ")
+    assert missing.endswith("a.mp4: its decoder crashed") and not bad
 
 
 def test_check_command_lists_everything_and_exits_1(tmp_path, media):
