@@ -110,8 +110,9 @@ def resolve(item, base, roots=()):
     """Check an item and make its media paths absolute; they must exist under an allowed root.
 
     base: the folder that relative paths start from, an allowed root itself. roots: more allowed
-    folders. Symlinks are followed first. Raises ValueError for a wrong form, OutsideRoots for a
-    path outside the roots, FileNotFoundError for a missing file.
+    folders, which are searched in turn for what is not below base. Symlinks are followed first.
+    Raises ValueError for a wrong form, OutsideRoots for a path outside the roots,
+    FileNotFoundError for a missing file.
     """
     check_item(item)
     resolved = {key: item[key] for key in ("text", "image", "video") if item.get(key)}
@@ -123,17 +124,20 @@ def resolve(item, base, roots=()):
         given = media[path_key] if isinstance(media, dict) else media
 
         try:
-            path = os.path.realpath(os.path.join(base, given))
+            places = [os.path.realpath(os.path.join(place, given)) for place in (base, *roots)]
+            found = [place for place in places if os.path.exists(place)]
         except ValueError as error:  # a NUL character, half an emoji
             raise ValueError(f"{kind} {given!r} cannot be a file's name: {error}") from error
+        path = found[0] if found else places[0]
         allowed = [os.path.realpath(root) for root in (base, *roots)]
         # Whole path components: /data/root-x begins with /data/root but does not lie under it.
         if not any(os.path.commonpath([path, root]) == root for root in allowed):
             raise OutsideRoots(
                 f"{kind} {given!r} leaves the allowed roots {allowed} (add one with --root)"
             )
-        if not os.path.exists(path):
-            raise FileNotFoundError(f"{kind} {given!r}: {path} does not exist")
+        if not found:
+            elsewhere = ", nor is it below a --root" if roots else ""
+            raise FileNotFoundError(f"{kind} {given!r}: {path} does not exist{elsewhere}")
 
         resolved[kind] = media | {path_key: path} if isinstance(media, dict) else path
     return resolved

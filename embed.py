@@ -33,10 +33,10 @@ import torch.distributed as dist
 from data import resolve, with_plain_paths
 from model import GVE, decode_and_embed
 from support.cache import NoCache, VectorCache, item_key, write_array
-from support.files import read_jsonl, whole_file
+from support.files import read_jsonl, visible_files, whole_file
 from support.flags import flag, parse_flags
 from support.media import IMAGE_SUFFIXES
-from support.progress import report_progress
+from support.progress import first_few, report_progress
 from support.ranks import all_gather_object, join_ranks, leave_ranks
 
 MOST_SHOWN = 10  # reasons that are printed; items.jsonl has all of them
@@ -167,6 +167,10 @@ def top_k(queries, corpus, k, *, block=16384, query_block=1024):
     the scores of a single query, whatever N.
     """
     queries = as_tensor(queries).float()
+    if queries.shape[1] != corpus.shape[1]:
+        raise ValueError(
+            f"queries {tuple(queries.shape)} and corpus {tuple(corpus.shape)}: D differs"
+        )
     k = min(k, len(corpus))
     looks = []  # of each block's rows
     scores = queries.new_full((len(queries), k), -torch.inf)
@@ -298,7 +302,7 @@ class Flags:
     out: str = flag("runs/vectors", "folder to write")
     instruction: str = flag("", "system turn for every item; empty: the default one")
     prompt_style: str = flag("", "system or user turn; empty: the checkpoint's own")
-    root: list[str] = flag([], "more folders that media may lie in")
+    root: list[str] = flag([], "further folders for media; paths may be relative to them, too")
     batch_tokens: int = flag(4096, "tokens per forward, padding included")
     workers: int = flag(
         2, "decoding processes per rank; 0: none, a clip that hangs or crashes ends the run"
@@ -317,37 +321,29 @@ def list_media(folder):
     In the order of their paths, subfolders included, hidden files and folders left out. An image is
     an item of its own: a folder of frames is not taken for a video.
     """
-    found = {}  # path inside the folder: kind
-    seen = set()  # a link to a folder above would lead round in circles
-    for at, folders, names in os.walk(folder, followlinks=True):
-        if os.path.realpath(at) in seen:
-            folders.clear()
-            continue
-        seen.add(os.path.realpath(at))
-        folders[:] = [name for name in folders if not name.startswith(".")]
-
-        for name in names:
-            if name.startswith("."):
-                continue
-            suffix = Path(name).suffix.lower()
-            path = os.path.relpath(os.path.join(at, name), folder)
-            if suffix in VIDEO_SUFFIXES:
-                found[path] = "video"
-            elif suffix in IMAGE_SUFFIXES:
-                found[path] = "image"
-    if not found:
-        accepted = " ".join(sorted(VIDEO_SUFFIXES | IMAGE_SUFFIXES))
-        raise ValueError(f"{folder}: no videos or images here ({accepted})")
     items = []
     labels = []
-    for path in sorted(found):
-        items.append({found[path]: path})
-        labels.append({"id": path, "path": os.path.join(folder, path)})
+    for path in visible_files(folder):
+        suffix = path.suffix.lower()
+        if suffix in VIDEO_SUFFIXES:
+            kind = "video"
+        elif suffix in IMAGE_SUFFIXES:
+            kind = "image"
+        else:
+            continue
+        inside = os.path.relpath(path, folder)
+        items.append({kind: inside})
+        labels.append({"id": inside, "path": str(path)})
+    if not items:
+        accepted = " ".join(sorted(VIDEO_SUFFIXES | IMAGE_SUFFIXES))
+        raise ValueError(f"{folder}: no videos or images here ({accepted})")
     return items, labels
 
 
 def list_rows(path):
     """Read the rows of a JSON-lines file -> (rows, labels {"id", "line"})."""
+    if Path(path).suffix.lower() in VIDEO_SUFFIXES | IMAGE_SUFFIXES:
+        raise ValueError(f"{path}: give the folder of this file, or a file of JSON lines")
     rows = []
     labels = []
     for number, row in read_jsonl(path):
@@ -418,7 +414,9 @@ def main(flags):
         return 0
 
     for i, reason in reasons.items():
-        failed.setdefault(i, f"{names[i]}: {reason}")
+        if not reason.startswith(os.path.realpath(names[i])):  # the reason names most files itself
+            reason = f"{names[i]}: {reason}"
+        failed.setdefault(i, reason)
     vectors[list(failed)] = torch.nan
 
     write_array(out / "vectors.npy", vectors.numpy())
@@ -437,10 +435,8 @@ def report(failed, tally, n, dim, out):
     reasons = [failed[i] for i in sorted(failed)]
     notes = [key.removeprefix("note: ") for key in tally if key.startswith("note: ")]
     for lines, more in ((reasons, "failed"), (notes, "damaged in part")):
-        for line in lines[:MOST_SHOWN]:
+        for line in first_few(lines, MOST_SHOWN, f"more {more}"):
             print(line)
-        if len(lines) > MOST_SHOWN:
-            print(f"... and {len(lines) - MOST_SHOWN} more {more}")
 
     ways = []
     for way, count in sorted(tally.items()):

@@ -129,7 +129,7 @@ class Flags:
     shard: str = flag("0/1", "i/n: take parts i, i + n, i + 2n, ... of each stage")
     part: int = flag(256, "rows per file of a stage, the unit of progress")
     dry_run: bool = flag(False, "print prompts, counts, expected calls and tokens, and stop")
-    root: list[str] = flag([], "more folders that videos may lie in")
+    root: list[str] = flag([], "further folders for media; paths may be relative to them, too")
     seed: int = flag(42, "random seed")
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "torch device")
     min_motion: float = flag(

@@ -63,6 +63,7 @@ from support.checkpoint import (
 from support.files import file_lock, git_commit, load_jsonl, name_what_failed, write_jsonl
 from support.flags import flag, parse_flags
 from support.flops import peak_flops, peak_memory_gib, step_flops
+from support.progress import track
 from support.ranks import (
     all_gather_object,
     barrier,
@@ -528,7 +529,7 @@ def probe_sources(prober, sources, flags, rank=0, world=1):
     """
     relevance = []
     errors = []
-    for k, source in enumerate(sources):
+    for k, source in enumerate(track(sources, len(sources), "R_k of sources")):
         # The same pairs on every rank, of which each embeds a part.
         rows = np.random.default_rng([flags.seed, k]).permutation(len(source))
         own = rows[: flags.probe_pairs][rank::world]
@@ -609,7 +610,7 @@ class Flags:
         [],
         "mixtures, joined; their files lie beside them or under DATA; none: DATA/mixture.json",
     )
-    root: list[str] = flag([], "further folders that media may lie in")
+    root: list[str] = flag([], "further folders for media; paths may be relative to them, too")
     out: str = flag("", "checkpoint folder to write")
     prober: str = flag(
         "", "Psi_1, the first epoch's prober: any checkpoint; empty: the starting one"
@@ -840,7 +841,7 @@ def check_contrast(source, look, batch, pass_rows):
     if 2 * different > batch:
         return []
     return [
-        f"source {source.name}: {different} different pairs for a global batch of {batch}; "
+        f"source {source.name}: different pairs: {different}, global batch: {batch}; "
         "few negatives make a weak source"
     ]
 
@@ -1144,7 +1145,9 @@ def train(flags, sources, sampler, rank, world, device):
     )
     if resumed and resumed["step"] == steps:
         log.say(f"{out} holds a finished run of {steps} steps: nothing is left to train")
-    elif flags.resume and not resumed:
+    elif resumed:
+        log.say(f"going on after step {resumed['step']}, from {folder}")
+    elif flags.resume:
         log.say(f"no state in {out / 'state'}: a new run begins")
 
     # What the loop calls: batches of this rank, the cost of a step, vectors, the loss
@@ -1415,7 +1418,7 @@ def train(flags, sources, sampler, rank, world, device):
         "end", step=step, passes=by_source(sources, sampler.passes()), bad_rows=sorted(bad_rows)
     )
     log.say(
-        f"\ntrained {step} steps; {len(bad_rows)} unusable rows replaced; "
+        f"\ntrained {step} steps; unusable rows replaced: {len(bad_rows)}; "
         f"checkpoint and log in {out}"
     )
     return gve

@@ -36,7 +36,7 @@ from support.media import load_image, load_video
 @dataclasses.dataclass
 class Flags:
     path: str = flag(..., "training file (*.jsonl) or mixture (*.json)", positional=True)
-    root: list[str] = flag([], "folders that media may lie in, beside the file's own")
+    root: list[str] = flag([], "further folders for media; paths may be relative to them, too")
     workers: int = flag(2, "decoding processes; 0: decode in this one")
     describe: bool = flag(False, "decode nothing, describe a run over the mixture")
 

@@ -391,7 +391,12 @@ def decode_from(file, stream, key, first):
 
 
 def describe_loss(path, n, whole):
-    """Say how many frames of a damaged file are left, "" where none are lost."""
+    """Say how many frames of a damaged file are left, "" where none are lost.
+
+    Raises MediaError if too few are.
+    """
+    if n < (1 - LOST) * whole:
+        raise MediaError(f"{path}: damaged: only {n} of {whole} frames decode")
     return f"{path}: damaged: {n} of {whole} frames decode" if n < whole else ""
 
 
@@ -441,6 +446,7 @@ def decode_all(path, promise, indices, keep):
 
     n = len(promise.stamps)
     if errors and len(stamps) < (1 - LOST) * n or not stamps:
+        # Here, since too few may also be too few for `indices`.
         raise MediaError(f"{path}: damaged: only {len(stamps)} of {n} frames decode")
     return kept, Decoded(stamps, last, errors)
 

@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -199,6 +200,20 @@ def test_paths_stay_under_their_roots(media, tmp_path):
 
     with pytest.raises(FileNotFoundError, match="gone.mp4"):
         resolve({"video": "gone.mp4"}, media)
+
+
+def test_relative_paths_are_searched_below_the_roots_in_turn(tmp_path):
+    for place in ("a", "b", "c"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / f"{place}.png").touch()
+        if place != "a":
+            (tmp_path / place / "both.png").touch()
+    roots = [str(tmp_path / "b"), str(tmp_path / "c")]
+    for name, place in (("a.png", "a"), ("c.png", "c"), ("both.png", "b"), ("../c/both.png", "c")):
+        found = resolve({"image": name}, tmp_path / "a", roots)["image"]
+        assert found == str(tmp_path / place / Path(name).name)
+    with pytest.raises(FileNotFoundError, match="a/d.png does not exist, nor is it below a --root"):
+        resolve({"image": "d.png"}, tmp_path / "a", roots)
 
 
 def test_a_sibling_folder_whose_name_begins_like_a_root_is_outside_it(media, tmp_path):

@@ -443,6 +443,11 @@ def test_a_file_cut_off_gives_what_decodes_and_says_so(tmp_path):
     assert clip.seconds == n / RATE and clip.note == f"{path}: damaged: {n} of 100 frames decode"
     assert open_clip(whole).note == ""
 
+    # With half of its frames a clip is another clip.
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(MediaError, match="part.mp4: damaged: only .. of 100 frames decode"):
+        open_clip(path)
+
     # The index comes last: nothing can be read.
     content = write(whole, Kind("mp4", "libx264"), 100).read_bytes()
     path.write_bytes(content[: int(0.95 * len(content))])

@@ -454,7 +454,7 @@ def test_hard_negatives_make_up_for_few_rows_and_a_weak_source_is_warned_of(tmp_
 
     repeated = [text_row(f"q{i}", f"p{i % 4}") for i in range(500)]
     (warning,) = look_at([source_of(tmp_path, repeated, batch_size=8)])
-    assert warning.startswith("source rows: 4 different pairs for a global batch of 8")
+    assert warning.startswith("source rows: different pairs: 4, global batch: 8")
     assert look_at([source_of(tmp_path, repeated, batch_size=4)]) == []
     many = [text_row(f"q{i}", f"p{i}") for i in range(300)]
     assert look_at([source_of(tmp_path, many, batch_size=256)]) == []
@@ -629,7 +629,7 @@ def test_damaged_clips_spread_over_the_sources_cost_what_replacing_their_rows_by
     go(*flags("good"))
     two = run(*launch(2), "train.py", *flags("bad"))
     assert two.returncode == 0, two.stderr[-2000:]
-    assert "6 unusable rows replaced" in two.stdout
+    assert "unusable rows replaced: 6" in two.stdout
 
     # The log has six digits.
     bad = losses_of(tmp_path / "bad" / "out")
