@@ -714,11 +714,11 @@ def benchmark(world, tmp_path_factory):
         queries = []
         instances = []
         for i in range(4):
-            query = {"id": f"q{i}", "text": f"{name} {i}"}
+            query = {"id": f"q{i}", "text": f"{name} {i}" + " more" * (2 * (i == 3))}
             instance = {"qid": f"q{i}", "pos": [f"v{i}"]}
             if name == "MS-TI":
                 query["image"] = str(world.folder / "pictures" / f"{i}.png")
-                instance["neg"] = [f"v{(i + 1) % 4}"]
+                instance["neg"] = [f"v{(i + 1) % 4}"] + ["v3"] * (i == 0)
             queries.append(query)
             instances.append(instance)
         folder = root / name / "jsonl"
@@ -746,7 +746,7 @@ def test_eval_hands_on_its_flags(world, benchmark, tmp_path, monkeypatch):
     corpora, msrvtt, ms_ti = [items for (items,) in watch.values("encode", "items")]
     videos = [{"video": str(world.folder / "data" / "clips" / f"{i}.mp4")} for i in range(4)]
     assert corpora == 2 * videos
-    assert [item["text"] for item in msrvtt] == [f"MSRVTT {i}" for i in range(4)]
+    assert [item["text"] for item in msrvtt][:3] == [f"MSRVTT {i}" for i in range(3)]
     assert all(item.keys() == {"text", "image"} for item in ms_ti)
     limits = watch.values("encode", "frames", "max_tokens", "max_length", "batch_tokens", "workers")
     assert limits == [(4, 6, 8192, 333, 1)] * 3
@@ -764,11 +764,12 @@ def test_eval_hands_on_its_flags(world, benchmark, tmp_path, monkeypatch):
     protocol = results["protocol"]
     assert (protocol["frames"], protocol["max_tokens"], protocol["batch_tokens"]) == (4, 6, 333)
     assert {"MSRVTT", "MS-TI"} <= results["ci95"].keys()
-    assert results["datasets"]["MS-TI"]["chance"] == 0.5  # pools of two
-    for name, depth in (("MSRVTT", 4), ("MS-TI", 2)):
+    chance = (1 / 3 + 3 / 2) / 4  # a pool of three, three of two
+    assert results["datasets"]["MS-TI"]["chance"] == pytest.approx(chance)
+    for name, depths in (("MSRVTT", {4}), ("MS-TI", {2, 3})):
         for row in load_jsonl(tmp_path / "rankings" / f"{name}.jsonl"):
             assert row["scores"] == sorted(row["scores"], reverse=True)
-            assert len(row["ranked"]) == depth
+            assert len(row["ranked"]) in depths
     shown = watch.values("show", "results", "folder", "roots")
     assert shown == [([results], str(benchmark), roots)]
     assert watch.calls["show"][0]["names"][0] == "Table 1"
@@ -821,9 +822,10 @@ def test_embed_hands_on_its_flags(world, tmp_path, monkeypatch):
 
 
 def number_of(item):
-    """Return the number of the clip that an item shows or tells of."""
-    told = re.search(r"(\d)\.mp4|clip (\d)", json.dumps(item))
-    return int(told[1] or told[2])
+    """Return the number of the clip that an item tells of, else shows."""
+    text = json.dumps(item)
+    told = re.search(r"clip (\d)", text) or re.search(r"(\d)\.mp4", text)
+    return int(told[1])
 
 
 def fake_vectors(gve, items, instruction=None, **options):
@@ -922,6 +924,7 @@ def test_synth_hands_on_its_flags(world, tmp_path, monkeypatch, capsys):
         row for file in (tmp_path / "out" / "3-pairs").glob("*.jsonl") for row in load_jsonl(file)
     ]
     assert {pair["task"] for pair in pairs} == {"T2T", "T2I", "T2V", "I2V", "TI2V"}
+    assert sum(pair["task"] == "T2I" for pair in pairs) == 4
     for pair in pairs:
         i = int(pair["of"].removeprefix("id"))
         assert number_of(pair["positive"]) == i
@@ -929,8 +932,11 @@ def test_synth_hands_on_its_flags(world, tmp_path, monkeypatch, capsys):
         assert pair["positive"].keys() == {kind}
         negatives = pair.get("negatives", [])
         if pair["task"] == "TI2V":
-            assert number_of(pair["query"]["image"]) != i
+            shown = number_of(pair["query"]["image"])
+            assert (shown != i, pair["reference"]) == (True, f"id{shown}")
             assert f"clip {i}" in pair["query"]["text"]
+            # The text alone ranks the target first, so that the image is not needed.
+            assert pair["why"].startswith("needs no reference")
             continue
         assert number_of(pair["query"]) == i
         if pair["task"] == "T2T":
@@ -1007,6 +1013,93 @@ def test_eval_shows_the_tables_that_are_asked_for(tmp_path, monkeypatch):
     ]
 
 
+def test_table_4_counts_a_benchmark(world, benchmark):
+    roots = [world.folder / "data" / "clips", world.folder / "pictures"]
+    rows = {row["dataset"]: row for row in tables.measured(benchmark, roots)}
+    # 8 to 11 frames at 4 per second; texts of 2, 2, 2 and 4 words; the median pool.
+    common = {"queries": 4, "duration_s": "2.4", "words": 2.5}
+    assert rows["MSRVTT"] == {"dataset": "MSRVTT", "corpus": 4, **common}
+    assert rows["MS-TI"] == {"dataset": "MS-TI", "corpus": 2, **common}
+
+
+def own_result(name, n, **protocol):
+    """Return a result of UVRB's datasets and abilities, all scores of it different."""
+    scores = {dataset: 0.01 * i + n for i, dataset in enumerate(uvrb.DATASETS)}
+    means = uvrb.abilities(scores)
+    datasets = {}
+    for dataset, score in scores.items():
+        datasets[dataset] = {"score": score, "complete": True, "n": 1, "chance": 0, "ceiling": 1}
+    return {
+        "benchmark": "UVRB",
+        "model": name,
+        "protocol": {"checkpoint": f"runs/{name}", **protocol},
+        "datasets": datasets,
+        "abilities": {ability: means[ability] for ability in uvrb.ABILITIES},
+        "AVG-D": means["AVG-D"],
+        "AVG-A": means["AVG-A"],
+    }
+
+
+def test_tables_show_ones_own_numbers_in_their_places():
+    paper = tables.published()
+    a = own_result("a", 0.1, training={"lr": 0.5}, parameters=1234, pairs=100, frames=8)
+    b = own_result("b", 0.3, training={"lr": 0.7}, pairs=1000, frames=16, max_tokens=200)
+    a["protocol"]["max_tokens"] = 200
+
+    for row, dataset in zip(tables.table_5(paper).yours, uvrb.TABLE_4, strict=True):
+        assert (row["dataset"], row["prompt"]) == (dataset.name, dataset.prompt)
+        assert (row["task"], row["metric"]) == (dataset.task, dataset.metric)
+    for row, (name, printed) in zip(
+        tables.table_5(paper).published, paper["datasets"].items(), strict=True
+    ):
+        assert (row["dataset"], row["task"]) == (name, printed["task"])
+    for row in tables.table_8(paper).published:
+        for size in ("3B", "7B"):
+            off = row[f"Tables 6+7, {size}"] / row[size]
+            assert off == pytest.approx(1, abs=0.07), (row["data"], size)
+    rows = {row["setting"]: row for row in tables.table_9(paper, [a, b]).mixed}
+    assert (rows["lr"]["a"], rows["lr"]["b"]) == (0.5, 0.7)
+    sizes = [(row["full_name"], row["size"]) for row in tables.table_10(paper, [a, b]).yours]
+    assert sizes == [("runs/a", 1234), ("runs/b", None)]
+    assert tables.kind_of({"name": "x", "task": "I2V"}) == "video"
+
+    (mine,) = tables.score_table("Table 2", paper, [a]).yours
+    assert mine["AVG"] == pytest.approx(a["AVG-A"])
+    assert a["AVG-A"] != pytest.approx(a["AVG-D"])
+    figure = tables.figure_2(paper, [a])
+    assert (figure.yours[0]["AVG-D"], figure.yours[0]["AVG-A"]) == (a["AVG-D"], a["AVG-A"])
+    model = figure.published[0]["model"]
+    printed = (paper["table1"][model]["AVG"], paper["table2"][model]["AVG"])
+    assert (figure.published[0]["AVG-D"], figure.published[0]["AVG-A"]) == printed
+
+    # Data scaling is one curve of all checkpoints, and has a fit; frames have neither.
+    (row, _) = tables.curves("Figure 6", paper, [a, b]).yours
+    assert (row["model"], row[100], row[1000]) == ("yours", a["AVG-D"], b["AVG-D"])
+    assert row["per decade"] == pytest.approx(b["AVG-D"] - a["AVG-D"])
+    b["protocol"]["checkpoint"] = "runs/a"
+    row = tables.curves("Figure 12", paper, [a, b]).yours[0]
+    assert (row["model"], row[8] is None, "a" in row) == ("runs/a", False, False)
+
+
+def test_correlations_with_the_average_stop_at_their_floor_and_use_table_2s():
+    paper = tables.published()
+    cells = tables.correlations("Figure 8", paper)
+    assert min(value.pearson for value in cells.values()) == 0.03
+    results = [own_result(str(n), 0.1 * n) for n in range(3)]
+    results[0]["AVG-A"], results[2]["AVG-A"] = results[2]["AVG-A"], results[0]["AVG-A"]
+    rows = {row["pair"]: row for row in tables.correlation_table("Figure 8", paper, results).mixed}
+    assert rows["TXT"]["yours Spearman"] == pytest.approx(-1)
+
+
+def test_the_paper_s_gains_and_its_sum_of_all_pairs_are_recomputed():
+    paper = tables.published()
+    checks = [check for check in tables.recompute(paper) if check.where == "section 5.2"]
+    assert len(checks) > 4
+    paper["table8_totals"]["all"]["3B"] += 10**6
+    wrong, _ = tables.disagreements(paper)
+    assert ("Table 8", "all", "3B") in wrong
+
+
 def test_a_table_in_four_styles():
     groups = [[{"model": "a", "R@1": 0.5}], [{"model": "b_2", "n": 1000}]]
 
@@ -1080,6 +1173,37 @@ def test_an_interval_leaves_out_a_fortieth_on_either_side():
     assert bounds == {"MSRVTT": pytest.approx([0.025, 0.975])}
 
 
+def test_a_clip_has_at_most_its_tokens(world):
+    gve = GVE.from_pretrained(world.base)
+    clip = str(world.folder / "data" / "clips" / "0.mp4")  # 3 x 4 tokens a frame
+    grids = []
+    for most in (6, 200):
+        collate = Collator(gve.processor, frames=4, max_tokens=most)
+        grids.append(collate.prepare({"video": clip})["video_grid_thw"].tolist())
+    assert grids == [[[2, 4, 4]], [[2, 6, 8]]]
+
+
+def test_a_row_is_named_by_its_line(world, tmp_path):
+    sources = train.load_sources(parse(*words_of(world, PLAIN, tmp_path)))
+    loader = train.TrainLoader(sources, None)
+    assert loader.describe((1, 2)).endswith("data/pictures.jsonl:3")
+
+
+def test_a_protocol_tells_how_the_checkpoint_was_trained(world, plain_run, by_hand):
+    out, flags = plain_run
+    gve = GVE.from_pretrained(out)
+    eval_flags = evaluate.Flags(ckpt=str(out), batch_tokens=33)
+    protocol = evaluate.protocol_of(gve, eval_flags, 4, 6)
+    pairs = 0
+    for source, drawn in zip(world.sources, by_hand["drawn"], strict=True):
+        pairs += min(len(source.rows), drawn)
+    assert sum(by_hand["drawn"]) > pairs  # some were seen twice
+    assert (protocol["pairs"], protocol["step"]) == (pairs, PLAIN.steps)
+    assert (protocol["frames"], protocol["max_tokens"], protocol["batch_tokens"]) == (4, 6, 33)
+    assert (protocol["base"], protocol["training"]["lr"]) == (world.base, PLAIN.lr)
+    assert "user turn" in protocol["prompt"]
+
+
 def test_synth_drops_the_inconsistent_and_the_later_of_two_alike():
     def rows(*scores):
         return [{"id": str(i), "fate": "kept", "consistency": s} for i, s in enumerate(scores)]
@@ -1090,6 +1214,7 @@ def test_synth_drops_the_inconsistent_and_the_later_of_two_alike():
     some = rows(0.5, 0.1, 0.3, 0.2)
     synth.drop_inconsistent(some, "0.25")
     assert kept(some) == ["0", "2"]
+    assert some[3]["why"].startswith("consistency: 0.2")
     some = rows(0.5, 0.1, 0.3, 0.2)
     synth.drop_inconsistent(some, "q0.3")  # the quantile lies at 0.19
     assert kept(some) == ["0", "2", "3"]
@@ -1097,13 +1222,14 @@ def test_synth_drops_the_inconsistent_and_the_later_of_two_alike():
     # Brighter to the right and downward, and the other way round: all signs differ.
     slope = torch.arange(32.0) + torch.arange(32.0)[:, None]
     up = slope.expand(4, 3, 32, 32)
-    films = [up, -up, up + 9, -2 * up]
-    alike = rows(*[1] * 4)
+    part = torch.cat([-slope[:12], slope[12:]]).expand(4, 3, 32, 32)  # mostly like the first
+    films = [up, -up, up + 9, -2 * up, part]
+    alike = rows(*[1] * 5)
     for row, film in zip(alike, films, strict=True):
         row["hash"] = synth.fingerprint(film)
     synth.drop_duplicates(alike, 0.6)
-    assert kept(alike) == ["0", "1"]
-    for row, first in zip(alike[2:], "01", strict=True):
+    assert kept(alike) == ["0", "1", "4"]
+    for row, first in zip(alike[2:4], "01", strict=True):
         assert row["why"].startswith(f"duplicate: of {first}")
     half = torch.cat([-slope[:16], slope[16:]]).expand(4, 3, 32, 32)
     bits = [int(synth.fingerprint(film), 16) for film in (up, half)]
@@ -1185,6 +1311,29 @@ def test_captioner_media_are_as_large_as_allowed_and_threads_keep_the_order():
     assert caption.shrink(frames, 50) is frames
     done = caption.map_in_threads(lambda x: 2 * x, range(9), 3, 4)
     assert list(done) == [0, 2, 4, 6, 8, 10, 12, 14, 16]
+
+
+def test_a_captioner_answers_a_batch_as_it_answers_each_alone(world):
+    options = {"frames": 2, "max_tokens": 6, "max_new_tokens": 6, "device": "cpu", "workers": 0}
+    ask = caption.transformers_captioner(world.base, **options)
+    media = [{"video": str(world.folder / "data" / "clips" / "0.mp4")}]
+    texts = ("Say it.", "Describe the video in many more words.", "What?")
+    requests = []
+    for prompt in texts:
+        request = {"media": media, "prompt": prompt, "want": {"x": (1, 3)}, "plain": True}
+        requests.append(request)
+    together = [(reply.text, reply.tokens_read) for reply in ask(requests)]
+    alone = []
+    for request in requests:
+        (reply,) = ask([request])
+        alone.append((reply.text, reply.tokens_read))
+    assert together == alone
+
+
+def test_synth_measures_by_its_thresholds(world):
+    clip = str(world.folder / "data" / "clips" / "1.mp4")
+    assert synth.measure(clip, "x", synth.Flags(min_motion=0.001))["fate"] == "kept"
+    assert synth.measure(clip, "x", synth.Flags(min_motion=0.9))["why"].startswith("static")
 
 
 def test_model_py_prints_the_sizes_of_a_checkpoint(world, capsys):
