@@ -15,6 +15,8 @@ Legend: F frames, H height, W width, B batch, T tokens.
 import base64
 import collections
 import dataclasses
+import email.utils
+import hashlib
 import io
 import itertools
 import json
@@ -26,6 +28,7 @@ import threading
 import time
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import NamedTuple
 
 import httpx
@@ -214,7 +217,8 @@ def make_requests(kind, media, prompts, rng, raw=""):
     # The profile is drawn in this order, so that equal seeds give equal prompts.
     hint = ""
     if raw:
-        hint = f"\nIts uploader wrote, perhaps wrongly: {' '.join(raw.split()[:200])}"
+        words = whole_characters(raw).split()[:200]
+        hint = f"\nIts uploader wrote, perhaps wrongly: {' '.join(words)}"
     prompt = PROMPTS[kind].format(
         focus=rng.choices(list(FOCUS), list(FOCUS.values()))[0],
         strategy=rng.choice(STRATEGIES.get(kind, [""])),
@@ -268,6 +272,7 @@ class Reply(NamedTuple):
     failure: str | None  # the reason why there is none
     tokens_read: int
     tokens_written: int
+    end: str = "stop"  # why the text ends: stop, length (cut off), content_filter, refusal
 
 
 @dataclasses.dataclass
@@ -280,28 +285,73 @@ class Answer:
     tokens: list  # [read, written], over all attempts
 
 
-def parse_answer(answer, want, plain):
+# Thinking before an answer: <think> ... </think>, [THINK] ... [/THINK], ◁think▷ ... ◁/think▷
+THINKING = r"(?:think|thinking|thought|reasoning)"
+THINKING_STARTS = re.compile(rf"[<\[◁]{THINKING}[>\]▷]", re.I)
+THINKING_ENDS = re.compile(rf"[<\[◁]/{THINKING}[>\]▷]", re.I)
+
+# Refusals speak of the writer, captions of the video: "I'm sorry, but I can't help with that."
+UNWILLING = (
+    r"sorry|unable|afraid|apologi[sz]e|cannot|can not|can['’]?t|could not|couldn['’]t|do not|"
+    r"don['’]t|will not|won['’]t|must decline|not able|not allowed"
+)
+REFUSAL = re.compile(
+    rf"^\W*((unfortunately|sorry|but)\W+)*(i|we)(['’]m|['’]re| am| are)?( \w+)? ({UNWILLING})\b|"
+    r"^\W*(sorry|unfortunately|(my )?apologies)\s*[,.!:;]|"
+    r"^\W*as an? (ai|assistant|(large )?language model)\b|"
+    r"^\W*please (provide|upload|share|attach|send)\b|"
+    r"\bno (video|image|frame|clip)s? (was |were |is |are |has been )?(provided|attached|uploaded)|"
+    r"\b(cannot|can['’]t|unable to) (assist|help|comply) with (this|that|your)\b",
+    re.I,
+)
+
+# Around a plain answer: "Sure! Here is a concise caption:", "**Caption:**", "Let me know if ..."
+PREAMBLE = re.compile(
+    r"^[\s*_#>\"]*((sure( thing)?|certainly|of course|absolutely|okay|ok)[!,.:]\s*)?"
+    r"(here\b[^\n:]{0,60}\b(caption|description|answer|text|query|keyword)s?\b[^\n:]{0,60}:)?",
+    re.I,
+)
+LABEL = r"^[\s*_#>\"]*((\w+ ){{0,3}}(caption|description|answer|query)|{name})s?\W{{0,3}}:"
+FAREWELL = re.compile(
+    r"(\n|(?<=[.!?]) )\s*(let me know|i hope|would you like|feel free)\b.*", re.I | re.S
+)
+
+
+def parse_answer(answer, want, plain, end="stop"):
     """Read an answer as {name: text} with the names and numbers of words of `want`.
+
+    This alone decides which answers are usable. Thinking before the answer, prose or a fence around
+    it, raw control characters and halves of emojis are taken away; an answer that was cut off, a
+    refusal or a text that goes round in circles is none.
+
+    answer  as the captioner wrote it.
+    want    {name: (least, most words)}.
+    plain   the answer is the one text wanted; else it is a JSON object of all.
+    end     see Reply.
 
     Raises ValueError, worded so that it tells the captioner its mistake.
     """
-    if plain:
-        texts = dict.fromkeys(want, answer.strip())
-    else:
-        without_fence = re.sub(r"^\s*```\w*|```\s*$", "", answer)
-        try:
-            texts = json.loads(without_fence)
-        except ValueError as error:
-            raise ValueError(f"not JSON: {error}") from error
-        fits = isinstance(texts, dict) and set(texts) == set(want)
-        if not fits or not all(isinstance(text, str) for text in texts.values()):
-            raise ValueError(
-                f"schema: it must be one object with strings under {', '.join(want)} "
-                "and no other key"
-            )
+    if end == "length" and goes_round(answer):
+        raise ValueError("repetition: it goes round in circles to its limit of tokens")
+    if end == "length":
+        raise ValueError("truncated: it reached its limit of tokens (--max-new-tokens)")
+    if end == "content_filter":
+        raise ValueError("filtered: the server's content filter cut it")
+    answer = THINKING_ENDS.split(whole_characters(answer))[-1].strip()
+    if not answer:
+        raise ValueError("empty: there is no text, or thinking alone")
+    has_json = "{" in answer and not plain  # an apology may stand before it
+    if end == "refusal" or (REFUSAL.search(answer[:300]) and not has_json):
+        raise ValueError(f"refusal: {answer[:100]}")
 
+    texts = read_plain(answer, want) if plain else read_json(answer, want)
     for name, (least, most) in want.items():
-        n = len(texts[name].split())
+        text = texts[name]
+        if REFUSAL.search(text):
+            raise ValueError(f"refusal: {text[:100]}")
+        if goes_round(text):
+            raise ValueError(f"repetition: {name} goes round in circles")
+        n = len(text.split())
         if not least <= n <= most:
             raise ValueError(f"length: {name} has {n} words and must have {least}-{most}")
     if len({text.lower() for text in texts.values()}) < len(texts):
@@ -309,11 +359,113 @@ def parse_answer(answer, want, plain):
     return texts
 
 
+def whole_characters(text):
+    """Drop halves of characters beyond 16 bits (an emoji cut in two), which no file can hold."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "ignore")
+
+
+def goes_round(text):
+    """Say whether a text repeats itself as captioners do that are lost: "and and and and".
+
+    The same one to four words come four times running, one character ten times, or more than a
+    fifth of the words are the word before them.
+    """
+    words = text.lower().split()
+    for size in (1, 2, 3, 4):
+        equal = 0  # words in a row that are the word `size` places before
+        for now, before in zip(words[size:], words, strict=False):
+            equal = equal + 1 if now == before else 0
+            if equal == 3 * size:
+                return True
+    doubled = sum(now == before for before, now in itertools.pairwise(words))
+    return 5 * doubled > len(words) or bool(re.search(r"(\S)\1{9}", text))
+
+
+def read_plain(answer, want):
+    """Read a plain answer -> {name: text}, without what chatty captioners put around it.
+
+    Raises ValueError if it is JSON of another form, or thinking that never ends.
+    """
+    if THINKING_STARTS.search(answer):
+        raise ValueError("thinking: it has no end, and no answer follows")
+    (name,) = want
+    answer = re.sub(r"```\w*|<\|[^<>|]+\|>|</?answer>", "", answer).strip()
+
+    # Some captioners answer in JSON unasked, under a name of their own.
+    if answer.startswith("{"):
+        found, _ = next(find_objects(answer, {}), ({}, ""))
+        texts = [found[name]] if name in found else list(found.values())
+        if len(texts) != 1 or not isinstance(texts[0], str):
+            raise ValueError("schema: it must be one plain text")
+        answer = texts[0]
+
+    answer = PREAMBLE.sub("", answer.strip())
+    answer = re.sub(LABEL.format(name=name), "", answer, flags=re.I)
+    answer = FAREWELL.sub("", answer)
+    return {name: one_line(answer).strip("\"'“”*_` ")}
+
+
+def read_json(answer, want):
+    """Read the last JSON object in an answer that has all names of `want` -> {name: text}.
+
+    Raises ValueError if there is none, or a value is no text.
+    """
+    # In thinking without an end, only the last words can be the answer; others are drafts.
+    thinking = THINKING_STARTS.search(answer)
+    fitting = None
+    for value, rest in find_objects(answer, want):
+        if not thinking or not rest.strip("` \n"):
+            fitting = value
+    if fitting is None:
+        if thinking:
+            raise ValueError("thinking: it has no end, and no answer follows")
+        try:
+            json.loads(re.sub(r"^\s*```\w*|```\s*$", "", answer), strict=False)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"not JSON: {error}") from error
+        raise ValueError(f"schema: it must be one object with strings under {', '.join(want)}")
+
+    texts = {}
+    for name in want:
+        text = fitting[name]
+        if isinstance(text, list) and all(isinstance(word, str) for word in text):
+            text = ", ".join(text)  # keywords
+        if not isinstance(text, str):
+            raise ValueError(f"schema: {name} must be a string")
+        texts[name] = one_line(text)
+    return texts
+
+
+def find_objects(answer, names):
+    """Yield (dict, text after it) for each JSON object in a text that has all of the names.
+
+    Objects inside of others count; control characters in strings are let pass.
+    """
+    decoder = json.JSONDecoder(strict=False)
+    start = answer.find("{")
+    while start >= 0:
+        after = start + 1
+        try:
+            value, end = decoder.raw_decode(answer, start)
+        except (ValueError, RecursionError):
+            pass  # a brace of the prose
+        else:
+            if set(names) <= value.keys():
+                yield value, answer[end:]
+                after = end
+        start = answer.find("{", after)
+
+
+def one_line(text):
+    """Return a text with a blank for each run of blanks, line ends and control characters."""
+    return " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", whole_characters(text)).split())
+
+
 def ask_until_valid(ask, requests, tries):
     """Ask until each answer is valid, at most `tries` times -> one Answer per request, in order.
 
     Later attempts tell the captioner why the answer before was refused. A request that got no reply
-    at all is not repeated.
+    at all is not repeated, nor one whose answer reached the limit of tokens: it would again.
     """
     answers = [Answer("dropped", None, None, [0, 0]) for _ in requests]
     pending = list(range(len(requests)))
@@ -325,9 +477,12 @@ def ask_until_valid(ask, requests, tries):
                 prompt += f"\nYour last answer was refused: {answers[i].why}. Answer again."
             asked.append({**requests[i], "prompt": prompt})
 
+        again = []
         for i, reply in zip(pending, ask(asked), strict=True):
             judge(answers[i], reply, requests[i])
-        pending = [i for i in pending if answers[i].fate == "dropped"]
+            if answers[i].fate == "dropped" and reply.end != "length":
+                again.append(i)
+        pending = again
     return answers
 
 
@@ -336,16 +491,60 @@ def judge(answer, reply, request):
     answer.tokens = [answer.tokens[0] + reply.tokens_read, answer.tokens[1] + reply.tokens_written]
     if reply.failure:
         answer.fate = "failed"
-        answer.why = reply.failure
+        answer.why = one_line(reply.failure)
         return
     try:
-        answer.texts = parse_answer(reply.text, request["want"], request["plain"])
+        answer.texts = parse_answer(reply.text, request["want"], request["plain"], reply.end)
     except ValueError as error:
         answer.fate = "dropped"
-        answer.why = str(error)
+        answer.why = one_line(str(error))
     else:
         answer.fate = "kept"
         answer.why = None
+
+
+def keep_replies(ask, path, captioner):
+    """Return ask(requests), which has each reply in a file before anything else is done with it.
+
+    What was paid for is never asked again, whenever the run is killed: the n-th of equal requests
+    gets the n-th reply that the file has. Failures are not kept.
+
+    path       file of JSON lines, which need not exist.
+    captioner  its name and settings: another one's replies are others.
+    """
+    known = collections.defaultdict(collections.deque)
+    if os.path.exists(path):
+        with open(path, "rb") as file:
+            for line in file:
+                try:
+                    row = json.loads(line)
+                except ValueError:  # a process that was killed wrote half of it
+                    continue
+                known[row["key"]].append(Reply(*row["reply"]))
+
+    def kept_ask(requests):
+        if not requests:
+            return
+        keys = [request_key(request, captioner) for request in requests]
+        ready = [known[key].popleft() if known[key] else None for key in keys]
+        missing = [request for request, reply in zip(requests, ready, strict=True) if not reply]
+        fresh = iter(ask(missing) if missing else ())
+        with open(path, "a", encoding="ascii") as file:
+            for key, reply in zip(keys, ready, strict=True):
+                if reply is None:
+                    reply = next(fresh)
+                    if reply.failure is None:
+                        file.write("\n" + json.dumps({"key": key, "reply": reply}))
+                        file.flush()
+                yield reply
+
+    return kept_ask
+
+
+def request_key(request, captioner):
+    """Return a name for a request to a captioner: a hash of all that decides the reply."""
+    asked = json.dumps([captioner, request["media"], request["prompt"]])
+    return hashlib.sha256(asked.encode()).hexdigest()[:24]
 
 
 # Media, decoded in processes that may hang or crash
@@ -421,7 +620,7 @@ def transformers_captioner(
     It answers greedily, in batches.
 
     frames, max_tokens  frames per video, vision tokens per frame.
-    max_new_tokens      tokens per answer.
+    max_new_tokens      tokens per answer; None: as many as the texts wanted need.
     workers, seconds    decoding processes, and their time limit per request; without workers the
                         media are decoded inline and without a limit.
     """
@@ -442,11 +641,17 @@ def transformers_captioner(
         for start in range(0, len(requests), batch_size):
             batch = requests[start : start + batch_size]
             media = list(itertools.islice(decoded, len(batch)))
+            limit = max_new_tokens or max(map(tokens_for, batch))
             with fork_lock:
-                replies = answer_batch(model, processor, batch, media, max_new_tokens)
+                replies = answer_batch(model, processor, batch, media, limit)
             yield from replies
 
     return ask
+
+
+def tokens_for(request):
+    """Return enough tokens for the texts that a request wants: two a word, and some around them."""
+    return sum(2 * most + 16 for _, most in request["want"].values())
 
 
 def answer_batch(model, processor, requests, media, max_new_tokens):
@@ -478,11 +683,21 @@ def answer_batch(model, processor, requests, media, max_new_tokens):
         texts = processor.batch_decode(output, skip_special_tokens=True)
         tokens_read = inputs["attention_mask"].sum(1).tolist()
         tokens_written = (output != pad).sum(1).tolist()
-        for i, text, read, written in zip(
-            readable, texts, tokens_read, tokens_written, strict=True
+        cut_off = reached_limit(model, output, max_new_tokens, pad)
+        for i, text, read, written, is_cut in zip(
+            readable, texts, tokens_read, tokens_written, cut_off, strict=True
         ):
-            replies[i] = Reply(text, None, read, written)
+            replies[i] = Reply(text, None, read, written, "length" if is_cut else "stop")
     return [replies[i] for i in range(len(requests))]
+
+
+def reached_limit(model, output, max_new_tokens, pad):
+    """Say of each answer (B, T) whether it was cut off: as long as may be, and without an end."""
+    ends = model.generation_config.eos_token_id  # one, several or None
+    if not isinstance(ends, list):
+        ends = [ends]
+    is_long = output.shape[1] == max_new_tokens
+    return [is_long and token not in (pad, *ends) for token in output[:, -1].tolist()]
 
 
 def model_inputs(processor, config, prompts, media):
@@ -571,35 +786,59 @@ def server_captioner(
 ):
     """Open a server as a captioner -> ask(requests). Each frame is sent as a JPEG data URL.
 
-    frames ... seconds  as in transformers_captioner.
+    frames ... seconds  as in transformers_captioner; max_new_tokens None: at least 1,024, since
+                        servers stop by themselves, and some captioners think first.
     concurrency         requests in flight.
     retries             further attempts after status 408, 409, 429 or 5xx, time-outs, broken
                         connections and replies that are no completion.
     backoff             seconds before the second attempt, doubled for each further one; a
-                        server's Retry-After may ask for more.
+                        server's Retry-After may ask for more, up to LONGEST_WAIT.
     timeout             seconds of silence after which an attempt is given up.
 
-    $OPENAI_API_KEY is sent where it is set.
+    Answers in JSON are asked for in the server's JSON mode, until the server refuses that.
+    $OPENAI_API_KEY is sent where it is set. Raises ValueError for a URL that is none.
     """
     headers = {}
     if os.environ.get("OPENAI_API_KEY"):
         headers["Authorization"] = f"Bearer {os.environ['OPENAI_API_KEY']}"
     limits = httpx.Limits(max_connections=concurrency)
     client = httpx.Client(timeout=timeout, headers=headers, limits=limits)
-    endpoint = f"{url.rstrip('/')}/chat/completions"
+    try:
+        endpoint = httpx.URL(f"{url.rstrip('/')}/chat/completions")
+    except httpx.InvalidURL as error:
+        raise ValueError(f"captioner {url}: {error}") from error
+    lock = threading.Lock()
+    no_json_mode = threading.Event()  # set once the server has refused it
 
     def decode(request):
         shown = load_media(request["media"], frames, max_tokens)
         return message_content(shown, request["prompt"])
 
-    def complete(content):
+    def post(request, body):
+        """Send a message, in JSON mode if the server knows it -> httpx.Response."""
+        if request.get("plain", True) or no_json_mode.is_set():
+            return client.post(endpoint, json=body)
+        response = client.post(endpoint, json=body | {"response_format": json_mode(request)})
+        if response.status_code not in (400, 422) or not re.search(JSON_MODE, response.text, re.I):
+            return response
+        with lock:
+            if not no_json_mode.is_set():
+                print(f"{url} has no JSON mode; its answers are checked all the same", flush=True)
+            no_json_mode.set()
+        return client.post(endpoint, json=body)
+
+    def complete(asked):
         """Send one message until the server answers it -> Reply."""
+        request, content = asked
         if isinstance(content, Failed):
             return Reply(None, f"media: {content.reason}", 0, 0)
+        limit = max_new_tokens
+        if limit is None:
+            limit = max(1024, tokens_for(request))
         body = {
             "model": model,
             "messages": [{"role": "user", "content": content}],
-            "max_tokens": max_new_tokens,
+            "max_tokens": limit,
             "temperature": 0,
         }
 
@@ -609,39 +848,112 @@ def server_captioner(
             time.sleep(wait)
             wait = backoff * 2**attempt * random.uniform(0.8, 1.2)
             try:
-                response = client.post(endpoint, json=body)
-                if response.status_code == 200:
-                    return read_completion(response.json())
-                why = f"HTTP {response.status_code}: {response.text[:200]}"
-                if response.status_code not in (408, 409, 429) and response.status_code < 500:
-                    break  # the request itself is wrong; another attempt would fail as well
-                wait = max(wait, float(response.headers.get("retry-after", 0)))
-            except (httpx.HTTPError, *NO_COMPLETION) as error:
+                response = post(request, body)
+            except httpx.HTTPError as error:
                 why = f"{type(error).__name__}: {error}"
+                continue
+
+            status = response.status_code
+            if status == 200:
+                try:
+                    return read_completion(response.json())
+                except NO_COMPLETION:
+                    why = f"HTTP 200 without a completion: {response.text[:200]}"
+                    continue
+
+            why = f"HTTP {status}: {response.text[:200]}"
+            if response.has_redirect_location:
+                why += f" (it redirects to {response.headers['location']})"
+            if status not in (408, 409, 429) and status < 500:
+                break  # the request itself is wrong; another attempt would fail as well
+            wait = max(wait, retry_after(response.headers.get("retry-after", "")))
         return Reply(None, why, 0, 0)
 
     def ask(requests):
         # Processes decode and encode JPEGs; threads wait for the server.
         decoded = decode_ahead(requests, decode, workers, seconds)
-        return map_in_threads(complete, decoded, concurrency, 2 * concurrency)
+        asked = zip(requests, decoded, strict=True)
+        return map_in_threads(complete, asked, concurrency, 2 * concurrency)
 
     return ask
 
 
+LONGEST_WAIT = 30.0  # seconds that a server's Retry-After may ask for
+
+# The words in which servers refuse `response_format`
+JSON_MODE = r"response.?format|json.?(schema|mode|object)|guided|grammar|structured"
+
+
+def json_mode(request):
+    """Return the `response_format` by which a server writes nothing but the object asked for."""
+    names = list(request["want"])
+    schema = {
+        "type": "object",
+        "properties": {name: {"type": "string"} for name in names},
+        "required": names,
+        "additionalProperties": False,
+    }
+    named = {"name": "captions", "strict": True, "schema": schema}
+    return {"type": "json_schema", "json_schema": named}
+
+
+def retry_after(header):
+    """Read a Retry-After header, seconds or a date -> seconds to wait, 0 to LONGEST_WAIT."""
+    try:
+        wait = float(header)
+    except ValueError:
+        try:
+            wait = email.utils.parsedate_to_datetime(header).timestamp() - time.time()
+        except (ValueError, OverflowError):
+            return 0.0
+    if math.isnan(wait):
+        return 0.0
+    return min(max(wait, 0.0), LONGEST_WAIT)
+
+
 # What read_completion raises over a reply that is no completion: no JSON, or other keys and types
-NO_COMPLETION = (ValueError, KeyError, IndexError, TypeError, AttributeError)
+NO_COMPLETION = (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError)
 
 
 def read_completion(reply):
-    """Read the first choice of a chat completion -> Reply. Raises one of NO_COMPLETION."""
-    usage = reply.get("usage") or {}
-    text = reply["choices"][0]["message"]["content"] or ""
-    return Reply(
-        text=str(text),
-        failure=None,
-        tokens_read=usage.get("prompt_tokens", 0),
-        tokens_written=usage.get("completion_tokens", 0),
-    )
+    """Read the first choice of a chat completion -> Reply. Raises one of NO_COMPLETION.
+
+    A field of its own for the thinking (reasoning_content, reasoning) is left unread.
+    """
+    choice = reply["choices"][0]
+    message = choice["message"]
+    text = join_parts(message.get("content"))
+    end = str(choice.get("finish_reason")).lower()
+    if end in ("error", "abort"):
+        raise ValueError(f"the server stopped with {end!r}")
+    if end == "max_tokens":  # so say some servers
+        end = "length"
+    if message.get("refusal"):
+        end = "refusal"
+        text = str(message["refusal"])
+
+    # Not all servers count.
+    usage = reply.get("usage")
+    tokens = []
+    for key in ("prompt_tokens", "completion_tokens"):
+        count = usage.get(key) if isinstance(usage, dict) else 0
+        tokens.append(count if isinstance(count, int) else 0)
+    return Reply(text, None, *tokens, end)
+
+
+def join_parts(content):
+    """Return a message's content as one text: it may be null, a text, or a list of typed parts."""
+    if content is None:
+        return ""
+    if not isinstance(content, list):
+        return str(content)
+    text = ""
+    for part in content:
+        if isinstance(part, str):
+            text += part
+        elif part.get("type") in ("text", "output_text", "refusal", None):  # not "thinking"
+            text += part.get("text") or part.get("refusal") or ""
+    return text
 
 
 def message_content(shown, prompt):
@@ -683,7 +995,10 @@ def open_captioner(name, *, device, concurrency, **options):
     Raises ValueError for any other name.
     """
     if name == "mini":
-        name = "hf:mini/base"
+        print(
+            "captioner mini knows only the rendered world of mini/: it cannot describe other videos"
+        )
+        name = f"hf:{Path(__file__).parent / 'mini' / 'base'}"
     kind, _, place = name.partition(":")
     url, _, model = place.partition("#")
     if kind == "hf" and place:

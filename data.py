@@ -2,8 +2,7 @@
 
 arXiv 2510.27571, sections 4.1, A.3 and A.7. An *item* is a dict with any of `text`, `image` and
 `video`. A *mixture* is a list of training sources; every step draws one source, the same on every
-rank. decord decodes videos (PyAV those that decord cannot read); transformers' own processors
-resize frames and cut them into patches.
+rank. PyAV decodes videos; transformers' own processors resize frames and cut them into patches.
 
     collate = Collator(processor, frames=8, max_tokens=200)
     batch = collate([{"text": "a red ball falls"}, {"video": "a.mp4"}])  # what GVE.forward takes
@@ -17,11 +16,13 @@ Legend: F frames, H height, W width, B batch, T tokens, P patches, S values of a
 tokens of a medium, D their width, G global batch of a source, K sources.
 """
 
+import array
 import dataclasses
 import hashlib
 import json
 import os
 import threading
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,8 @@ import torch
 
 from support.decoders import DecoderPool, Failed
 from support.files import file_fingerprint, parse_json
-from support.media import MediaError, load_image, load_video, sample_indices
+from support.media import MediaError, check_numbers, load_image, open_clip, sample_indices
+from support.media import load_video as load_video  # for callers of this file
 
 DEFAULT_INSTRUCTION = "You are a helpful assistant."
 
@@ -46,7 +48,7 @@ VISION_BLOCK = {
 END = "<|endoftext|>"  # the pooled token
 
 IMAGE_TOKENS = 256  # most vision tokens per image (the released processor's limit)
-MIN_TOKENS = 4  # least vision tokens per image or video frame (likewise)
+MIN_TOKENS = 4  # least vision tokens per image (likewise) and, by default, per video frame
 TASKS = "T2T T2I TI2I TI2T TI2TI I2I I2T T2TI T2V I2V V2V TI2V TV2V".split()
 
 # A medium is a path or a dict. A clip is {"path", "start", "end", "fps"}; an image that is a frame
@@ -71,13 +73,11 @@ def check_item(item):
             continue
 
         spec = media if isinstance(media, dict) else {path_key: media}
-        numbers = {key: value for key, value in spec.items() if key != path_key}
         wrong = (
             not isinstance(spec.get(path_key), str)
-            or not numbers.keys() <= NUMBER_KEYS[kind]
-            or not all(isinstance(value, int | float | None) for value in numbers.values())
+            or not spec.keys() <= {path_key} | NUMBER_KEYS[kind]
             # A frame of a video needs its time.
-            or (kind == "image" and numbers.get("time") is None)
+            or (kind == "image" and spec.get("time") is None)
         )
         if wrong:
             accepted = sorted(NUMBER_KEYS[kind])
@@ -85,14 +85,33 @@ def check_item(item):
                 f"{kind} must be a path or a dict of {path_key} and numbers {accepted}, "
                 f"got {media!r}"
             )
+        check_numbers(spec, f"{kind} {spec[path_key]}")
+
+
+class OutsideRoots(ValueError):
+    """An item names a medium that lies outside the allowed roots."""
+
+
+def with_plain_paths(item):
+    """Return an item whose media paths are strings where they were pathlib's."""
+    if not isinstance(item, dict):
+        return item  # check_item says so
+    plain = dict(item)
+    for kind, path_key in PATH_KEY.items():
+        media = plain.get(kind)
+        if isinstance(media, os.PathLike):
+            plain[kind] = os.fspath(media)
+        elif isinstance(media, dict) and isinstance(media.get(path_key), os.PathLike):
+            plain[kind] = media | {path_key: os.fspath(media[path_key])}
+    return plain
 
 
 def resolve(item, base, roots=()):
     """Check an item and make its media paths absolute; they must exist under an allowed root.
 
     base: the folder that relative paths start from, an allowed root itself. roots: more allowed
-    folders. Symlinks are followed first. Raises ValueError for a wrong form or a path outside the
-    roots, FileNotFoundError for a missing file.
+    folders. Symlinks are followed first. Raises ValueError for a wrong form, OutsideRoots for a
+    path outside the roots, FileNotFoundError for a missing file.
     """
     check_item(item)
     resolved = {key: item[key] for key in ("text", "image", "video") if item.get(key)}
@@ -103,11 +122,14 @@ def resolve(item, base, roots=()):
         media = resolved[kind]
         given = media[path_key] if isinstance(media, dict) else media
 
-        path = os.path.realpath(os.path.join(base, given))
+        try:
+            path = os.path.realpath(os.path.join(base, given))
+        except ValueError as error:  # a NUL character, half an emoji
+            raise ValueError(f"{kind} {given!r} cannot be a file's name: {error}") from error
         allowed = [os.path.realpath(root) for root in (base, *roots)]
         # Whole path components: /data/root-x begins with /data/root but does not lie under it.
         if not any(os.path.commonpath([path, root]) == root for root in allowed):
-            raise ValueError(
+            raise OutsideRoots(
                 f"{kind} {given!r} leaves the allowed roots {allowed} (add one with --root)"
             )
         if not os.path.exists(path):
@@ -122,10 +144,21 @@ def content_id(item):
 
     Items of equal content get equal ids, by which the loss masks duplicates.
     """
-    content = [" ".join((item.get("text") or "").lower().split())]
-    for kind in ("image", "video"):
+    # The tokenizer composes characters, too: an accent may be written as one of its own.
+    text = unicodedata.normalize("NFC", item.get("text") or "")
+    content = [" ".join(text.lower().split())]
+    for kind, path_key in PATH_KEY.items():
         media = item.get(kind)
-        content.append(sorted(media.items()) if isinstance(media, dict) else media)
+        if not isinstance(media, dict):
+            media = {path_key: media}
+
+        # A span may be written in many ways: 2 or 2.0, null or not at all, from 0 or not at all.
+        span = []
+        for key in sorted(NUMBER_KEYS[kind]):
+            value = media.get(key)
+            is_default = value is None or (key == "start" and value == 0)
+            span.append(None if is_default else float(value))
+        content.append([media[path_key], span])
 
     digest = hashlib.blake2b(json.dumps(content).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
@@ -139,6 +172,7 @@ class Collator:
 
     frames        per video, an even number
     max_tokens    most vision tokens per video frame
+    min_tokens    least vision tokens per video frame: smaller frames are enlarged
     max_length    most tokens of the whole prompt
     padding_side  "left" or "right"; None: the tokenizer's
     prompt_style  "system": the instruction is the system turn; "user": it heads the user turn
@@ -152,20 +186,22 @@ class Collator:
         *,
         frames=8,
         max_tokens=200,
+        min_tokens=MIN_TOKENS,
         max_length=8192,
         padding_side=None,
         prompt_style="system",
         store=None,
     ):
         sample_indices(1, frames)  # rejects odd counts early
-        if max_tokens < MIN_TOKENS or prompt_style not in ("system", "user"):
+        if max_tokens < min_tokens or min_tokens < 1 or prompt_style not in ("system", "user"):
             raise ValueError(
-                f"max_tokens {max_tokens} (at least {MIN_TOKENS}), "
-                f"prompt_style {prompt_style!r} (system or user)"
+                f"max_tokens {max_tokens} (at least min_tokens, {min_tokens}), min_tokens (at "
+                f"least 1), prompt_style {prompt_style!r} (system or user)"
             )
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.frames = frames
+        self.min_tokens = {"image": MIN_TOKENS, "video": min_tokens}
         self.max_tokens = {"image": IMAGE_TOKENS, "video": max_tokens}
         self.max_length = max_length
         self.padding_side = padding_side or self.tokenizer.padding_side
@@ -193,9 +229,11 @@ class Collator:
         image_, video_features      (V, D) instead, or else
         image_, video_file          the store's file for the features that are to be computed
         second_per_grid_ts          (1,) float32, seconds between a video's temporal grids
+        decoder, note               how a video was decoded, and what is missing of a damaged one
 
         Raises MediaError, ValueError or FileNotFoundError, naming the file.
         """
+        item = with_plain_paths(item)
         check_item(item)
         sample = {}
         for kind, path_key in PATH_KEY.items():
@@ -206,7 +244,7 @@ class Collator:
             stored = None
             if self.store is not None:
                 path = media[path_key] if isinstance(media, dict) else media
-                protocol = [self.frames, self.max_tokens, self.settings]
+                protocol = [self.frames, self.min_tokens, self.max_tokens, self.settings]
                 # The fingerprint: a file that changes is another medium.
                 key = [kind, media, file_fingerprint(path), *protocol]
                 file, stored = self.store.find(key)
@@ -230,14 +268,15 @@ class Collator:
         else:
             processor = self.processor.video_processor
             options = {"do_sample_frames": False, "cap_pixels_per_frame": False}
-            pixels, seconds = load_video(media, self.frames)  # (F, H, W, 3)
+            clip = open_clip(media, self.frames)
+            pixels = clip.pixels  # (F, H, W, 3)
 
         # A copy: Pillow's buffer is read-only.
         pixels = torch.from_numpy(np.array(pixels)).movedim(-1, -3)  # (..., 3, H, W)
 
         pixels_per_token = (processor.patch_size * processor.merge_size) ** 2
         size = {
-            "shortest_edge": MIN_TOKENS * pixels_per_token,
+            "shortest_edge": self.min_tokens[kind] * pixels_per_token,
             "longest_edge": self.max_tokens[kind] * pixels_per_token,
         }
         try:
@@ -258,8 +297,11 @@ class Collator:
             f"{kind}_grid_thw": inputs[f"{kind}_grid_thw"],
         }
         if kind == "video":
-            seconds_per_grid = processor.temporal_patch_size * seconds / self.frames
+            seconds_per_grid = processor.temporal_patch_size * clip.seconds / self.frames
             sample["second_per_grid_ts"] = torch.tensor([seconds_per_grid])
+            sample["decoder"] = clip.decoder
+            if clip.note:
+                sample["note"] = clip.note
         return sample
 
     def tokenise(self, text, instruction, sample):
@@ -269,6 +311,8 @@ class Collator:
         of the user's text and nothing else. Raises ValueError, naming frames x tokens, if that is
         not enough.
         """
+        # Half of a character (an emoji cut in two) would be refused: U+FFFD takes its place.
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         # Users cannot write special tokens.
         text = text.replace("<|", "< |")
         instruction = instruction.replace("<|", "< |")
@@ -285,7 +329,7 @@ class Collator:
         vision = "".join(VISION_BLOCK[kind] for kind in kinds)
         head = f"{SYSTEM_START}{system}{TURN_END}{USER_START}{lead}{vision}"
         tail = f"{TURN_END}{ANSWER_START}{END}"
-        ids = self.tokenizer.encode(head + text + tail, add_special_tokens=False)
+        ids = self.tokenizer.encode(head + text + tail, add_special_tokens=False, verbose=False)
 
         # The prompt holds one placeholder per medium; the model wants one per vision token.
         vision_tokens = 0
@@ -377,8 +421,9 @@ def normalise(patches, processor):
 class Source:
     """One entry of a mixture (Tables 6 and 7): a training file and how to sample it.
 
-    The rows stay on disk; an index of line offsets costs 16 bytes a row. Raises ValueError naming
-    the field and the accepted values, FileNotFoundError for a missing file.
+    The rows stay on disk; an index of line offsets costs 16 bytes a row, hardly more while it is
+    built (a second for 4 million rows). Raises ValueError naming the field and the accepted values,
+    FileNotFoundError for a missing file.
     """
 
     name: str
@@ -399,21 +444,39 @@ class Source:
         if self.batch_size < 1 or self.samples < 0 or self.negatives < 0:
             raise ValueError("batch_size must be positive, samples and negatives not negative")
 
-        index = []
-        offset = 0
+        # A list of Python's integers would take ten times as much memory.
+        index = array.array("q")
+        digest = hashlib.blake2b(digest_size=8)
+        self.bytes = 0
         with open(self.path, "rb") as file:
             for number, line in enumerate(file, 1):
-                if line.strip():
-                    index.append((offset, number))
-                offset += len(line)
+                if not line.isspace():
+                    index.append(self.bytes)
+                    index.append(number)
+                self.bytes += len(line)
+                digest.update(line)
         if not index:
             raise ValueError(f"training file {self.path} is empty")
-        self.index = np.array(index, dtype=np.int64)  # (rows, 2): byte offset, line number
-        self.samples = self.samples or len(index)
+        self.index = np.frombuffer(index, np.int64).reshape(-1, 2)  # (rows, 2): offset, line number
+        self.hash = digest.hexdigest()  # of the file
+        self.samples = self.samples or len(self)
         self.mined = {}  # {row: items}: mined hard negatives, used ahead of the file's own
 
     def __len__(self):
         return len(self.index)
+
+    def facts(self):
+        """Return all that decides which rows are drawn of this source, a dict for a run's state."""
+        return {
+            "task": self.task,
+            "samples": self.samples,
+            "negatives": self.negatives,
+            "batch_size": self.batch_size,
+            "instruction": self.instruction,
+            "rows": len(self),
+            "bytes": self.bytes,
+            "hash": self.hash,
+        }
 
     def where(self, row):
         """Return "file:line" of a row, for messages."""
@@ -422,7 +485,8 @@ class Source:
     def load(self, row, roots=()):
         """Read one row -> [query, positive, *hard negatives], resolved items.
 
-        Raises ValueError naming file:line for a wrong row and for a medium that is not there.
+        Raises ValueError naming file:line for a wrong row and for a medium that is not there,
+        OutsideRoots for one that lies elsewhere.
         """
         offset, number = self.index[row]
         with open(self.path, "rb") as file:
@@ -443,6 +507,8 @@ class Source:
             negatives = self.mined.get(row, []) + negatives
             items = [entry["query"], entry["positive"], *negatives[: self.negatives]]
             return [resolve(item, folder, roots) for item in items]
+        except OutsideRoots as error:
+            raise OutsideRoots(f"{self.where(row)}: {error}") from error
         except (ValueError, FileNotFoundError) as error:
             raise ValueError(f"{self.where(row)}: {error}") from error
 

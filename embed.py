@@ -1,11 +1,15 @@
 """Vectors for any number of items, and exact top-k over vectors (arXiv 2510.27571, section 4.1).
 
-    python embed.py items.jsonl --ckpt runs/gve-mini --out runs/vectors     # an item per line
+    python embed.py items.jsonl --ckpt runs/gve-mini --out runs/vectors   # an item per line
+    python embed.py clips/ --ckpt runs/gve-mini --out runs/vectors   # a folder's videos and images
     torchrun --nproc-per-node 8 embed.py items.jsonl --ckpt ... --out ...   # ranks share the items
 
     -> runs/vectors/vectors.npy     (n, D) float32, a row of NaN where an item failed
-       runs/vectors/items.jsonl     a line per item: "id", "line" number, "error" if it failed
+       runs/vectors/items.jsonl     a line per item: "id", "line" number or, in a folder, "path",
+                                    "error" if it failed
        runs/vectors/cache/          vectors kept as they are made: a killed run continues from here
+
+Everything is written where items failed, too; the exit status is then 1.
 
 From Python:
 
@@ -15,11 +19,12 @@ From Python:
 Legend: n items, D embedding dim, N queries, M corpus rows.
 """
 
+import collections
 import dataclasses
 import json
 import os
 import sys
-import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -27,13 +32,19 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import Collator, resolve
-from model import GVE, to_device
-from support.cache import NoCache, VectorCache, item_key
-from support.decoders import DecoderPool, Failed
+from data import resolve, with_plain_paths
+from model import GVE, decode_and_embed
+from support.cache import NoCache, VectorCache, item_key, write_array
 from support.files import read_jsonl, whole_file
 from support.flags import flag, parse_flags
+from support.media import IMAGE_SUFFIXES
 from support.ranks import all_gather_object, join_ranks, leave_ranks
+
+MOST_SHOWN = 10  # reasons that are printed; items.jsonl has all of them
+# A folder's files with these endings are taken for videos.
+VIDEO_SUFFIXES = set(
+    ".3gp .avi .flv .gif .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .webm .wmv".split()
+)
 
 
 @torch.no_grad()
@@ -50,26 +61,25 @@ def encode(
     max_length=8192,
     cache=None,
     desc=None,
+    tally=None,
 ):
     """Embed resolved items -> (vectors (n, D) float32 on the CPU, {index: reason} of failed items).
 
     A failed item's vector is NaN and costs no other item anything.
 
     batch_tokens    tokens per forward, padding included
-    workers         decoding processes, with `seconds` per item; 0 decodes inline, without a limit
+    workers         decoding processes, with `seconds` per item; 0 decodes inline, without a limit,
+                    and a clip that crashes its decoder ends the program
     frames, max_tokens, max_length      as in data.Collator
     cache           a VectorCache of this model. With it vectors lie in a file rather than in
                     memory, and torch.distributed's ranks share the work: all of them pass the same
                     items and get the same vectors
     desc            label of the progress bar; without one there is no bar
+    tally           collections.Counter that gets the number of videos that each decoder read, and
+                    "note: SENTENCE" for each damaged file of which only a part could be read
     """
-    collate = Collator(
-        gve.processor,
-        frames=frames,
-        max_tokens=max_tokens,
-        max_length=max_length,
-        prompt_style=gve.prompt_style,
-    )
+    items = [with_plain_paths(item) for item in items]
+    collate = gve.collator(frames=frames, max_tokens=max_tokens, max_length=max_length)
     if cache is None:
         cache = NoCache()
     rank = 0
@@ -99,24 +109,41 @@ def encode(
 
     # Run: decode, embed and keep, batch by batch.
     failed = {}
+    own_tally = collections.Counter()
     was_training = gve.training
     gve.eval()
-    with tqdm(total=len(todo), desc=desc, disable=desc is None or rank > 0, leave=False) as bar:
-        for batch, made in decode_and_embed(
-            gve, collate, items, instruction, todo, batch_tokens, workers, seconds, failed
-        ):
+    batches = decode_and_embed(
+        gve,
+        collate,
+        items,
+        instruction,
+        todo,
+        batch_tokens=batch_tokens,
+        workers=workers,
+        seconds=seconds,
+        failed=failed,
+        tally=own_tally,
+    )
+    with Progress(len(todo), desc, quiet=desc is None or rank > 0) as progress:
+        for batch, made in batches:
             vectors[batch] = made
             cache.add([{"key": keys[i], "item": items[i]} for i in batch], made)
-            bar.update(len(batch))
+            progress.update(len(batch))
     gve.train(was_training)
     cache.flush()
 
     # Expand: read the other ranks' vectors, then give equal items those of the first one.
     if world > 1:
         # A barrier: every rank has written its vectors once this returns.
-        for others in all_gather_object(failed):
-            failed = failed | others
+        own = (failed, own_tally)
+        failed = {}
+        own_tally = collections.Counter()
+        for others_failed, others_tally in all_gather_object(own):
+            failed |= others_failed
+            own_tally += others_tally
         cache.read(first, vectors)
+    if tally is not None:
+        tally.update(own_tally)
     equals = [i for i, key in enumerate(keys) if first[key] != i]
     vectors[equals] = vectors[[first[keys[i]] for i in equals]]
     reasons = {i: failed[first[key]] for i, key in enumerate(keys) if first[key] in failed}
@@ -128,67 +155,55 @@ def kind_and_length(item):
     return "video" in item, "image" in item, len(item.get("text") or "")
 
 
-def decode_and_embed(
-    gve, collate, items, instruction, todo, batch_tokens, workers, seconds, failed
-):
-    """Decode and embed items[i] for i in todo -> yield ([i, ...], vectors (b, D)) per batch.
+class Progress:
+    """A progress bar on a terminal; elsewhere, in a log file say, a plain line every 30 seconds."""
 
-    failed: dict that gets {i: reason} of the items that cannot be decoded.
-    """
-    lock = threading.Lock()  # held while the model runs: no decoder may be forked meanwhile
-    pool = DecoderPool(
-        lambda i: collate.prepare(items[i], instruction),
-        lambda i: str(items[i]),
-        workers=workers,
-        seconds=seconds,
-        fork_lock=lock,
-    )
-    decoded = pool.map(todo, lend_threads=True)
-    for batch in batches_by_tokens(decoded, batch_tokens, failed):
-        with lock:
-            inputs = collate.batch(batch.values(), raw=True)
-            vectors = gve(to_device(inputs, gve.device)).float().cpu()
-        yield list(batch), vectors
+    def __init__(self, total, desc, quiet=False):
+        self.total = total
+        self.desc = desc
+        self.quiet = quiet or sys.stderr.isatty()
+        # tqdm's None: no bar where stderr is no terminal.
+        self.bar = tqdm(total=total, desc=desc, disable=True if quiet else None, leave=False)
+        self.done = 0
+        self.started = self.said = time.monotonic()
 
+    def __enter__(self):
+        return self
 
-def batches_by_tokens(decoded, batch_tokens, failed):
-    """Group (i, sample) into {i: sample} of at most batch_tokens tokens, padding included.
+    def __exit__(self, *error):
+        self.bar.close()
 
-    A longer sample is a batch of its own. A Failed in a sample's place goes to failed[i].
-    """
-    batch = {}
-    width = 0  # tokens of the longest sample
-    for i, sample in decoded:
-        if isinstance(sample, Failed):
-            failed[i] = sample.reason
-            continue
-        width = max(width, len(sample["ids"]))
-        if batch and width * (len(batch) + 1) > batch_tokens:
-            yield batch
-            batch = {}
-            width = len(sample["ids"])
-        batch[i] = sample
-    if batch:
-        yield batch
+    def update(self, n):
+        self.bar.update(n)
+        self.done += n
+        now = time.monotonic()
+        if self.quiet or now - self.said < 30:
+            return
+        rate = self.done / (now - self.started)
+        print(f"{self.desc}: {self.done} of {self.total}, {rate:.1f}/s", file=sys.stderr)
+        self.said = now
 
 
 def top_k(queries, corpus, k, *, block=16384, query_block=1024):
     """Find each query's k best corpus rows by inner product, exactly, ties by corpus order.
 
     queries (N, D), corpus (M, D): tensors, arrays or memory maps of any float dtype; computed in
-    float32 on the queries' device. Rows with a NaN are never found.
+    float32 on the queries' device. Rows with a NaN are never found. Equal rows have equal scores.
     -> scores (N, k) float32 and indices (N, k) int64 on the CPU, -inf and -1 where fewer than k
     rows can be found; k is M if that is less.
 
-    The corpus is read once, in blocks, so memory does not grow with M.
+    The corpus is read once, in blocks, so memory does not grow with M but for two numbers per row;
+    rows that look like repeats are read once more.
     """
     queries = as_tensor(queries).float()
     k = min(k, len(corpus))
+    looks = []  # of each block's rows
     scores = queries.new_full((len(queries), k), -torch.inf)
     indices = torch.full_like(scores, -1, dtype=torch.int64)
 
     for start in range(0, len(corpus), block):
         part = as_tensor(corpus[start : start + block]).to(queries)  # (C, D)
+        looks.append(hash_some_columns(part))
         for row in range(0, len(queries), query_block):
             own = slice(row, row + query_block)
             new = queries[own] @ part.T  # (Q, C)
@@ -211,7 +226,79 @@ def top_k(queries, corpus, k, *, block=16384, query_block=1024):
             indices[own] = torch.where(columns < k, earlier, start + columns - k)
 
     indices[scores == -torch.inf] = -1
-    return scores.cpu(), indices.cpu()
+    scores, indices = scores.cpu(), indices.cpu()
+    if looks:
+        rank_equal_rows(scores, indices, find_first_equals(corpus, torch.cat(looks)))
+    return scores, indices
+
+
+# A matrix product may give equal rows scores that differ in the last bit: it depends on a row's
+# place in a tile, on the block and on the number of threads. So equal rows are found by their bits
+# and share one score.
+
+
+def hash_rows(rows):
+    """Hash rows (n, D) of any float dtype by their float32 values -> (n,) int64; -0 is 0."""
+    values = as_tensor(rows).float().cpu() + 0  # -0 + 0 = 0
+    return torch.tensor([hash(row.tobytes()) for row in values.numpy()], dtype=torch.int64)
+
+
+def hash_some_columns(rows):
+    """Hash about 16 columns of rows (n, D) -> (n,) int64: cheap, and few rows agree in them."""
+    return hash_rows(rows[:, :: max(1, rows.shape[1] // 16)])
+
+
+def first_places(values):
+    """Return the first place of each value in (n,) -> (n,) int64."""
+    number = values.unique(return_inverse=True)[1]
+    places = torch.arange(len(values))
+    first = torch.empty_like(places).scatter_reduce_(0, number, places, "amin", include_self=False)
+    return first[number]
+
+
+def find_first_equals(corpus, looks, block=16384):
+    """Find the first row of a corpus (M, D) that equals each of its rows -> row numbers (M,) int64.
+
+    looks (M,): hash_some_columns of the corpus. Only rows that agree in them are compared whole.
+    """
+    first = first_places(looks)
+    copies = first.bincount(minlength=len(first))
+    rows = (copies[first] > 1).nonzero().flatten()
+    hashes = [torch.zeros(0, dtype=torch.int64)]
+    for some in rows.split(block):
+        hashes.append(hash_rows(corpus[some.numpy()]))
+    first[rows] = rows[first_places(torch.cat(hashes))]
+    return first
+
+
+def rank_equal_rows(scores, indices, first):
+    """Give equal rows of top_k's result one score and their places in corpus order, in place.
+
+    scores, indices (N, k). first (M,): the first row equal to each row of the corpus. Of equal
+    rows at least the one with the highest score was found, if any of them belongs to the k best.
+    """
+    k = indices.shape[1]
+    copies = first.bincount(minlength=len(first))  # (M,) of each first row
+    groups = first[indices.clamp(min=0)]  # (N, k)
+    repeated = (copies[groups] > 1) & (indices >= 0)
+    if not repeated.any():
+        return
+    members = first.argsort(stable=True)  # (M,) row numbers, equal rows side by side
+    starts = copies.cumsum(0) - copies
+    for i in repeated.any(1).nonzero().flatten().tolist():
+        best = {}  # {first row: the highest score that was found for its equals}
+        for group, score in zip(groups[i].tolist(), scores[i].tolist(), strict=True):
+            if score > -torch.inf:
+                best.setdefault(group, score)
+
+        found = []
+        for group, score in best.items():
+            start = starts[group]
+            equal = members[start : start + min(copies[group], k)]
+            found += [(-score, row) for row in equal.tolist()]
+        found = sorted(found)[:k]
+        scores[i, : len(found)] = torch.tensor([-score for score, _ in found])
+        indices[i, : len(found)] = torch.tensor([row for _, row in found])
 
 
 def as_tensor(x):
@@ -224,40 +311,110 @@ def as_tensor(x):
 @dataclasses.dataclass
 class Flags:
     items: str = flag(
-        ..., 'JSON lines: an item per line, with an "id" if you like', positional=True
+        ...,
+        'JSON lines: an item per line, with an "id" if you like; or a folder of videos and images',
+        positional=True,
     )
     ckpt: str = flag("runs/gve-mini", "checkpoint folder or hub id")
+    base: str = flag("", "the base of an adapter whose base moved; empty: as the adapter names it")
     out: str = flag("runs/vectors", "folder to write")
     instruction: str = flag("", "system turn for every item; empty: the default one")
     prompt_style: str = flag("", "system or user turn; empty: the checkpoint's own")
     root: list[str] = flag([], "more folders that media may lie in")
     batch_tokens: int = flag(4096, "tokens per forward, padding included")
-    workers: int = flag(2, "decoding processes per rank; 0 decodes inline")
+    workers: int = flag(
+        2, "decoding processes per rank; 0: none, a clip that hangs or crashes ends the run"
+    )
     seconds: float = flag(60, "time limit of a worker for one clip, in seconds")
     frames: int = flag(8, "frames per video, even")
-    max_tokens: int = flag(200, "vision tokens per video frame")
+    max_tokens: int = flag(200, "most vision tokens per video frame")
+    min_tokens: int = flag(0, "least vision tokens per video frame; 0: the checkpoint's own")
+    positions: str = flag("", "mrope or 1d; empty: the checkpoint's own")
     device: str = flag("", "cpu or cuda; empty: cuda if there is one")
 
 
-def main(flags):
-    rows = list(read_jsonl(flags.items))  # of (line number, dict)
+def list_media(folder):
+    """List a folder's videos and images, by their endings -> (items, labels {"id", "path"}).
+
+    In the order of their paths, subfolders included, hidden files and folders left out. An image is
+    an item of its own: a folder of frames is not taken for a video.
+    """
+    found = {}  # path inside the folder: kind
+    seen = set()  # a link to a folder above would lead round in circles
+    for at, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(at) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(at))
+        folders[:] = [name for name in folders if not name.startswith(".")]
+
+        for name in names:
+            suffix = Path(name).suffix.lower()
+            path = os.path.relpath(os.path.join(at, name), folder)
+            if name.startswith("."):
+                continue
+            if suffix in VIDEO_SUFFIXES:
+                found[path] = "video"
+            elif suffix in IMAGE_SUFFIXES:
+                found[path] = "image"
+    if not found:
+        accepted = " ".join(sorted(VIDEO_SUFFIXES | IMAGE_SUFFIXES))
+        raise ValueError(f"{folder}: no videos or images here ({accepted})")
+    items = []
+    labels = []
+    for path in sorted(found):
+        items.append({found[path]: path})
+        labels.append({"id": path, "path": os.path.join(folder, path)})
+    return items, labels
+
+
+def list_rows(path):
+    """Read the rows of a JSON-lines file -> (rows, labels {"id", "line"})."""
+    rows = []
+    labels = []
+    for number, row in read_jsonl(path):
+        labels.append({"id": row.get("id", str(len(rows))), "line": number})
+        rows.append(row)
     if not rows:
-        raise ValueError(f"{flags.items}: no items")
+        raise ValueError(f"{path}: no items")
+    return rows, labels
+
+
+def main(flags):
+    """Embed the items that flags name and return how many failed."""
+    if os.path.isdir(flags.items):
+        folder = flags.items
+        rows, labels = list_media(folder)
+        names = [label["path"] for label in labels]
+    else:
+        folder = os.path.dirname(os.path.abspath(flags.items))
+        rows, labels = list_rows(flags.items)
+        names = [f"{flags.items}:{label['line']}" for label in labels]
 
     # A row that cannot be used keeps its place, so that vectors stay in line with rows.
-    folder = os.path.dirname(os.path.abspath(flags.items))
     items = []
     failed = {}  # index -> reason
-    for i, (number, row) in enumerate(rows):
+    for i, row in enumerate(rows):
         try:
             items.append(resolve(row, folder, flags.root))
         except (ValueError, FileNotFoundError) as error:
-            failed[i] = f"{flags.items}:{number}: {error}"
+            failed[i] = f"{names[i]}: {error}"
             items.append({"text": " "})
 
     rank, _, device = join_ranks(flags.device)
     out = Path(flags.out)
-    gve = GVE.from_pretrained(flags.ckpt, device=device, prompt_style=flags.prompt_style)
+    gve = GVE.from_pretrained(
+        flags.ckpt,
+        device=device,
+        base=flags.base,
+        prompt_style=flags.prompt_style,
+        min_tokens=flags.min_tokens,
+        positions=flags.positions,
+    )
+    if gve.wrong_base:
+        raise ValueError(gve.wrong_base)
+
+    tally = collections.Counter()
     vectors, reasons = encode(
         gve,
         items,
@@ -269,34 +426,54 @@ def main(flags):
         max_tokens=flags.max_tokens,
         cache=VectorCache(out / "cache", gve),
         desc="encode",
+        tally=tally,
     )
     leave_ranks()
     if rank > 0:
-        return
+        return 0
 
     for i, reason in reasons.items():
-        number, _ = rows[i]
-        failed.setdefault(i, f"{flags.items}:{number}: {reason}")
+        failed.setdefault(i, f"{names[i]}: {reason}")
     vectors[list(failed)] = torch.nan
-    lines = []
-    for i, (number, row) in enumerate(rows):
-        line = {"id": row.get("id", str(i)), "line": number}
-        if i in failed:
-            line["error"] = failed[i]
-        lines.append(line)
 
-    with whole_file(out / "vectors.npy", "wb") as file:
-        np.save(file, vectors.numpy())
+    write_array(out / "vectors.npy", vectors.numpy())
     with whole_file(out / "items.jsonl") as file:
-        for line in lines:
+        for i, label in enumerate(labels):
+            line = dict(label)
+            if i in failed:
+                line["error"] = failed[i]
             file.write(json.dumps(line) + "\n")
-    for i in sorted(failed):
-        print(failed[i])
-    print(f"{out}: {len(rows) - len(failed)} of {len(rows)} items embedded, dim {gve.dim}")
+    report(failed, tally, len(rows), gve.dim, out)
+    return len(failed)
+
+
+def report(failed, tally, n, dim, out):
+    """Print what failed, how videos were decoded, and how many items have a vector."""
+    reasons = [failed[i] for i in sorted(failed)]
+    notes = [key.removeprefix("note: ") for key in tally if key.startswith("note: ")]
+    for lines, more in ((reasons, "failed"), (notes, "damaged in part")):
+        for line in lines[:MOST_SHOWN]:
+            print(line)
+        if len(lines) > MOST_SHOWN:
+            print(f"... and {len(lines) - MOST_SHOWN} more {more}")
+
+    ways = []
+    for way, count in sorted(tally.items()):
+        if not way.startswith("note: "):
+            ways.append(f"{way} {count}")
+    if ways:
+        print("videos decoded by: " + ", ".join(ways))
+    last = f"{out}: {n - len(failed)} of {n} items embedded, dim {dim}"
+    if failed:
+        last += f"; {len(failed)} failed, reasons in {out / 'items.jsonl'}"
+    print(last)
 
 
 if __name__ == "__main__":
+    # A file name that is not UTF-8 is shown with escapes instead of ending the program.
+    sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        main(parse_flags(Flags, doc=__doc__))
+        failures = main(parse_flags(Flags, doc=__doc__))
     except (ValueError, OSError) as problem:
-        sys.exit(f"embed.py: {problem}")
+        sys.exit(f"embed.py: error: {problem}")
+    sys.exit(min(failures, 1))

@@ -23,34 +23,40 @@ Legend: N queries, M corpus items, D embedding dim, P positives of a query.
 """
 
 import dataclasses
-import importlib.util
 import itertools
 import json
 import math
+import os
 import sys
 import time
+import traceback
+import types
 import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
+from tqdm import tqdm
 
 import uvrb
-from embed import encode
+from data import PATH_KEY
+from embed import encode, find_first_equals, hash_some_columns
 from model import GVE
 from support.cache import VectorCache
 from support.files import hash_files, read_jsonl, write_json, write_jsonl
 from support.flags import flag, parse_flags
 from support.ranks import join_ranks, leave_ranks
-from tables import cell, print_published, show
+from tables import cell, print_published, read_results, show, with_numbers
 
 MAX_LENGTH = 8192  # tokens of an item at most; longer texts lose their tail
+SCORE_TABLES = ("Table 1", "Table 2", "Table 11")  # shown as far as there are scores for them
 
 
 @dataclasses.dataclass
 class Flags:
     ckpt: str = flag("runs/gve-mini", "checkpoint to score: a folder or a hub id")
+    base: str = flag("", "the base of an adapter whose base moved; empty: as the adapter names it")
     encoder: str = flag(
         "", "score a function instead: FILE.py:NAME, (items, instruction) -> array (n, D)"
     )
@@ -67,12 +73,16 @@ class Flags:
     max_tokens: list[int] = flag(
         [200], "most visual tokens per frame, 28x28 pixels each; several likewise"
     )
+    min_tokens: int = flag(0, "least visual tokens per frame; 0: the checkpoint's own")
+    positions: str = flag("", "mrope or 1d; empty: the checkpoint's own")
     prompt_style: str = flag(
         "", "turn that holds a query's prompt, system or user; empty: the checkpoint's own choice"
     )
     batch_tokens: int = flag(4096, "tokens per forward pass, padding included")
     batch_size: int = flag(32, "items per call of --encoder's function")
-    workers: int = flag(0, "decoding processes per rank; 0 decodes in this one")
+    workers: int = flag(
+        2, "decoding processes per rank; 0: none, a clip that hangs or crashes ends the run"
+    )
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "torch device")
     bootstrap: int = flag(0, "resamples of the queries for 95 % intervals, say 1000; 0: none")
     rankings: bool = flag(False, "also write <out>/rankings/<DS>.jsonl, the top 1000 of each query")
@@ -96,10 +106,13 @@ class Flags:
 def cosines(queries, corpus, pools=None, *, block=2**26):
     """Yield per query its candidates in corpus order (C,) int64 and their cosines (C,) float32.
 
-    Arguments as in ranks. Not embed.top_k, which keeps each query's k best: a positive may rank
-    anywhere, so that its rank needs the scores of all candidates.
+    Arguments as in ranks. Equal rows of the corpus have equal cosines, those of the first of them.
+    Not embed.top_k, which keeps each query's k best: a positive may rank anywhere, so that its rank
+    needs the scores of all candidates.
     """
     everything = torch.arange(len(corpus))
+    first = find_first_equals(corpus, hash_some_columns(corpus))
+    repeats = (first != everything).nonzero().flatten()
     step = max(1, block // max(1, len(corpus)))
     for start in range(0, len(queries), step):
         q = torch.nn.functional.normalize(queries[start : start + step].float(), dim=-1)
@@ -108,6 +121,7 @@ def cosines(queries, corpus, pools=None, *, block=2**26):
             c = torch.nn.functional.normalize(part.float(), dim=-1)
             columns.append(q @ c.T)
         scores = torch.cat(columns, 1)  # (step, M)
+        scores[:, repeats] = scores[:, first[repeats]]
         assert scores.isfinite().all(), "a NaN would compare false and so rank first"
 
         for i, row in enumerate(scores, start):
@@ -313,6 +327,23 @@ def resample(scores, times, name):
     return [float(rng.choice(scores, len(scores)).mean()) for _ in range(times)]
 
 
+def all_equal(vectors):
+    """Return whether two or more vectors (n, D) all point one way; rows of NaN are left out."""
+    first = None
+    count = 0
+    for part in vectors.split(1024):  # one part is enough unless they are equal
+        part = part[part.isfinite().all(1)].float()
+        unit = torch.nn.functional.normalize(part, dim=-1)
+        if not len(unit):
+            continue
+        if first is None:
+            first = unit[0]
+        if (unit - first).abs().max() > 1e-5:  # above the rounding errors of float32
+            return False
+        count += len(unit)
+    return count > 1
+
+
 def rankings(encoded, depth=1000):
     """Yield {"qid", "positives": ids, "ranked": ids, "scores": cosines} of each scored query.
 
@@ -416,51 +447,133 @@ def function_encoder(spec, size):
     """Make the encoder of FILE.py:NAME, a function of (items, instruction) that returns (n, D).
 
     items: at most `size` dicts with any of "text", "image" and "video", media as absolute paths or
-    with spans as in data.py, equal ones once. instruction: the dataset's prompt (Table 5) for
-    queries, None for the corpus. A row of NaN in the array or tensor says that an item failed.
+    with spans as in data.py, equal ones once and none whose media are absent. instruction: the
+    dataset's prompt (Table 5) for queries, None for the corpus. The result is a tensor, an array or
+    a list of rows. A row of NaN in it says that an item failed.
 
-    Raises ValueError if there is no such function, or if its result has the wrong shape.
+    Raises ValueError if there is no such function, if it raises, or if its result is not (n, D)
+    with the same D in every call and no row of zeros.
     """
     path, _, name = spec.rpartition(":")
     if not path.endswith(".py"):
         raise ValueError(f"--encoder {spec}: expected FILE.py:FUNCTION")
-    module_spec = importlib.util.spec_from_file_location("encoder", path)
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    function = getattr(module, name, None)
+    function = getattr(run_file(path), name, None)
     if not callable(function):
         raise ValueError(f"--encoder {spec}: {path} has no function {name!r}")
+    dim = None
 
     def encode_rows(rows, instruction, desc):
-        items = []  # each once
-        place_of = {}  # {item as JSON: its place in items}
-        places = []  # of every row's item
-        for row in rows:
+        nonlocal dim
+        distinct = []  # the first row of each item
+        place_of = {}  # {item as JSON: the place of its row in `distinct`}
+        places = {}  # {i: the place of row i's item}
+        failed = {}
+        for i, row in enumerate(rows):
+            absent = absent_medium(row["item"])
+            if absent:
+                failed[i] = f"{row['where']}: {absent} does not exist"
+                continue
             key = json.dumps(row["item"], sort_keys=True)
             if key not in place_of:
-                place_of[key] = len(items)
-                items.append(row["item"])
-            places.append(place_of[key])
+                place_of[key] = len(distinct)
+                distinct.append(row)
+            places[i] = place_of[key]
 
         parts = []
-        for start in range(0, len(items), size):
-            batch = items[start : start + size]
-            part = torch.as_tensor(function(batch, instruction)).detach().float().cpu()
-            if part.ndim != 2 or len(part) != len(batch):
-                raise ValueError(
-                    f"--encoder {spec}: shape {tuple(part.shape)} for {len(batch)} items; "
-                    f"expected ({len(batch)}, D)"
-                )
+        for start in tqdm(range(0, len(distinct), size), desc, leave=False, disable=None):
+            batch = distinct[start : start + size]
+            part = call_encoder(spec, function, batch, instruction, dim)
+            dim = part.shape[1]
             parts.append(part)
-        vectors = torch.cat(parts)[places]
 
-        failed = {}
+        vectors = torch.full((len(rows), dim or 1), math.nan)
+        if parts:
+            vectors[list(places)] = torch.cat(parts)[list(places.values())]
         not_finite = (~vectors.isfinite().all(1)).nonzero().flatten()
         for i in not_finite.tolist():
-            failed[i] = f"{rows[i]['where']}: {spec} gives a vector that is not finite"
+            failed.setdefault(i, f"{rows[i]['where']}: {spec} gives a vector that is not finite")
         return vectors, failed
 
     return encode_rows
+
+
+def call_encoder(spec, function, rows, instruction, dim):
+    """Call somebody's encoder with the items of these rows -> vectors (n, D) float32 on the CPU.
+
+    dim: D of earlier calls, None in the first one. Raises ValueError if the encoder raises, having
+    printed where; if its result is not (n, D) numbers; and for rows of zeros.
+    """
+    items = [row["item"] for row in rows]
+    try:
+        result = function(items, instruction)
+    except Exception as error:
+        traceback.print_exc()
+        raise ValueError(f"--encoder {spec}: {type(error).__name__}: {error}") from error
+
+    expected = f"({len(items)}, {dim or 'D'})"
+    try:
+        if isinstance(result, list | tuple):
+            vectors = torch.stack([torch.as_tensor(row).detach().float().cpu() for row in result])
+        else:
+            vectors = torch.as_tensor(result).detach().float().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"--encoder {spec}: returns a {type(result).__name__}; expected a tensor, an array or "
+            f"a list of rows, floats {expected}: {error}"
+        ) from error
+    if vectors.ndim != 2 or vectors.shape != (len(items), dim or vectors.shape[1]):
+        raise ValueError(
+            f"--encoder {spec}: shape {tuple(vectors.shape)} for {len(items)} items; "
+            f"expected {expected}"
+        )
+
+    zeros = (vectors == 0).all(1).nonzero().flatten().tolist()
+    if zeros:
+        named = ", ".join(rows[i]["where"] for i in zeros[:3])
+        raise ValueError(
+            f"--encoder {spec}: vectors of length 0 for {len(zeros)} of {len(items)} items "
+            f"({named}); a row of NaN says that an item failed"
+        )
+    return vectors
+
+
+def absent_medium(item):
+    """Return the path of an item's first medium that does not exist, None if all exist."""
+    for kind, path_key in PATH_KEY.items():
+        media = item.get(kind)
+        path = media[path_key] if isinstance(media, dict) else media
+        if path and not os.path.exists(path):
+            return path
+    return None
+
+
+def run_file(path):
+    """Run a Python file as `python FILE` would see it, its main block left out -> module.
+
+    Its folder comes first on sys.path, also before modules of ours that have the same name as one
+    beside it. It stands in for __main__, which the workers of process pools run again, under the
+    name that those give it: so it is this file that they run, and not eval.py.
+    """
+    path = Path(path).resolve()
+    source = path.read_bytes()
+    sys.path.insert(0, str(path.parent))
+    sys.argv = [str(path)]
+
+    ours = Path(__file__).resolve().parent
+    if path.parent != ours:
+        beside = {file.stem for file in path.parent.glob("*.py")}
+        beside |= {file.parent.name for file in path.parent.glob("*/__init__.py")}
+        for name in list(sys.modules):
+            top = name.partition(".")[0]
+            if top in beside and ((ours / f"{top}.py").exists() or (ours / top).exists()):
+                del sys.modules[name]
+
+    module = types.ModuleType("__mp_main__")
+    module.__file__ = str(path)
+    sys.modules["__main__"] = module
+    sys.modules["__mp_main__"] = module
+    exec(compile(source, path, "exec", dont_inherit=True), vars(module))
+    return module
 
 
 def encode_datasets(encode_rows, benches):
@@ -482,7 +595,9 @@ def read_datasets(folder, benches):
     """Read datasets' vectors from files -> yields Encoded.
 
     <folder>/<DS>/vectors.npy holds floats (n, D), and items.jsonl beside it n lines
-    {"id": str, "kind": "query" | "corpus"}: line i names row i by the benchmark's id.
+    {"id": str, "kind": "query" | "corpus"}: line i names row i by the benchmark's id. Or
+    <folder>/<DS>/queries/ and <folder>/<DS>/corpus/ hold a pair of such files each, as embed.py
+    writes them; a kind is not needed there.
 
     Ids that the benchmark lacks are printed and left out; absent ones and rows of NaN count as
     lost. Lengths other than 1 are printed, since scores are cosines. Raises ValueError for a
@@ -491,41 +606,55 @@ def read_datasets(folder, benches):
     """
     dim = None
     for bench in benches:
-        file = VectorFile(Path(folder) / bench.name / "vectors.npy", dim)
-        dim = file.array.shape[1]
-        queries, lost_queries = file.pick("query", bench.queries, bench.name)
-        corpus, lost_corpus = file.pick("corpus", bench.corpus, bench.name)
+        own = Path(folder) / bench.name
+        if (own / "queries" / "vectors.npy").is_file():
+            query_file = VectorFile(own / "queries", dim, "query")
+            corpus_file = VectorFile(own / "corpus", query_file.dim, "corpus")
+        elif (own / "vectors.npy").is_file():
+            query_file = corpus_file = VectorFile(own, dim)
+        else:
+            raise FileNotFoundError(f"{own}: no vectors.npy, and no queries/vectors.npy")
+        dim = query_file.dim
+        queries, lost_queries = query_file.pick("query", bench.queries, bench.name)
+        corpus, lost_corpus = corpus_file.pick("corpus", bench.corpus, bench.name)
         yield Encoded(bench, queries, corpus, lost_queries, lost_corpus)
 
 
 class VectorFile:
-    """The vectors of one dataset, as read_datasets describes them."""
+    """Vectors of one dataset, as read_datasets describes them."""
 
-    def __init__(self, path, dim=None):
-        """Open vectors.npy, its rows `dim` wide if that is given, and read items.jsonl."""
-        self.path = path
-        self.names = path.with_name("items.jsonl")
-        self.array = np.load(path, mmap_mode="r")
+    def __init__(self, folder, dim=None, kind=None):
+        """Open vectors.npy, its rows `dim` wide if that is given, and read items.jsonl, whose lines
+        are of `kind` unless they say otherwise.
+        """
+        self.path = folder / "vectors.npy"
+        self.names = folder / "items.jsonl"
+        try:
+            self.array = np.lib.format.open_memmap(self.path, mode="r")
+        except ValueError as error:
+            raise ValueError(f"{self.path}: no array of numbers: {error}") from error
         self.row_of = {"query": {}, "corpus": {}}  # {id: row of the array}
         self.lines = []  # line number of each row
         for line, row in read_jsonl(self.names):
-            kind = row.get("kind")
+            own_kind = row.get("kind", kind)
             key = row.get("id")
-            if kind not in self.row_of or not isinstance(key, str) or key in self.row_of[kind]:
+            known = self.row_of.get(own_kind)
+            if known is None or not isinstance(key, str) or key in known:
                 raise ValueError(
                     f'{self.names}:{line}: {row}; expected a new "id" and '
                     '"kind": "query" or "corpus"'
                 )
-            self.row_of[kind][key] = len(self.lines)
+            known[key] = len(self.lines)
             self.lines.append(line)
 
         n = len(self.lines)
         is_matrix = self.array.dtype.kind == "f" and self.array.ndim == 2
         if not is_matrix or self.array.shape != (n, dim or self.array.shape[1]):
             raise ValueError(
-                f"{path}: {self.array.dtype} {self.array.shape}; expected floats "
+                f"{self.path}: {self.array.dtype} {self.array.shape}; expected floats "
                 f"({n}, {dim or 'D'}), a row per line of items.jsonl"
             )
+        self.dim = self.array.shape[1]
 
     def pick(self, kind, rows, name):
         """Return the vectors of these queries or corpus items (n, D), {index: why it has none}."""
@@ -537,7 +666,7 @@ class VectorFile:
                 f"{', '.join(unknown[:3])}"
             )
 
-        vectors = np.full((len(rows), self.array.shape[1]), np.nan, np.float32)
+        vectors = np.full((len(rows), self.dim), np.nan, np.float32)
         known = []
         places = []
         for i, row in enumerate(rows):
@@ -589,6 +718,8 @@ def protocol_of(gve, flags, frames, max_tokens):
         "ties": ties,
         "frames": frames,
         "max_tokens": max_tokens,
+        "min_tokens": gve.min_tokens,
+        "positions": gve.positions,
         "max_length": MAX_LENGTH,
         "prompt": f"{query_prompt}; corpus: the default system turn alone",
         # Numbers depend on these in their last digits.
@@ -630,8 +761,14 @@ def score_datasets(source, benchmark, model, protocol, flags, out):
         print(
             f"{name:10}  {entry['metric']:4}  {cell(entry['score']):>5}  (chance "
             f"{cell(entry['chance'])}, ceiling {cell(entry['ceiling'])}, "
-            f"{entry['n']}/{entry['expected']} queries, {entry['corpus']} videos)"
+            f"{entry['n']}/{entry['expected']} queries, "
+            f"{entry['corpus']}/{entry['expected_corpus']} corpus items)"
         )
+        bound = f"chance is {cell(entry['chance'])}"
+        if all_equal(encoded.corpus):
+            print(f"  all corpus vectors are equal: only their order makes this score; {bound}")
+        elif all_equal(encoded.queries):
+            print(f"  all query vectors are equal: all queries get the same ranking; {bound}")
         for reason in failed[:3]:
             print(f"  no vector: {reason}")
         if len(failed) > 3:
@@ -648,7 +785,16 @@ def score_checkpoint(benches, benchmark, model, flags, out):
     ranks but 0.
     """
     rank, _, device = join_ranks(flags.device)
-    gve = GVE.from_pretrained(flags.ckpt, device=device, prompt_style=flags.prompt_style)
+    gve = GVE.from_pretrained(
+        flags.ckpt,
+        device=device,
+        base=flags.base,
+        prompt_style=flags.prompt_style,
+        min_tokens=flags.min_tokens,
+        positions=flags.positions,
+    )
+    if gve.wrong_base:
+        raise ValueError(gve.wrong_base)
     cache = VectorCache(out / "cache", gve)
     settings = list(itertools.product(flags.frames, flags.max_tokens))
     results = []
@@ -672,11 +818,11 @@ def score_checkpoint(benches, benchmark, model, flags, out):
 
 def show_results(flags):
     """Render the tables and figures that flags name, from results.json files."""
-    results = []
-    for path in flags.results:
-        results.append(json.loads(Path(path).read_text(encoding="utf-8")))
+    results = [read_results(path) for path in flags.results]
     names = [f"Table {n}" for n in flags.table] + [f"Figure {n}" for n in flags.figure]
-    names = names or ["Table 1", "Table 2"]
+    names = names or with_numbers(SCORE_TABLES, results)
+    if not names:
+        raise ValueError(f"{', '.join(flags.results)}: no scores to show")
     show(names, results, flags.out or "runs/tables", flags.uvrb, flags.root)
 
 
@@ -689,15 +835,14 @@ def main(flags):
     # Read the benchmark.
     if len(flags.frames) > 1 and len(flags.max_tokens) > 1:
         raise ValueError("--frames and --max-tokens: only one of the two may have several values")
-    benchmark, known = uvrb.benchmark(flags.uvrb)
+    benchmark, _ = uvrb.benchmark(flags.uvrb)
     names = list(dict.fromkeys(flags.datasets))
     if not names:
-        names = [name for name in known if uvrb.folder_of(flags.uvrb, name)]
-    if not names:
-        raise ValueError(
-            f"{flags.uvrb}: none of the 16 datasets is here, nor another one that is known "
-            f"({', '.join(known)})"
-        )
+        names, amiss = uvrb.find(flags.uvrb)
+        if not names:
+            raise ValueError("\n".join(amiss))
+        for sentence in amiss:
+            print(sentence)
     benches = [uvrb.read(flags.uvrb, name, flags.root) for name in names]
 
     # Encode and score.
@@ -716,19 +861,16 @@ def main(flags):
         if not results:  # only rank 0 has any
             return
 
+    if not any(entry["n"] for result in results for entry in result["datasets"].values()):
+        raise ValueError(f"no query could be scored; {out} has the reasons in log.jsonl")
+
     # Show the tables and figures that these scores belong to.
-    shown = []
-    if set(names) - uvrb.ZERO_SHOT.keys():
-        shown.append("Table 1")
-    if set(names) & uvrb.DATASETS.keys():
-        shown.append("Table 2")
-    if set(names) & uvrb.ZERO_SHOT.keys():
-        shown.append("Table 11")
+    names = [*SCORE_TABLES]
     if len(flags.frames) > 1:
-        shown.append("Figure 12")
+        names.append("Figure 12")
     if len(flags.max_tokens) > 1:
-        shown.append("Figure 13")
-    show(shown, results, out, flags.uvrb, flags.root)
+        names.append("Figure 13")
+    show(with_numbers(names, results), results, out, flags.uvrb, flags.root, brief=True)
     print(f"{out}: results.json, tables and log")
 
 

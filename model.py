@@ -17,16 +17,21 @@ Legend: B batch, T tokens, D embedding dim (hidden size), V vision tokens after 
 
 import copy
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
+import math
 import os
-import shutil
+import sys
+import threading
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import transformers
 from peft import (
     LoraConfig,
     PeftConfig,
@@ -59,7 +64,8 @@ from data import (
     normalise,
 )
 from kernels import windows
-from support.files import parse_json
+from support.decoders import DecoderPool, Failed
+from support.files import parse_json, whole_folder
 from support.flags import flag, parse_flags
 
 # Table 9. The modules that LoRA is put on depend on the backbone: BackboneSpec.lora_targets.
@@ -71,6 +77,12 @@ LORA = {
     "task_type": "FEATURE_EXTRACTION",
 }
 FRAME_TOKENS = 200  # most vision tokens per video frame (section 4.1)
+# PAPER: names no least number of vision tokens per video frame. The released processor leaves
+# qwen-vl-utils' 128 in force, so a checkpoint that says nothing of its own (no gve.json) gets it.
+RELEASED_MIN_TOKENS = 128
+# PAPER: says M-RoPE. The released forward() computes it in a process's first call alone and plain
+# places in the row from the second on ("1d"); which of the two GVE was trained with is not known.
+POSITIONS = ("mrope", "1d")
 
 
 def last_token_pool(hidden, attention_mask):
@@ -267,7 +279,8 @@ class GVE(nn.Module):
 
     backbone: transformers' model without its head, wrapped by PEFT when it carries LoRA; core: the
     same without PEFT's wrapper, LoRA layers in place; spec: its row of BACKBONES; geometry: its
-    sizes; base: folder or hub id of the full weights; info: the checkpoint's gve.json; dim: D.
+    sizes; base: folder or hub id of the full weights; info: the checkpoint's gve.json; dim: D;
+    min_tokens: least vision tokens per video frame; positions: "mrope" or "1d".
     """
 
     def __init__(
@@ -280,6 +293,8 @@ class GVE(nn.Module):
         info=None,
         pooling="last_token",
         prompt_style="system",
+        min_tokens=MIN_TOKENS,
+        positions="mrope",
     ):
         super().__init__()
         self.backbone = backbone
@@ -296,6 +311,9 @@ class GVE(nn.Module):
         self.info = info or {}
         self.pooling = pooling
         self.prompt_style = prompt_style
+        self.min_tokens = min_tokens
+        self.positions = positions
+        self.wrong_base = ""  # says that an adapter lies on other weights than it was trained on
 
     @classmethod
     def from_pretrained(
@@ -308,21 +326,31 @@ class GVE(nn.Module):
         base=None,
         pooling="",
         prompt_style="",
+        min_tokens=None,
+        positions="",
     ):
         """Load a Qwen-VL checkpoint, a LoRA adapter on one, or a merged folder; safetensors only.
 
         path: folder (str or Path) or hub id. dtype: torch dtype or its name, default bfloat16 on
         CUDA and float32 elsewhere. device: default CPU. lora: True or a dict of LoraConfig fields
-        adds a fresh, trainable adapter, or makes the adapter of an adapter folder trainable. base:
-        replaces the base model that the adapter names. pooling: a name in POOLINGS; prompt_style:
-        see data.Collator; by default those of gve.json, else "last_token" and "system".
-        Raises ValueError where a file is missing, a tensor has no place, or the model type or the
-        pooling is unknown.
+        adds a fresh, trainable adapter, or makes the adapter of an adapter folder trainable.
+
+        base: replaces the base model that the adapter names. If it holds other weights than those
+        that the adapter was trained on, there is a warning; without `base` this is an error.
+
+        pooling: a name in POOLINGS; prompt_style: see data.Collator; min_tokens: least vision
+        tokens per video frame; positions: "mrope" or "1d" (a token's place in the row on all three
+        axes). By default those of gve.json (an adapter without one: of its base's), else
+        "last_token", "system", 4 and "mrope"; without any gve.json min_tokens is 128.
+
+        Raises ValueError where a file is missing, a tensor has no place, an adapter lies on other
+        weights than its own, or the model type, the pooling or the positions are unknown.
         """
         path = str(path)
-        is_hub_id = path.count("/") == 1 and not path.startswith((".", "/"))
-        if not os.path.exists(path) and not is_hub_id:
+        if not os.path.exists(path) and not is_hub_id(path):
             raise ValueError(f"{path}: neither a checkpoint folder nor a hub id (owner/name)")
+        if not sys.stderr.isatty():
+            transformers.logging.disable_progress_bar()
 
         device = torch.device(device or "cpu")
         if not dtype:
@@ -330,26 +358,40 @@ class GVE(nn.Module):
         elif isinstance(dtype, str):
             dtype = getattr(torch, dtype)
 
-        info = {}
-        info_file = checkpoint_file(path, "gve.json")
-        if info_file:
-            info = parse_json(Path(info_file).read_bytes(), info_file)
-        pooling = pooling or info.get("pooling", "last_token")
-        if pooling not in POOLINGS:
-            accepted = ", ".join(POOLINGS)
-            raise ValueError(f"{path}: pooling {pooling!r} is unknown; accepted: {accepted}")
-
+        info = read_info(path)
         is_adapter = checkpoint_file(path, "adapter_config.json") is not None
         if is_adapter:
-            base = find_base(base or PeftConfig.from_pretrained(path).base_model_name_or_path, path)
+            full = find_base(path, base)
         else:
-            base = path
-        spec = find_spec(base)
-        processor = load_processor(path, spec)
-        backbone = load_backbone(base, spec, dtype)
+            full = path
+        settings = info or read_info(full)
+        least = MIN_TOKENS if settings else RELEASED_MIN_TOKENS
+        min_tokens = min_tokens or settings.get("min_tokens", least)
+        pooling = one_of(
+            POOLINGS, pooling or settings.get("pooling", "last_token"), "pooling", path
+        )
+        positions = positions or settings.get("positions", "mrope")
+        positions = one_of(POSITIONS, positions, "positions", path)
+
+        try:
+            spec = find_spec(full)
+            processor = load_processor(path, spec)
+            backbone = load_backbone(full, spec, dtype)
+        except ValueError as error:
+            if not is_adapter or str(error).startswith(path):
+                raise
+            raise ValueError(
+                f"{path}: the base of this adapter: {error} (if it lies elsewhere: --base)"
+            ) from error
         backbone.requires_grad_(False)
 
+        wrong_base = ""
         if is_adapter:
+            wrong_base = compare_base(info, backbone, path, full)
+            if wrong_base and not base:
+                raise ValueError(wrong_base)
+            if wrong_base:
+                warnings.warn(wrong_base, stacklevel=2)  # the caller asked for this base
             backbone = load_adapter(backbone, path, lora)
         elif lora:
             fields = {**LORA, "target_modules": spec.lora_targets}
@@ -366,11 +408,14 @@ class GVE(nn.Module):
             backbone,
             processor,
             spec,
-            base=base,
+            base=full,
             info=info,
             pooling=pooling,
-            prompt_style=prompt_style or info.get("prompt_style", "system"),
+            prompt_style=prompt_style or settings.get("prompt_style", "system"),
+            min_tokens=min_tokens,
+            positions=positions,
         )
+        gve.wrong_base = wrong_base
         return gve.to(device).eval()
 
     @property
@@ -382,8 +427,11 @@ class GVE(nn.Module):
         """Return {name: tensor} of the trained parameters: the LoRA weights and nothing else."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
-    def positions(self, batch):
+    def position_ids(self, batch):
         """Compute the position_ids (3, B, T) of a collated batch."""
+        if self.positions == "1d":
+            mask = batch["attention_mask"]
+            return ((mask.cumsum(1) - 1) * mask).expand(3, -1, -1)
         return self.spec.positions(
             batch["mm_token_type_ids"],
             batch["attention_mask"],
@@ -426,7 +474,7 @@ class GVE(nn.Module):
         """
         batch = self.encode_vision(batch)
         inputs = self.spec.language_inputs(self.core, batch)
-        position_ids = self.positions(batch)
+        position_ids = self.position_ids(batch)
 
         # Over a bfloat16 backbone, LoRA's float32 weights compute in bfloat16.
         is_bfloat16 = self.core.dtype == torch.bfloat16
@@ -443,6 +491,15 @@ class GVE(nn.Module):
             pooled = pooled.float()
         return F.normalize(pooled, dim=-1)
 
+    def collator(self, **options):
+        """Make the data.Collator of this checkpoint; options: its other arguments."""
+        return Collator(
+            self.processor,
+            min_tokens=self.min_tokens,
+            prompt_style=self.prompt_style,
+            **options,
+        )
+
     @torch.no_grad()
     def embed(
         self,
@@ -453,28 +510,46 @@ class GVE(nn.Module):
         frames=8,
         max_tokens=FRAME_TOKENS,
         max_length=8192,
+        workers=0,
+        seconds=60,
+        failed=None,
     ):
         """Embed a list of items (data.py) -> (n, D) float32 on the CPU.
 
         instruction: default "You are a helpful assistant."; frames per video: even; max_tokens:
-        most vision tokens per frame; max_length: most tokens per item. The first item that cannot
-        be decoded raises; embed.encode goes on without it.
+        most vision tokens per frame; max_length: most tokens per item.
+
+        workers: processes that decode, with `seconds` for each item. A clip that hangs or crashes
+        its decoder then costs that item alone; with 0, the default, decoding happens in this
+        process, which such a clip stops or kills.
+
+        failed: a dict that gets {index: reason} of the items that cannot be used; their vectors
+        are NaN. Without it the first of them raises ValueError.
         """
         if isinstance(items, dict):
             raise ValueError("embed takes a list of items, not one item")
-        collate = Collator(
-            self.processor,
-            frames=frames,
-            max_tokens=max_tokens,
-            max_length=max_length,
-            prompt_style=self.prompt_style,
+        collate = self.collator(frames=frames, max_tokens=max_tokens, max_length=max_length)
+        vectors = torch.full((len(items), self.dim), torch.nan)
+        reasons = {} if failed is None else failed
+        batches = decode_and_embed(
+            self,
+            collate,
+            items,
+            instruction,
+            range(len(items)),
+            batch_size=batch_size,
+            workers=workers,
+            seconds=seconds,
+            failed=reasons,
         )
-
-        vectors = [torch.empty(0, self.dim)]  # for an empty list of items
-        for first in range(0, len(items), batch_size):
-            batch = collate(items[first : first + batch_size], instruction)
-            vectors.append(self(to_device(batch, self.device)).float().cpu())
-        return torch.cat(vectors)
+        for rows, made in batches:
+            vectors[rows] = made
+            if reasons and failed is None:
+                break
+        if reasons and failed is None:
+            first = min(reasons)
+            raise ValueError(f"item {first}: {reasons[first]}")
+        return vectors
 
     def save_pretrained(self, folder, *, merge=False, info=None):
         """Write a checkpoint folder, valid for Hugging Face at its root; files appear whole.
@@ -483,10 +558,11 @@ class GVE(nn.Module):
         that any loader of this family takes them; else the adapter in PEFT's layout.
         info: dict for gve.json.
         """
-        staging = Path(folder).with_name(Path(folder).name + ".part")
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
+        with whole_folder(folder) as staging:
+            self.write_files(staging, merge, info)
 
+    def write_files(self, staging, merge, info):
+        """Write all files of a checkpoint into a folder; arguments as in save_pretrained."""
         if self.has_lora and not merge:
             self.backbone.save_pretrained(staging, safe_serialization=True)
             (staging / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
@@ -497,13 +573,12 @@ class GVE(nn.Module):
         processor = copy.deepcopy(self.processor)
         processor.chat_template = CHAT_TEMPLATE
         token_pixels = self.geometry.token_side**2
-        least = MIN_TOKENS * token_pixels
         processor.image_processor.size = {
-            "shortest_edge": least,
+            "shortest_edge": MIN_TOKENS * token_pixels,
             "longest_edge": IMAGE_TOKENS * token_pixels,
         }
         processor.video_processor.size = {
-            "shortest_edge": least,
+            "shortest_edge": self.min_tokens * token_pixels,
             "longest_edge": FRAME_TOKENS * token_pixels,
         }
         processor.save_pretrained(staging)
@@ -518,12 +593,11 @@ class GVE(nn.Module):
             "versions": {name: importlib.metadata.version(name) for name in packages},
             "prompt_style": self.prompt_style,
             "pooling": self.pooling,
+            "min_tokens": self.min_tokens,
+            "positions": self.positions,
+            "base_fingerprint": self.core.fingerprint,
         }
         (staging / "gve.json").write_text(json.dumps(self.info, indent=1) + "\n")
-
-        # Move file by file: the folder may hold other files, such as the states of a training run.
-        shutil.copytree(staging, folder, copy_function=os.replace, dirs_exist_ok=True)
-        shutil.rmtree(staging)
 
     def merged(self):
         """Return the generation model with a copy of these weights, LoRA folded in."""
@@ -544,6 +618,79 @@ def to_device(batch, device):
             value = value.to(device, non_blocking=True)
         moved[key] = value
     return moved
+
+
+def decode_and_embed(
+    gve,
+    collate,
+    items,
+    instruction,
+    order,
+    *,
+    batch_tokens=math.inf,
+    batch_size=math.inf,
+    workers=0,
+    seconds=60,
+    failed,
+    tally=None,
+):
+    """Decode and embed items[i] for i in order -> yield ([i, ...], vectors (b, D)) per batch.
+
+    batch_tokens: most tokens of a batch, padding included; batch_size: most items of a batch
+    workers, seconds: see support.decoders.DecoderPool
+    failed: dict that gets {i: reason} of the items that cannot be decoded
+    tally: Counter that gets the number of videos that each decoder read, by the decoder's name, and
+    "note: SENTENCE" for each damaged file that gave only a part
+    """
+    if not any("image" in items[i] or "video" in items[i] for i in order):
+        workers = 0  # texts hang no decoder
+    lock = threading.Lock()  # held while the model runs: no decoder may be forked meanwhile
+    pool = DecoderPool(
+        lambda i: collate.prepare(items[i], instruction),
+        lambda i: name_media(items[i]),
+        workers=workers,
+        seconds=seconds,
+        fork_lock=lock,
+    )
+    decoded = pool.map(order, lend_threads=True)
+    for batch in group_samples(decoded, batch_tokens, batch_size, failed):
+        for sample in batch.values():
+            if tally is not None and "decoder" in sample:
+                tally[sample["decoder"]] += 1
+            if tally is not None and "note" in sample:
+                tally["note: " + sample["note"]] += 1
+        with lock:
+            inputs = collate.batch(batch.values(), raw=True)
+            vectors = gve(to_device(inputs, gve.device)).float().cpu()
+        yield list(batch), vectors
+
+
+def name_media(item):
+    """Name an item's media for messages; one without media by its text."""
+    media = [str(item[kind]) for kind in ("video", "image") if kind in item]
+    return ", ".join(media) or repr(item)
+
+
+def group_samples(decoded, batch_tokens, batch_size, failed):
+    """Group (i, sample) into {i: sample} of so many tokens, padding included, and items at most.
+
+    A longer sample is a batch of its own. A Failed in a sample's place goes to failed[i].
+    """
+    batch = {}
+    width = 0  # tokens of the longest sample
+    for i, sample in decoded:
+        if isinstance(sample, Failed):
+            failed[i] = sample.reason
+            continue
+        width = max(width, len(sample["ids"]))
+        is_full = width * (len(batch) + 1) > batch_tokens or len(batch) == batch_size
+        if batch and is_full:
+            yield batch
+            batch = {}
+            width = len(sample["ids"])
+        batch[i] = sample
+    if batch:
+        yield batch
 
 
 # Loading
@@ -569,15 +716,59 @@ def name_in_message(path):
     return f"{path} (a hub id, for there is no such folder)"
 
 
-def find_base(base, adapter):
+def is_hub_id(path):
+    """Say whether a path has the form of a hub id, owner/name."""
+    return path.count("/") == 1 and not path.startswith((".", "/"))
+
+
+def read_info(path):
+    """Read a checkpoint's gve.json -> dict, empty if there is none."""
+    file = checkpoint_file(path, "gve.json")
+    if file is None:
+        return {}
+    return parse_json(Path(file).read_bytes(), file)
+
+
+def one_of(accepted, value, what, path):
+    """Return value; raise ValueError if it is none of the accepted ones."""
+    if value not in accepted:
+        raise ValueError(f"{path}: {what} {value!r} is unknown; accepted: {', '.join(accepted)}")
+    return value
+
+
+def find_base(adapter, base=None):
     """Find an adapter's base: a path from here, from its folder, from this repository, or a hub id.
 
-    base: the name that the adapter gives it; adapter: the adapter's folder.
+    adapter: the adapter's folder; base: takes the place of the name that the adapter gives.
     """
+    given_by = "--base"
+    if not base:
+        base = PeftConfig.from_pretrained(adapter).base_model_name_or_path or ""
+        given_by = "its adapter_config.json"
+    base = str(base)
     for root in (Path(), Path(adapter), Path(__file__).resolve().parent):
         if (root / base / "config.json").is_file():
             return str(root / base)
-    return base
+    if is_hub_id(base):
+        return base
+    raise ValueError(
+        f"{adapter}: the base of this adapter is not here: {base!r} ({given_by}) is no checkpoint "
+        "folder; give its folder or hub id (--base)"
+    )
+
+
+def compare_base(info, backbone, path, base):
+    """Say that an adapter lies on other weights than those it was trained on; "" if it does not.
+
+    info: the adapter's gve.json, which may be older than the fingerprint; backbone: of `base`.
+    """
+    if info.get("base_fingerprint") in (None, backbone.fingerprint):
+        return ""
+    return (
+        f"{path}: {base} holds other weights than those that this adapter was trained on "
+        "(perhaps an adapter is merged into them, whose effect would come twice); "
+        "give the adapter's own base (--base)"
+    )
 
 
 def find_spec(path):
@@ -588,8 +779,13 @@ def find_spec(path):
         raise ValueError(
             f"{name_in_message(path)}: cannot be loaded: {first_line(error)}"
         ) from error
+    if file is None and os.path.exists(path):
+        raise ValueError(f"{path}: cannot be loaded: no config.json")
     if file is None:
-        raise ValueError(f"{name_in_message(path)}: cannot be loaded: no config.json")
+        raise ValueError(
+            f"{path}: no such folder, and the hub gives no config.json for this name (no network, "
+            "HF_HUB_OFFLINE, no access, or no such model)"
+        )
 
     model_type = parse_json(Path(file).read_bytes(), file).get("model_type")
     if model_type not in BACKBONES:
@@ -624,6 +820,7 @@ def load_backbone(path, spec, dtype):
             f"{path}: cannot be loaded as a {spec.name} checkpoint: {first_line(error)}"
         ) from error
     tensors.pop("lm_head.weight", None)
+    fingerprint = fingerprint_weights(tensors)
 
     model, report = spec.model_class.from_pretrained(
         None,
@@ -641,6 +838,7 @@ def load_backbone(path, spec, dtype):
         raise ValueError(f"{path}: weights do not fit {spec.name}: {wrong}")
 
     model.name_or_path = str(path)  # PEFT writes it into adapter_config.json
+    model.fingerprint = fingerprint
     spec.install_fixes(model.visual)
     # cuDNN's attention gives NaN gradients under a mask on Hopper (pytorch issue 196678), and it
     # makes a plan for every new shape.
@@ -670,6 +868,21 @@ def read_tensors(path):
     return tensors
 
 
+def fingerprint_weights(tensors):
+    """Hash a few values of each tensor -> 16 hex digits, in less than a second.
+
+    Independent of the files' layout and, as values are compared in bfloat16, of their precision.
+    tensors: {name in the backbone: tensor}.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        values = tensor.flatten()
+        some = values[:: max(1, len(values) // 64)].contiguous().bfloat16()
+        digest.update(some.view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
 def backbone_name(key):
     """Return a tensor's name in the backbone for its name in any checkpoint.
 
@@ -690,6 +903,7 @@ def load_adapter(backbone, path, lora):
     """
     config = PeftConfig.from_pretrained(path)
     config.inference_mode = not lora
+    config.base_model_name_or_path = backbone.name_or_path  # it may have moved
     if isinstance(lora, dict) and "lora_dropout" in lora:
         config.lora_dropout = lora["lora_dropout"]
     model = get_peft_model(backbone, config)

@@ -13,7 +13,8 @@ dropped or failed) and the reason.
                 pool.npy the vectors of those kept: the asset pool
     2-captions  enrichment: five captions per video and per key frame
     3-pairs     task extension: T2T, T2I, T2V, I2V, V2V, composed queries (TI2V, TV2V), negatives
-Then <out>/uvrd: training files, and the mixture.json that train.py takes.
+Then <out>/uvrd: training files, and the mixture.json that train.py takes. Beside the rows of the
+last two stages, .answers files have the captioner's replies as they came: none is asked for twice.
 
 The same command goes on where a killed run stopped and tries again what failed. torchrun's ranks,
 --shard 0/4 ... 3/4, and the same command run twice share the work.
@@ -22,6 +23,7 @@ Legend: N videos in the pool, D embedding dim, n sampled frames of a video.
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -41,10 +43,12 @@ from caption import (
     TOKEN_SIDE,
     Answer,
     ask_until_valid,
+    keep_replies,
     make_requests,
     open_captioner,
     print_dry_run,
     useless_text,
+    whole_characters,
 )
 from data import resolve
 from embed import encode, top_k
@@ -52,7 +56,7 @@ from model import GVE
 from support.decoders import DecoderPool, Failed
 from support.files import file_lock, load_jsonl, read_jsonl, whole_file, write_json, write_jsonl
 from support.flags import flag, parse_flags
-from support.jobs import print_summary, run_sharded
+from support.jobs import print_summary, report_progress, run_sharded, track
 from support.media import read_frames
 
 # Quality control. The paper gives no thresholds; these were tuned on the mini world (NOTES.md).
@@ -121,7 +125,10 @@ class Flags:
     seed: int = flag(42, "random seed")
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "torch device")
     min_motion: float = flag(
-        0.01, "least share of pixels that change by 24 of 255 levels within a shot"
+        0.01,
+        "least share of pixels that change by 24 of 255 levels within a shot. This, --consistency "
+        "and --duplicate were tuned on mini/: for other videos run --stages 1, look at the "
+        'figures "motion", "consistency" and "why" in OUT/pool.jsonl, and take another --out',
     )
     consistency: str = flag(
         "0.09",
@@ -130,15 +137,21 @@ class Flags:
     duplicate: float = flag(
         0.6,
         "two videos are one if the signs of their brightness gradients agree this much (1: all, "
-        "0: by chance)",
+        "0: by chance): all of one fixed camera do; 2 lets everything pass",
     )
     shares: list[str] = flag([], "pairs per video, as T2I=0.5; default Table 7's in units of T2V")
     negatives: list[str] = flag([], "hard negatives per pair, as TI2V=2; default Table 7's")
     frames: int = flag(8, "frames of a video that captioner and prober see")
     max_tokens: int = flag(200, "vision tokens per frame")
-    max_new_tokens: int = flag(1024, "tokens per answer")
+    max_new_tokens: int = flag(
+        0,
+        "tokens per answer; 0: as many as the words asked for need, openai at least 1024. More for "
+        "a captioner that thinks first",
+    )
     concurrency: int = flag(32, "openai: requests in flight")
-    workers: int = flag(2, "decoding processes; 0 decodes inline")
+    workers: int = flag(
+        2, "decoding processes; 0 decodes inline, where a damaged clip can hang or end the run"
+    )
     seconds: float = flag(
         60, "time a worker has for a clip's frames, in seconds; ten times that for a whole video"
     )
@@ -166,19 +179,25 @@ class Prober:
 
     @functools.cached_property
     def gve(self):
-        return GVE.from_pretrained(self.flags.prober, device=self.flags.device)
+        name = self.flags.prober
+        if name == Flags.prober:  # wherever the program was started
+            name = str(Path(__file__).parent / name)
+        return GVE.from_pretrained(name, device=self.flags.device)
 
     def embed(self, items):
         """Embed items -> (vectors (n, D) float32, {index: reason}); vectors that failed are 0."""
         has_media = any("video" in item or "image" in item for item in items)
-        vectors, failed = encode(
-            self.gve,
-            items,
-            frames=self.flags.frames,
-            max_tokens=self.flags.max_tokens,
-            workers=self.flags.workers if has_media else 0,  # texts hang no decoder
-            seconds=self.flags.seconds,
-        )
+        gve = self.gve
+        progress = report_progress(None, f"vectors of {len(items)} items")
+        with progress if has_media else contextlib.nullcontext():
+            vectors, failed = encode(
+                gve,
+                items,
+                frames=self.flags.frames,
+                max_tokens=self.flags.max_tokens,
+                workers=self.flags.workers,
+                seconds=self.flags.seconds,
+            )
         # A NaN would be neither above nor below any threshold.
         for i in vectors.isnan().any(1).nonzero().flatten().tolist():
             failed.setdefault(i, "the embedder returned NaN")
@@ -211,7 +230,7 @@ def list_videos(flags):
         for file in sorted(path.rglob("*")):
             if file.is_file():
                 name = str(file.relative_to(path))
-                rows[name] = {"id": name, "video": os.path.abspath(file), "text": ""}
+                rows[name] = raw_row(name, os.path.abspath(file), "")
         return list(rows.values())
 
     for number, given in read_jsonl(path):
@@ -222,8 +241,24 @@ def list_videos(flags):
             raise ValueError(
                 f"{path}:{number}: video and text must be strings and the id {name!r} new"
             )
-        rows[name] = {"id": name, "video": video, "text": text}
+        rows[name] = raw_row(name, video, text)
     return list(rows.values())
+
+
+def raw_row(name, video, text):
+    """Return a row {"id", "video", "text"} that UTF-8 can hold, for its text, id and path go on.
+
+    Half an emoji in a text is dropped; a path that is not UTF-8 drops the row.
+    """
+    row = {"id": printable(name), "video": printable(video), "text": whole_characters(text)}
+    if row["video"] != video:
+        drop(row, f"file name: {row['video']} is not UTF-8; rename the file")
+    return row
+
+
+def printable(name):
+    """Return a name with an escape for each byte or half character that is not UTF-8."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 @dataclasses.dataclass
@@ -231,38 +266,44 @@ class Sample:
     """Frames of a whole video at about PROBE_FPS, shrunk: enough to see motion and cuts."""
 
     thumbnails: torch.Tensor  # (n, 3, 32, 32) float32 of 0-255
+    times: np.ndarray  # (n,) seconds at which their frames come on display
+    shown: np.ndarray  # (n,) seconds that their frames stay there
     frames: int  # in the file
-    rate: float  # frames per second of the file
-    step: int  # every step-th frame is a thumbnail
+    duration: float  # of the file in seconds
     size: list  # [height, width] of the file's frames in pixels
-
-    def seconds_at(self, k):
-        """Return the time of thumbnail k."""
-        return k * (self.step / self.rate)
-
-    @property
-    def duration(self):
-        return self.frames / self.rate
 
 
 def sample_frames(path, fps):
-    """Read a whole video at about `fps` -> Sample. At most 32 full-size frames are held at once."""
-    thumbnails = []
-    done = 0  # frames sampled so far
-    frames = rate = step = None  # the reader tells once the file is open
+    """Read a whole video at about `fps` -> Sample. One full-size frame is held at a time."""
+    size = []
 
-    def choose(n, frames_per_second):
-        nonlocal frames, rate, step
-        frames = n
-        rate = frames_per_second
-        step = max(1, round(rate / fps))
-        return np.arange(0, frames, step)[done : done + 32]
+    def choose(timeline):
+        n = len(timeline)
+        if timeline.rate:
+            return np.arange(0, n, max(1, round(timeline.rate / fps)))
+        # The first frame in each 1 / fps seconds.
+        slots = np.floor(timeline.times * fps)
+        return np.unique(slots, return_index=True)[1]
 
-    while done == 0 or done * step < frames:
-        block = torch.from_numpy(read_frames(path, choose)).movedim(-1, 1)  # (<= 32, 3, H, W)
-        thumbnails.append(F.adaptive_avg_pool2d(block.float(), THUMBNAIL))
-        done += len(block)
-    return Sample(torch.cat(thumbnails), frames, rate, step, list(block.shape[2:]))
+    def shrink(pixels):
+        size[:] = pixels.shape[:2]
+        frame = torch.from_numpy(pixels).movedim(-1, 0).float()  # (3, H, W)
+        return F.adaptive_avg_pool2d(frame, THUMBNAIL)
+
+    read = read_frames(path, choose, shrink)
+    timeline = read.timeline
+    if timeline.rate:
+        shown = np.full(len(timeline), 1 / timeline.rate)
+    else:
+        shown = np.diff(timeline.times, append=timeline.seconds)
+    return Sample(
+        thumbnails=torch.stack(read.pictures),
+        times=timeline.times[read.indices],
+        shown=shown[read.indices],
+        frames=len(timeline),
+        duration=timeline.seconds,
+        size=size,
+    )
 
 
 def find_shots(thumbnails):
@@ -313,8 +354,8 @@ def draw_clips(sample, shots, rng):
     clips = []
     for first, end in shots:
         # Only what was seen to be this shot: the cut lies somewhere between two thumbnails.
-        shot_start = sample.seconds_at(first)
-        shot_end = min(sample.seconds_at(end - 1) + 1 / sample.rate, sample.duration)
+        shot_start = float(sample.times[first])
+        shot_end = min(float(sample.times[end - 1] + sample.shown[end - 1]), sample.duration)
         seconds = min(rng.uniform(least, most), shot_end - shot_start, 0.75 * sample.duration)
         if seconds >= least:
             start = rng.uniform(shot_start, shot_end - seconds)
@@ -343,12 +384,11 @@ def measure(path, name, flags):
     motion = measure_motion(sample.thumbnails, shots)
     row = {
         "frames": sample.frames,
-        "rate": sample.rate,
-        "step": sample.step,
+        "rate": round(sample.frames / sample.duration, 3),
         "size": sample.size,
         "seconds": round(sample.duration, 3),
         "motion": round(motion, 4),
-        "cuts": [round(sample.seconds_at(first), 3) for first, _ in shots[1:]],
+        "cuts": [round(float(sample.times[first]), 3) for first, _ in shots[1:]],
     }
 
     for quality, value, least in (
@@ -364,7 +404,7 @@ def measure(path, name, flags):
     row["key_frames"] = []
     for k in choose_key_frames(sample.thumbnails, shots):
         # A quarter of a frame later, so that rounding cannot point at the frame before.
-        row["key_frames"].append(round(sample.seconds_at(k) + 0.25 / sample.rate, 4))
+        row["key_frames"].append(round(float(sample.times[k] + 0.25 * sample.shown[k]), 4))
     row["clips"] = draw_clips(sample, shots, random.Random(f"{flags.seed}/{name}/clips"))
     row["hash"] = fingerprint(sample.thumbnails)
     return row
@@ -388,6 +428,8 @@ def inspect_videos(rows, flags):
         if useless:  # the video stays: it can do without a caption
             row["text"] = ""
             row["text_dropped"] = useless
+        if "fate" in row:  # its name is not UTF-8
+            continue
         try:
             row["video"] = resolve({"video": row["video"]}, base, flags.root)["video"]
         except (ValueError, FileNotFoundError) as error:
@@ -401,7 +443,7 @@ def inspect_videos(rows, flags):
         workers=flags.workers,
         seconds=PATIENCE * flags.seconds,
     )
-    for i, measured in pool.map(found):
+    for i, measured in track(pool.map(found), len(found), "videos measured"):
         if isinstance(measured, Failed):
             drop(rows[i], f"unreadable: {measured.reason}")
         else:
@@ -520,9 +562,10 @@ def drop_duplicates(rows, least):
     n_bits = signs.shape[1]
     for n, i in enumerate(kept):
         alike = others[n][agreement[n] >= least * n_bits].tolist()
-        first = min((kept[m] for m in alike), default=i)  # the earliest stays
-        if first < i:
-            drop(rows[i], f"duplicate: of {rows[first]['id']}")
+        first = min(alike, default=n)  # the earliest stays
+        if first < n:
+            share = (signs[n] @ signs[first]).item() / n_bits
+            drop(rows[i], f"duplicate: of {rows[kept[first]]['id']}, agreement {share:.2f}")
 
 
 # The asset pool
@@ -612,6 +655,8 @@ def caption_jobs(video, flags):
 
 def caption_part(p, jobs, ask, flags):
     """Do stage 2 of part p: caption videos and key frames -> rows."""
+    ask = keep_answers(ask, "2-captions", p, flags)
+
     # One batch of requests for the whole part: a captioner is fastest with many at once.
     requests = []
     owners = []  # index of each request's job
@@ -625,6 +670,12 @@ def caption_part(p, jobs, ask, flags):
     for n, answer in zip(owners, ask_until_valid(ask, requests, TRIES), strict=True):
         answers[n].append(answer)
     return [job | merge_answers(mine) for job, mine in zip(jobs, answers, strict=True)]
+
+
+def keep_answers(ask, stage, p, flags):
+    """Return ask(requests), which keeps the captioner's answers beside the part's file of rows."""
+    path = Path(flags.out) / stage / f"{p:05}.answers"
+    return keep_replies(ask, path, f"{flags.captioner} {flags.max_new_tokens}")
 
 
 def merge_answers(answers):
@@ -741,6 +792,7 @@ def extend_part(p, jobs, pool, ask, prober, caption_vectors, flags):
 
     caption_vectors: video id -> vectors (n, D) of its captions.
     """
+    ask = keep_answers(ask, "3-pairs", p, flags)
     pairs = [Pair(**job) for job in jobs]
     compose_queries([pair for pair in pairs if pair.task in COMPOSED], pool, ask, flags)
 
@@ -753,7 +805,7 @@ def extend_part(p, jobs, pool, ask, prober, caption_vectors, flags):
     queries, failed = prober.embed([pair.query for pair in to_video])
     failed |= text_failed
 
-    for i, pair in enumerate(to_video):
+    for i, pair in enumerate(track(to_video, len(to_video), "negatives mined")):
         if i in failed:
             pair.drop(f"not embedded: {failed[i]}")
             continue
@@ -857,29 +909,51 @@ def relative_media(value, folder):
 
 
 def write_uvrd(rows, flags):
-    """Write <out>/uvrd: a training file per task, and a mixture whose samples keep the shares."""
+    """Write <out>/uvrd: a training file per task, and a mixture whose samples keep the shares.
+
+    A pair that was drawn several times is written once. Prints what was made; returns the number of
+    pairs.
+    """
     folder = Path(flags.out) / "uvrd"
     folder.mkdir(exist_ok=True)
     made = collections.Counter(row["task"] for row in rows)
+    pairs = {}  # task -> lines
     mixture = []
     for task, source in TABLE7.items():
         name = f"{task.lower()}.jsonl"
-        lines = []
-        for row in rows:
-            if row["task"] == task:
-                keys = [k for k in ("query", "positive", "negatives", "id") if row.get(k)]
-                lines.append({key: relative_media(row[key], folder) for key in keys})
-        write_jsonl(folder / name, lines)
-        if not lines:
+        pairs[task] = training_lines([row for row in rows if row["task"] == task], folder)
+        write_jsonl(folder / name, pairs[task])
+        if not pairs[task]:
             continue
 
         # In proportion to T2V's pairs, even if more pairs of this task were dropped.
         share = flags.pairs_per_video[task] / (flags.pairs_per_video["T2V"] or 1)
-        samples = round(share * made["T2V"]) or len(lines)
+        samples = round(share * made["T2V"]) or len(pairs[task])
         entry = {"path": name, "samples": samples, "negatives": flags.negatives_per_pair[task]}
         mixture.append(source | entry)
-        print(f"    {task}: {len(lines)} pairs, {samples} samples in the mixture")
+        line = f"    {task}: {len(pairs[task])} pairs, {samples} samples in the mixture"
+        if len(pairs[task]) < made[task]:
+            line += f" ({made[task] - len(pairs[task])} draws gave a pair again)"
+        print(line)
     write_json(folder / "mixture.json", mixture)
+
+    single = [task for task, lines in pairs.items() if len(lines) == 1]
+    if single:
+        print(
+            f"    warning: only one pair in {', '.join(single)}: a batch of one pair has no other "
+            "candidate to learn from; take more videos, or --shares TASK=0"
+        )
+    return sum(map(len, pairs.values()))
+
+
+def training_lines(rows, folder):
+    """Return the lines of a training file for a task's rows, each query and positive once."""
+    lines = {}
+    for row in rows:
+        keys = [key for key in ("query", "positive", "negatives", "id") if row.get(key)]
+        pair = json.dumps([row["query"], row["positive"]])
+        lines.setdefault(pair, {key: relative_media(row[key], folder) for key in keys})
+    return list(lines.values())
 
 
 # The run
@@ -916,13 +990,15 @@ def lazy_captioner(flags):
             concurrency=flags.concurrency,
             frames=flags.frames,
             max_tokens=flags.max_tokens,
-            max_new_tokens=flags.max_new_tokens,
+            max_new_tokens=flags.max_new_tokens or None,
             workers=flags.workers,
             seconds=flags.seconds,
         )
 
     def ask(requests):
-        return opened()(requests) if requests else []
+        if not requests:
+            return []
+        return track(opened()(requests), len(requests), "answers")
 
     return ask
 
@@ -940,6 +1016,20 @@ def caption_embedder(captions, prober):
         return vectors
 
     return caption_vectors
+
+
+def print_pool_notes(rows, out):
+    """Print which flags drop videos by figures tuned on mini, and what became of the captions."""
+    reasons = {row.get("why", "").split(":")[0] for row in rows}
+    if reasons & {"static", "consistency", "duplicate"}:
+        print(
+            "    --min-motion, --consistency and --duplicate were tuned on mini; their figures are "
+            f"under motion, consistency and why in {out}/pool.jsonl"
+        )
+    useless = collections.Counter(row["text_dropped"] for row in rows if "text_dropped" in row)
+    listed = ", ".join(f"{n} {reason}" for reason, n in useless.items())
+    n_cuts = len(join(row.get("cuts", []) for row in rows))
+    print(f"    videos without a caption of use: {listed or 'none'}; {n_cuts} cuts")
 
 
 def cut(rows, size):
@@ -986,9 +1076,7 @@ def main(flags):
     pool = Pool(rows, torch.from_numpy(np.load(out / "pool.npy")))
 
     seconds = print_summary(out, "1-pool", rows)
-    useless = collections.Counter(row["text_dropped"] for row in rows if "text_dropped" in row)
-    n_cuts = len(join(row.get("cuts", []) for row in rows))
-    print(f"    captions dropped: {dict(useless)}; {n_cuts} cuts")
+    print_pool_notes(rows, out)
     if flags.stages < 2:
         return
 
@@ -1017,12 +1105,14 @@ def main(flags):
 
     kept = [row for row in pairs if row["fate"] == "kept"]
     with file_lock(out / "lock"):
-        write_uvrd(kept, flags)
-    per_pair = seconds / max(1, len(kept))
-    hours = per_pair * 1.55e6 / 3600
-    print(
-        f"    {per_pair:.2f} s a pair; 1.55M pairs at this rate: {hours:.0f} hours of one process"
-    )
+        n_pairs = write_uvrd(kept, flags)
+    if n_pairs:
+        per_pair = seconds / n_pairs
+        hours = per_pair * 1.55e6 / 3600
+        print(f"    {per_pair:.2f} s a pair; 1.55M pairs: {hours:.0f} hours of one process")
+        print(
+            f"    for training: train.py --mixture {out}/uvrd/mixture.json --root FOLDER_OF_VIDEOS"
+        )
 
     failed = sum(row["fate"] == "failed" for row in join(captions) + pairs)
     if failed:

@@ -27,6 +27,7 @@ from typing import NamedTuple
 import numpy as np
 
 import uvrb
+from support.files import parse_json
 from support.media import MediaError, load_video
 
 ROOT = Path(__file__).resolve().parent
@@ -70,6 +71,16 @@ class Table:
 def published():
     """Return the paper's numbers, the content of published.json."""
     return json.loads((ROOT / "published.json").read_text(encoding="utf-8"))
+
+
+def read_results(path):
+    """Read a results.json of eval.py; raise ValueError naming the file if it is not one."""
+    content = parse_json(Path(path).read_bytes(), path)
+    needed = ("benchmark", "model", "protocol", "datasets", "abilities", "AVG-D", "AVG-A")
+    absent = [key for key in needed if key not in content]
+    if absent:
+        raise ValueError(f"{path}: no results.json of eval.py: it has no {', '.join(absent)}")
+    return content
 
 
 def comparable(results):
@@ -216,9 +227,11 @@ def score_table(name, paper, results):
 
     * marks the score of an incomplete dataset. Table 1 has a further column for each dataset of
     your own, which enters no average. Table 3 calls the results GVE-i, GVE-s, GVE, in this order.
+    Columns in which no result has a number are left out, of the published rows as well.
     """
     scores = paper[block_of(name)]
-    columns = list(next(iter(scores.values())))
+    published_columns = list(next(iter(scores.values())))
+    columns = list(published_columns)
     if name == "Table 1":
         columns += own_datasets(results)
     roles = ("GVE-i: ", "GVE-s: ", "GVE: ") if name == "Table 3" else ("",)
@@ -228,9 +241,6 @@ def score_table(name, paper, results):
         return {"model": label} | {column: values.get(column) for column in columns}
 
     table = Table()
-    if comparable(results):
-        table.published = [{"model": model, **cells} for model, cells in scores.items()]
-
     complete_entries = {}
     for i, result in enumerate(results):
         # Only complete datasets enter averages.
@@ -256,7 +266,37 @@ def score_table(name, paper, results):
         for bound in ("chance", "ceiling"):
             values = {dataset: entry[bound] for dataset, entry in complete_entries.items()}
             table.bounds.append(make_row(bound, with_averages(values)))
+
+        columns = columns_with_numbers(table.yours)
+        if not columns:
+            return Table()
+        table.yours = [pick(row, columns) for row in table.yours]
+        table.bounds = [pick(row, columns) for row in table.bounds]
+        if not columns_with_numbers(table.bounds):  # no dataset is complete
+            table.bounds = []
+
+    if comparable(results) and set(columns) & set(published_columns):
+        for model, cells in scores.items():
+            own = [column for column in columns if column in cells]
+            table.published.append(pick({"model": model, **cells}, own))
     return table
+
+
+def columns_with_numbers(rows):
+    """Return the columns, the model's name aside, in which any of the rows has a value."""
+    columns = {}  # a dict as an ordered set
+    for row in rows:
+        columns.update(dict.fromkeys(row))
+    found = []
+    for column in columns:
+        if column != "model" and any(row.get(column) is not None for row in rows):
+            found.append(column)
+    return found
+
+
+def pick(row, columns):
+    """Return a model's row with these columns alone."""
+    return {"model": row["model"]} | {column: row[column] for column in columns}
 
 
 def notes(results):
@@ -274,7 +314,8 @@ def notes(results):
             if not entry["complete"]:
                 lines.append(
                     f"  * {name}: {entry['n']}/{entry['expected']} queries, "
-                    f"{entry['corpus']}/{entry['expected_corpus']} videos; it enters no average"
+                    f"{entry['corpus']}/{entry['expected_corpus']} corpus items; it enters no "
+                    "average"
                 )
             dataset = uvrb.DATASETS.get(name)  # None for Table 11's and for a folder's own
             if dataset and dataset.task == "CMP" and not entry["pooled"]:
@@ -285,7 +326,10 @@ def notes(results):
 
         absent = [name for name in uvrb.DATASETS if name not in result["datasets"]]
         if 0 < len(absent) < len(uvrb.DATASETS):
-            lines.append(f"  not scored: {', '.join(absent)}; averages over them are left out")
+            listed = ", ".join(absent)
+            if len(absent) > 4:
+                listed = f"{len(absent)} of UVRB's 16 datasets"
+            lines.append(f"  not scored: {listed}; averages over them are left out")
     return lines
 
 
@@ -337,8 +381,11 @@ def measured(folder, roots):
         return duration
 
     rows = []
-    for name in uvrb.DATASETS:
-        if not uvrb.folder_of(folder, name):
+    names = []
+    if Path(folder).is_dir():
+        names, _ = uvrb.find(folder)
+    for name in names:
+        if name in uvrb.ZERO_SHOT:  # no part of Table 4
             continue
         bench = uvrb.read(folder, name, roots)
 
@@ -347,7 +394,8 @@ def measured(folder, roots):
         words = [len(item["text"].split()) for item in items if "text" in item]
 
         # Corpus: seconds of those videos that can be read.
-        durations = [seconds(json.dumps(row["item"]["video"])) for row in bench.corpus]
+        videos = [row["item"]["video"] for row in bench.corpus if "video" in row["item"]]
+        durations = [seconds(json.dumps(video)) for video in videos]
         known = [duration for duration in durations if duration is not None]
         shown = cell(mean(known))
         if len(known) < len(durations):
@@ -486,8 +534,12 @@ def averages_of(result):
 
 
 def figure_2(paper, results):
-    """Build Figure 2: averages and abilities per model."""
-    table = Table(yours=[{"model": result["model"], **averages_of(result)} for result in results])
+    """Build Figure 2: averages and abilities per model; without results that have none of them."""
+    table = Table()
+    for result in results:
+        row = {"model": result["model"], **averages_of(result)}
+        if columns_with_numbers([row]):
+            table.yours.append(row)
     if comparable(results):
         for model, cells in paper["table2"].items():
             row = {"model": model, "AVG-D": paper["table1"][model]["AVG"], "AVG-A": cells["AVG"]}
@@ -568,6 +620,8 @@ def curves(name, paper, results):
                     row[x] = points[x][score] if x in points else None
                     if row[x] is not None:
                         known[x] = row[x]
+                if not known:  # results on a few datasets have few averages or none
+                    continue
 
                 if curve.setting == "pairs" and len(known) > 1:
                     row |= fit(list(known), list(known.values()))
@@ -1021,12 +1075,26 @@ def build(name, paper, results, folder, roots):
     return table_10(paper, results)
 
 
-def show(names, results, out, folder, roots=()):
+def with_numbers(names, results):
+    """Return those of the score tables and curves in which any of the results has a number."""
+    paper = published()
+    return [name for name in names if build(name, paper, results, None, ()).yours]
+
+
+def repeats_lines(name, table):
+    """Return whether a score table says no more than eval.py's line per dataset does."""
+    several = table.published or len(table.yours) > 1
+    return name in ("Table 1", "Table 11") and not several and "AVG" not in table.yours[0]
+
+
+def show(names, results, out, folder, roots=(), brief=False):
     """Print tables and figures; write them as <out>/table1.txt, .md, .csv, .tex, figures as .png.
 
     names: keys of TITLES. results: all of one benchmark. folder, roots: the benchmark that Table 4
-    counts, and where its media may lie. Raises ValueError for an unknown name, for results of two
-    benchmarks, and for a figure on which neither the results nor the paper have a point.
+    counts, and where its media may lie. brief: do not print what eval.py's lines have said.
+
+    Raises ValueError for an unknown name, for results of two benchmarks, and for a figure on which
+    neither the results nor the paper have a point.
     """
     paper = published()
     # Names and benchmarks are checked before the first table is written.
@@ -1044,8 +1112,8 @@ def show(names, results, out, folder, roots=()):
         # Without published values a figure may have no point at all.
         if not table.groups():
             raise ValueError(
-                f"{name}: nothing to show: these results have no point on it (Figures 7 and 8 "
-                f"take three results), and the published ones are UVRB's, not {benchmark}'s"
+                f"{name}: nothing to show: these results on {benchmark} have no number for it "
+                "(Figures 7 and 8 take three results; published numbers are UVRB's)"
             )
 
         # Scores say whose they are, if not UVRB's, and on what they depend. Table 4 has sizes:
@@ -1068,7 +1136,8 @@ def show(names, results, out, folder, roots=()):
         for style in STYLES:
             text = render(caption, table.groups(), style)
             path.with_suffix("." + style).write_text(text, encoding="utf-8")
-        print("\n" + render(caption, table.groups()), end="")
+        if not (brief and repeats_lines(name, table)):
+            print("\n" + render(caption, table.groups()), end="")
         if name.startswith("Figure"):
             plot(name, title, table, path.with_suffix(".png"))
             print(path.with_suffix(".png"))

@@ -12,14 +12,18 @@ P(k) = softmax(R_k / sigma_t), while sigma grows from 0.1 to 1.0: well-aligned s
 the others catch up.
 
 Read in this order: the schedule and its sampler, the loss, GradCache, probing and mining, the loop
-in `main`. A run writes a checkpoint folder (model.py), states to resume from
+in `train`. A run writes a checkpoint folder (model.py), states to resume from
 (support/checkpoint.py), and <out>/log.jsonl with one JSON line per event.
+
+SIGTERM, SIGINT, SIGHUP and SIGUSR1 (SLURM's warning) finish the step, save, and stop. torchrun
+passes SIGUSR1 on if started with --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1.
 
 Legend: K sources, G global batch, B this rank's rows, N this rank's hard negatives, M candidates of
 all ranks, D embedding dim. q queries, p positives, n hard negatives.
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import json
@@ -37,24 +41,36 @@ import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
-from data import Collator, TrainLoader, content_id, load_mixture
+from data import OutsideRoots, TrainLoader, content_id, load_mixture
 from embed import encode
 from kernels.infonce import info_nce_dist
-from model import GVE, POOLINGS, to_device
+from model import GVE, POOLINGS, POSITIONS, to_device
 from support.cache import FeatureStore, VectorCache, hash_weights
 from support.checkpoint import (
+    check_data,
+    check_same_state,
+    check_settings,
+    describe_state,
     get_rng_state,
     install_signal_handlers,
+    list_changes,
     load_state,
     newest_state,
     received_signals,
     save_state,
     set_rng_state,
 )
-from support.files import git_commit, read_jsonl, write_jsonl
+from support.files import file_lock, git_commit, load_jsonl, name_what_failed, write_jsonl
 from support.flags import flag, parse_flags
 from support.flops import peak_flops, peak_memory_gib, step_flops
-from support.ranks import all_gather_object, barrier, join_ranks, leave_ranks, sum_over_ranks
+from support.ranks import (
+    all_gather_object,
+    barrier,
+    fail_together,
+    join_ranks,
+    leave_ranks,
+    sum_over_ranks,
+)
 from tables import pyramid_table
 
 # The Modality Pyramid, Figure 5, bottom up.
@@ -85,6 +101,7 @@ PAPER = dict(
     micro_tokens=32768,
     save_every=200,
     probe_pairs=256,
+    min_tokens=128,  # PAPER: names none; the released processor's (model.RELEASED_MIN_TOKENS)
     grad_cache=True,  # PAPER: GradCache was off; on, a batch of 1,024 fits any GPU
 )
 PRESETS = {
@@ -271,7 +288,12 @@ def gather_rows(rows):
     return GatherRows.apply(rows)
 
 
-def contrastive_loss(q, p, n, p_ids, n_ids, *, tau, margin=None, symmetric=True):
+def number_rows(q):
+    """Number the rows of q (B, D): equal rows, to the last bit, get equal numbers (B,) int64."""
+    return q.detach().unique(dim=0, return_inverse=True)[1]
+
+
+def contrastive_loss(q, p, n, p_ids, n_ids, *, q_ids=None, tau, margin=None, symmetric=True):
     """Return this rank's share of the global mean of symmetric InfoNCE, Eq. (1).
 
     Shares and gradients SUM over the ranks to the result of one process; they are never averaged.
@@ -281,6 +303,8 @@ def contrastive_loss(q, p, n, p_ids, n_ids, *, tau, margin=None, symmetric=True)
     p_ids       (B,) content ids of the positives, int64
     n_ids       (N,) of the hard negatives; a candidate with the content of a query's positive is
                 not a negative of that query
+    q_ids       (B,) of the queries; the positive of a row with the same query is not a negative
+                either. None: rows of q that are equal to the last bit are one query
     tau         temperature
     margin      a cosine: a candidate that scores this much above the positive is taken for a false
                 negative and left out; None keeps all
@@ -291,7 +315,7 @@ def contrastive_loss(q, p, n, p_ids, n_ids, *, tau, margin=None, symmetric=True)
     batches: leave this function as it is, and put a loss of yours beside it, in LOSSES.
     """
     # PAPER: Eq. (1) names only a row's own hard negatives, and no masks; the forward() of the
-    # authors' released model code has all of these.
+    # authors' released model code has all of these but the mask by query ids.
     margin = torch.inf if margin is None else margin
     if q.dtype in (torch.bfloat16, torch.float16):  # too coarse for scores over tau
         q = q.float()
@@ -301,6 +325,7 @@ def contrastive_loss(q, p, n, p_ids, n_ids, *, tau, margin=None, symmetric=True)
     # Everything that other ranks hold
     all_q = gather_rows(q)
     all_p = gather_rows(p)
+    all_q_ids = number_rows(all_q) if q_ids is None else gather_rows(q_ids)
     row_ids = gather_rows(p_ids)  # the content that each query of any rank is looking for
     candidates = torch.cat([all_p, gather_rows(n)])  # (M, D)
     candidate_ids = torch.cat([row_ids, gather_rows(n_ids)])  # (M,)
@@ -315,6 +340,7 @@ def contrastive_loss(q, p, n, p_ids, n_ids, *, tau, margin=None, symmetric=True)
     # Query -> candidates: rows are this rank's queries, columns the candidates of all ranks.
     scores = q @ candidates.T  # (B, M)
     drop = p_ids[:, None] == candidate_ids
+    drop[:, : len(all_q)] |= all_q_ids[own][:, None] == all_q_ids
     drop |= scores > thresholds[own][:, None]
     drop[row, own] = False
     logits = (scores / tau).masked_fill(drop, -torch.inf)
@@ -324,6 +350,7 @@ def contrastive_loss(q, p, n, p_ids, n_ids, *, tau, margin=None, symmetric=True)
     if symmetric:
         scores = p @ all_q.T  # (B, all ranks' rows)
         drop = p_ids[:, None] == row_ids
+        drop |= all_q_ids[own][:, None] == all_q_ids
         drop |= scores > thresholds
         drop[row, own] = False
         logits = (scores / tau).masked_fill(drop, -torch.inf)
@@ -412,14 +439,29 @@ def probe(q, p):
     return float(mean), float((variance / max(n - 1, 1)).sqrt())
 
 
-def mine(q, p, ids, k, margin=None, block=1024):
+def find_answers(queries, contents, q_ids, ids):
+    """Mark the contents that a row with the same query has for its positive -> (B, U) bool.
+
+    queries (B,), contents (U,), sorted: ids. q_ids, ids (n,): those of the rows.
+    """
+    known = torch.isin(q_ids, queries)  # rows with one of these queries
+    numbers, query = torch.cat([q_ids[known], queries]).unique(return_inverse=True)
+    of_row, of_query = query.split([len(query) - len(queries), len(queries)])
+
+    answers = torch.zeros(len(numbers), len(contents), dtype=torch.bool, device=ids.device)
+    answers[of_row, torch.searchsorted(contents, ids[known])] = True
+    return answers[of_query]
+
+
+def mine(q, p, ids, k, margin=None, *, q_ids=None, block=1024):
     """Find each query's hard negatives among the positives of all -> row numbers (n, <= k) int64.
 
-    They are the distinct contents that score highest for the query, without the content of its own
-    positive, and without those that score above the positive by more than margin. -1 stands where
-    fewer than k are left.
+    They are the distinct contents that score highest for the query, without those that are the
+    positive of a row with the same query, and without those that score above the row's own positive
+    by more than margin. -1 stands where fewer than k are left.
 
     q, p (n, D): unit rows of n pairs. ids (n,): content ids of the positives. margin: a cosine.
+    q_ids (n,): ids of the queries; None: rows of q that are equal to the last bit are one query.
     """
     # PAPER: mines "a large external corpus"; here the pool is what an epoch draws of the source
     # itself.
@@ -427,7 +469,9 @@ def mine(q, p, ids, k, margin=None, block=1024):
     new = torch.ones(len(ids), dtype=torch.bool)
     new[1:] = ids[order][1:] != ids[order][:-1]
     first = order[new].to(p.device)  # (U,) the first row of each content
-    contents = ids.to(p.device)[first]  # (U,)
+    ids = ids.to(p.device)
+    q_ids = number_rows(q) if q_ids is None else q_ids.to(p.device)
+    contents = ids[first]  # (U,)
     pool = p[first]  # (U, D)
     margin = torch.inf if margin is None else margin
 
@@ -437,17 +481,17 @@ def mine(q, p, ids, k, margin=None, block=1024):
         rows = slice(start, start + block)
         positive = (q[rows] * p[rows]).sum(1, keepdim=True)  # (block, 1)
         scores = q[rows] @ pool.T  # (block, U)
-        same = ids[rows].to(p.device)[:, None] == contents
+        right = find_answers(q_ids[rows], contents, q_ids, ids)
         false = scores > positive + margin
-        best, which = scores.masked_fill(same | false, -torch.inf).topk(k)
+        best, which = scores.masked_fill(right | false, -torch.inf).topk(k)
         found.append(first[which].masked_fill(best == -torch.inf, -1))
     return torch.cat(found)
 
 
 def embed_pairs(gve, source, rows, flags, cache=None):
-    """Embed queries and positives of a source's rows -> ([(row, positive)], q (n, D), p (n, D)).
+    """Embed queries and positives of a source's rows -> ([(row, query, positive)], q, p).
 
-    Rows that cannot be used are left out; training will list them.
+    q, p (n, D): their vectors. Rows that cannot be used are left out; training will list them.
     """
     loaded = []
     for row in rows:
@@ -472,7 +516,7 @@ def embed_pairs(gve, source, rows, flags, cache=None):
         raise FloatingPointError(
             f"source {source.name}: the prober gives vectors that are not finite"
         )
-    pairs = [(loaded[i][0], loaded[i][2]) for i in good]
+    pairs = [loaded[i] for i in good]
     return pairs, q[good], p[good]
 
 
@@ -505,14 +549,15 @@ def probe_sources(prober, sources, flags, rank=0, world=1):
 def mine_source(prober, source, rows, flags, cache=None):
     """Mine hard negatives of a source's rows under the prober -> {row: [item, ...]}."""
     pairs, q, p = embed_pairs(prober, source, sorted(rows), flags, cache)
-    ids = torch.tensor([content_id(item) for _, item in pairs])
+    q_ids = torch.tensor([content_id(query) for _, query, _ in pairs])
+    ids = torch.tensor([content_id(positive) for _, _, positive in pairs])
     margin = None if flags.margin < 0 else flags.margin
     device = prober.device
-    found = mine(q.to(device), p.to(device), ids, source.negatives, margin)
+    found = mine(q.to(device), p.to(device), ids, source.negatives, margin, q_ids=q_ids)
 
     mined = {}
-    for (row, _), negatives in zip(pairs, found.tolist(), strict=True):
-        mined[row] = [pairs[i][1] for i in negatives if i >= 0]
+    for (row, _, _), negatives in zip(pairs, found.tolist(), strict=True):
+        mined[row] = [pairs[i][2] for i in negatives if i >= 0]
     return mined
 
 
@@ -533,8 +578,17 @@ def mine_epoch(prober, sources, plan, flags, path):
 
 
 def read_mined(sources, path):
-    """Give every source the hard negatives that an earlier run mined for this epoch."""
-    for source, (_, mined) in zip(sources, read_jsonl(path), strict=True):
+    """Give every source the hard negatives that an earlier run mined for this epoch.
+
+    Raises ValueError if they are gone: the prober that mined them may be, too.
+    """
+    lines = load_jsonl(path) if path.exists() else []
+    if len(lines) != len(sources):
+        raise ValueError(
+            f"{path}: cannot resume without this epoch's hard negatives, a line for each of "
+            f"{len(sources)} sources; the file has {len(lines)}: put it back, or start a new run"
+        )
+    for source, mined in zip(sources, lines, strict=True):
         source.mined = {int(row): items for row, items in mined.items()}
 
 
@@ -591,7 +645,14 @@ class Flags:
     )
     symmetric: bool = flag(True, "add the candidate-to-query direction to the loss")
     frames: int = flag(8, "frames per video, even")
-    max_tokens: int = flag(200, "vision tokens per video frame")
+    max_tokens: int = flag(200, "most vision tokens per video frame")
+    min_tokens: int = flag(4, "least vision tokens per video frame; smaller frames are enlarged")
+    positions: str = flag(
+        "",
+        "mrope, or 1d: places in the row, as in the released forward; empty: the base's own, else "
+        "mrope",
+        choices=["", *POSITIONS],
+    )
     max_length: int = flag(8192, "tokens per item; the tail of longer texts is cut")
     dtype: str = flag(
         "float32",
@@ -617,6 +678,51 @@ class Flags:
     seed: int = flag(42, "random seed")
     device: str = flag("", "cpu or cuda; empty: cuda if there is one")
 
+    def __post_init__(self):
+        """Raise ValueError for a value that no run can have, naming the flag and its range."""
+        least = {
+            "epochs": 1,
+            "steps": 0,
+            "probe_pairs": 1,
+            "micro_batch": 1,
+            "micro_tokens": 0,
+            "weight_decay": 0,
+            "clip": 0,
+            "max_tokens": 1,
+            "max_length": 1,
+            "workers": 0,
+            "save_every": 0,
+            "keep": 1,
+            "log_every": 1,
+            "seed": 0,
+        }
+        above_zero = ("lr", "temperature", "sigma_max", "batch_scale")
+        accepted = {}  # of the flags whose value is refused
+        for name, lowest in least.items():
+            if not lowest <= getattr(self, name) < math.inf:
+                accepted[name] = f"at least {lowest}"
+        for name in above_zero:
+            if not 0 < getattr(self, name) < math.inf:
+                accepted[name] = "above 0"
+        if not 0 <= self.warmup <= 1:
+            accepted["warmup"] = "from 0 to 1"
+        if not 0 <= self.dropout < 1:
+            accepted["dropout"] = "from 0 to below 1"
+        if not -math.inf < self.margin < math.inf:
+            accepted["margin"] = "a number; negative: off"
+        if self.frames < 2 or self.frames % 2:
+            accepted["frames"] = "even, at least 2"
+        for name in ("base", "out"):
+            if not getattr(self, name):
+                accepted[name] = "a folder"
+
+        refused = []
+        for name, values in accepted.items():
+            flag_name = "--" + name.replace("_", "-")
+            refused.append(f"{flag_name} {getattr(self, name)!r} (accepted: {values})")
+        if refused:
+            raise ValueError(", ".join(refused))
+
 
 def load_sources(flags):
     """Read the mixtures -> list of data.Source with distinct names."""
@@ -634,26 +740,127 @@ def load_sources(flags):
     return sources
 
 
+ROWS_LOOKED_AT = 100  # per source, before anything is computed
+
+
+def check_sources(sources, sampler, flags):
+    """Look at some rows of each source before the run begins -> warnings, a list of texts.
+
+    Raises ValueError naming a source that cannot be trained on: its media lie outside the allowed
+    roots, no row can be used, or nothing would be contrasted with anything, a loss of 0.
+    """
+    warnings = []
+    for source, batch, pass_rows in zip(sources, sampler.batch, sampler.rows, strict=True):
+        looked_at = min(ROWS_LOOKED_AT, len(source))
+        rows = np.linspace(0, len(source) - 1, looked_at).astype(int)
+        outside = []
+        unusable = []
+        queries = set()
+        positives = set()
+        hard_negatives = 0
+        for row in rows:
+            try:
+                query, positive, *negatives = source.load(int(row), [flags.data, *flags.root])
+            except OutsideRoots as error:
+                outside.append(str(error))
+                continue
+            except ValueError as error:
+                unusable.append(str(error))
+                continue
+            queries.add(content_id(query))
+            positives.add(content_id(positive))
+            hard_negatives += len(negatives)
+
+        # Can its rows be used?
+        share = f"of {looked_at} rows looked at" if looked_at < len(source) else f"of {looked_at}"
+        if len(outside) > 0.9 * looked_at:
+            raise ValueError(
+                f"source {source.name}: {len(outside)} {share} name media outside the allowed "
+                f"folders; --root adds one. The first: {outside[0]}"
+            )
+        if not positives:
+            raise ValueError(
+                f"source {source.name}: none {share} can be used. The first: {unusable[0]}"
+            )
+        if outside:
+            warnings.append(
+                f"source {source.name}: {len(outside)} {share} name media outside the allowed "
+                "folders; they will be replaced"
+            )
+
+        # Has a row anything to be told from? Rows of equal content are no negatives of each other.
+        different = min(len(queries), len(positives))
+        if flags.remine and different > 1:
+            hard_negatives += source.negatives
+        reason = None
+        if pass_rows == 1:
+            reason = "a pass over it is one row"
+        elif batch == 1:
+            reason = f"batch_size {source.batch_size} x --batch-scale makes a global batch of 1"
+        elif different == 1:
+            reason = f"{looked_at} {share} have the same query or the same positive"
+        if reason and not hard_negatives:
+            raise ValueError(
+                f"source {source.name}: {reason}, and no hard negatives: its loss would be 0; "
+                "remove its entry from the mixture, or give it more rows"
+            )
+        if looked_at < len(source) and 2 * different > looked_at:
+            different = pass_rows  # too many to be counted in so few rows
+        if 2 * different <= batch:
+            warnings.append(
+                f"source {source.name}: {different} different pairs for a global batch of {batch}; "
+                "few negatives make a weak source"
+            )
+    return warnings
+
+
+@contextlib.contextmanager
+def hold_folder(out, rank):
+    """Keep a folder for this run; raise ValueError on every rank while another run has it."""
+    with contextlib.ExitStack() as stack:
+        with fail_together():
+            out.mkdir(parents=True, exist_ok=True)
+            lock = out / "train.lock"
+            if rank == 0 and not stack.enter_context(file_lock(lock, wait=False)):
+                raise ValueError(
+                    f"{out}: another run is writing to this folder (it holds {lock}); "
+                    "wait until it has ended, or name another --out"
+                )
+        yield
+
+
 class RunLog:
     """log.jsonl, one JSON line per event, and messages on the terminal, both from rank 0 only."""
 
     def __init__(self, out, rank, length=0):
         """Open <out>/log.jsonl and cut it after its first `length` bytes."""
+        self.path = out / "log.jsonl"
         self.file = None
-        self.rank = rank
-        if rank == 0:
-            self.file = open(out / "log.jsonl", "a" if length else "w")
-            self.file.truncate(length)
+        if rank > 0:
+            return
+        # Unbuffered: each line is on its way to the disk at once, and a full disk is met here.
+        self.file = open(self.path, "ab" if length else "wb", buffering=0)
+        if length > self.path.stat().st_size:
+            self.say(f"note: {self.path} has lost lines; what is left of it goes on")
+            length = self.path.read_bytes().rfind(b"\n") + 1
+        self.file.truncate(length)
 
     def event(self, name, **values):
         if self.file:
             line = {"event": name, "time": round(time.time(), 3), **values}
-            self.file.write(json.dumps(line) + "\n")
-            self.file.flush()
+            rest = (json.dumps(line) + "\n").encode()
+            with name_what_failed(self.path):
+                while rest:
+                    rest = rest[self.file.write(rest) :]
+
+    def length(self):
+        """Return the length of the file in bytes, on rank 0."""
+        return self.file.tell() if self.file else 0
 
     def say(self, text):
-        if self.rank == 0:
+        if self.file:
             tqdm.write(text)
+            sys.stdout.flush()  # a batch job's output is a file
 
 
 def with_vision_features(gve, group, store=None):
@@ -666,19 +873,22 @@ def with_vision_features(gve, group, store=None):
 
 
 @torch.no_grad()
-def curve_sums(q, p, n, p_ids, n_ids):
+def curve_sums(q, p, n, p_ids, n_ids, q_ids=None):
     """Return {name: sum over this rank's rows and candidates} for the curves of Figures 9 and 10.
 
-    A gap is a positive's score minus that of the hardest negative. Candidates with the positive's
-    content are not counted as negatives. Only this rank's candidates are looked at, so the curves
-    move a little with the number of ranks.
+    A gap is a positive's score minus that of the hardest negative. Answers to the query are not
+    negatives, as in contrastive_loss. Only this rank's rows and candidates are looked at, so the
+    curves move a little with the number of ranks.
     """
+    q_ids = number_rows(q) if q_ids is None else q_ids
     scores = q @ torch.cat([p, n]).T  # (B, B + N)
     ids = torch.cat([p_ids, n_ids])
     positive = (q * p).sum(1)
     hardest = positive
     if scores.numel():
-        hardest = scores.masked_fill(ids == p_ids[:, None], -1).amax(1)
+        answers = p_ids[:, None] == ids
+        answers[:, : len(q)] |= q_ids[:, None] == q_ids
+        hardest = scores.masked_fill(answers, -1).amax(1)
     return {
         "scores": scores.sum(),
         "n_scores": torch.tensor(scores.numel(), device=q.device),
@@ -736,7 +946,13 @@ def build_model(flags, rank, device):
     torch.manual_seed(flags.seed)  # LoRA starts equal on every rank
     lora = {"lora_dropout": flags.dropout}
     gve = GVE.from_pretrained(
-        flags.base, dtype=flags.dtype, device=device, lora=lora, pooling=flags.pooling
+        flags.base,
+        dtype=flags.dtype,
+        device=device,
+        lora=lora,
+        pooling=flags.pooling,
+        min_tokens=flags.min_tokens,
+        positions=flags.positions,
     )
     if flags.checkpointing:
         gve.core.language_model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -753,12 +969,10 @@ def build_model(flags, rank, device):
     store = None
     if flags.features:
         store = FeatureStore(f"{flags.features}/{hash_weights(gve.core.visual)[:16]}")
-    collate = Collator(
-        gve.processor,
+    collate = gve.collator(
         frames=flags.frames,
         max_tokens=flags.max_tokens,
         max_length=flags.max_length,
-        prompt_style=gve.prompt_style,
         store=store,
     )
     return gve, optimizer, collate
@@ -800,11 +1014,34 @@ def describe_epoch(sources, sampler, start, share):
 
 
 def main(flags):
+    """Train as the flags say -> the trained model (GVE)."""
     rank, world, device = join_ranks(flags.device)
 
-    # Data: sources, and who draws from them
-    sources = load_sources(flags)
-    sampler = Sampler(sources, flags.batch_scale, flags.seed)
+    # Data: sources, and who draws from them. Each machine may read files of its own.
+    with fail_together():
+        sources = load_sources(flags)
+        sampler = Sampler(sources, flags.batch_scale, flags.seed)
+        warnings = check_sources(sources, sampler, flags)
+    facts = {source.name: source.facts() for source in sources}
+    for other, theirs in enumerate(all_gather_object(facts)):
+        changes = list_changes(facts, theirs)
+        if changes:
+            raise ValueError(f"rank {rank} and rank {other} read different data: {changes}")
+    if rank == 0:
+        for warning in warnings:
+            tqdm.write(f"warning: {warning}", file=sys.stderr)
+
+    if flags.dry_run:  # writes nothing
+        gve = train(flags, sources, sampler, rank, world, device)
+    else:
+        with hold_folder(Path(flags.out), rank):
+            gve = train(flags, sources, sampler, rank, world, device)
+    leave_ranks()
+    return gve
+
+
+def train(flags, sources, sampler, rank, world, device):
+    """Train on the sources that the sampler draws from -> the trained model (GVE)."""
     sizes = [source.samples for source in sources]
     levels = [LEVEL[source.task] for source in sources]
     _, needs_relevance = SCHEDULES[flags.schedule]
@@ -820,18 +1057,30 @@ def main(flags):
     parameters = list(gve.lora_parameters().values())
     if flags.dry_run:
         dry_run(gve, optimizer, collate, flags)
-        leave_ranks()
         return gve
 
     # A new run, or one to resume
     out = Path(flags.out)
-    config = dataclasses.asdict(flags) | {"world": world}
+    config = dataclasses.asdict(flags) | {"world": world, "device": device.type}
+    data_facts = {source.name: source.facts() for source in sources}
+    base_hash = gve.core.fingerprint
     resumed = None  # the facts of the state to resume from, until its epoch is under way
     if flags.resume:
-        folder, resumed = newest_state(out / "state", config)
+        with fail_together():
+            folder, resumed = newest_state(out / "state")
+            seen = describe_state(folder)
+        check_same_state(all_gather_object(seen))
     commit = git_commit()
     if resumed:
-        rng_states = load_state(folder, optimizer)  # (world, n)
+        with fail_together():
+            check_settings(out, resumed["config"], config)
+            check_data(out, resumed.get("data", {}), data_facts)
+            if base_hash != resumed.get("base_hash"):
+                raise ValueError(
+                    f"{out}: cannot resume: the weights of --base {flags.base} are not those that "
+                    f"the run began with (--base {resumed['config']['base']})"
+                )
+            rng_states = load_state(folder, optimizer)  # (world, n)
         before = resumed.get("commit")
         if before != commit and rank == 0:
             tqdm.write(
@@ -840,7 +1089,6 @@ def main(flags):
     elif rank == 0 and (out / "state").exists():  # another run's
         shutil.rmtree(out / "state.old", ignore_errors=True)
         os.replace(out / "state", out / "state.old")
-    out.mkdir(parents=True, exist_ok=True)
     log = RunLog(out, rank, length=resumed["log"] if resumed else 0)
 
     about_sources = describe_sources(sources)
@@ -854,10 +1102,17 @@ def main(flags):
         trained=trained,
         sources=about_sources,
     )
+    pairs = f"{sum(sampler.rows):,} pairs"
+    if sum(sampler.rows) < sum(sizes):  # samples beyond a source's rows are repeats
+        pairs += f" ({sum(sizes):,} with repeats)"
     log.say(
-        f"{len(sources)} sources, {sum(sizes):,} pairs, {steps} steps on {world} x {device.type}, "
+        f"{len(sources)} sources, {pairs}, {steps} steps on {world} x {device.type}, "
         f"{trained:,} trained weights -> {out}"
     )
+    if resumed and resumed["step"] == steps:
+        log.say(f"{out} holds a finished run of {steps} steps: nothing is left to train")
+    elif flags.resume and not resumed:
+        log.say(f"no state in {out / 'state'}: a new run begins")
 
     # What the loop calls: batches of this rank, the cost of a step, vectors, the loss
     load = TrainLoader(
@@ -888,7 +1143,11 @@ def main(flags):
     step = resumed["step"] if resumed else 0
     bad_rows = set(resumed["bad_rows"]) if resumed else set()
     metrics = {}  # of the last log line
-    bar = tqdm(total=steps, initial=step, desc="train", disable=rank != 0, dynamic_ncols=True)
+    # A bar where there is a terminal (None lets tqdm look); else a line now and then.
+    no_bar = None if rank == 0 else True
+    bar = tqdm(total=steps, initial=step, desc="train", disable=no_bar, dynamic_ncols=True)
+    training_time = 0.0  # seconds of this process, without probing and saving
+    steps_before = step
     for epoch in range(first_epoch, flags.epochs):
         # Where on the pyramid are we? A resumed run finds in its state how this epoch began.
         first_step = round(epoch * steps / flags.epochs)
@@ -933,9 +1192,10 @@ def main(flags):
         # Mine hard negatives for the rows drawn.
         if flags.remine:
             mined = out / f"mined-{epoch}.jsonl"
-            if resumed:
-                read_mined(sources, mined)
-            else:
+            if resumed and step < last_step:
+                with fail_together():
+                    read_mined(sources, mined)
+            elif not resumed:
                 mine_epoch(prober, sources, plan, flags, mined)
         del prober
 
@@ -970,6 +1230,7 @@ def main(flags):
             n = vectors["negative"]  # (N, D)
 
             # Loss: this rank's share.
+            q_ids = batch.query.ids.to(device)
             p_ids = batch.positive.ids.to(device)
             n_ids = batch.negative.ids.to(device)
             if fused[batch.source]:
@@ -980,12 +1241,21 @@ def main(flags):
                     n=n,
                     p_ids=p_ids,
                     n_ids=n_ids,
+                    q_ids=q_ids,
                     margin=margin,
                     symmetric=flags.symmetric,
                 )
             else:
                 loss = compute_loss(
-                    q, p, n, p_ids, n_ids, tau=tau, margin=margin, symmetric=flags.symmetric
+                    q,
+                    p,
+                    n,
+                    p_ids,
+                    n_ids,
+                    q_ids=q_ids,
+                    tau=tau,
+                    margin=margin,
+                    symmetric=flags.symmetric,
                 )
 
             # Backward, and one sum over ranks.
@@ -995,7 +1265,7 @@ def main(flags):
                     cache.backward()
             sums = {
                 "loss": loss.detach(),
-                **curve_sums(q, p, n, p_ids, n_ids),
+                **curve_sums(q, p, n, p_ids, n_ids, q_ids),
                 "flops": torch.tensor(step_cost, device=device),
                 "stops": torch.tensor(len(received_signals), device=device),
             }
@@ -1050,6 +1320,16 @@ def main(flags):
                 rows = int(sums["rows"])
                 log.event("step", step=step, epoch=epoch, source=source.name, rows=rows, **metrics)
                 seen, waited, flops, since = 0, 0.0, 0.0, time.perf_counter()
+
+                training_time += elapsed
+                rate = (step - steps_before) / training_time
+                if rank == 0 and bar.disable:
+                    left = tqdm.format_interval((steps - step) / rate)
+                    tqdm.write(
+                        f"step {step}/{steps}: loss {sums['loss']:.3f}, source {source.name}, "
+                        f"{rate:.2f} steps/s, {left} left",
+                        file=sys.stderr,
+                    )
             bar.update()
             bar.set_postfix(loss=f"{sums['loss']:.3f}", source=source.name, refresh=False)
 
@@ -1059,33 +1339,33 @@ def main(flags):
             if due or step == last_step or sums["stops"]:
                 # Each rank has a random state of its own and has met bad rows of its own.
                 of_ranks = all_gather_object((get_rng_state(device), bad_rows))
-                if rank == 0:
-                    data = {}
-                    for (name, facts), drawn in zip(
-                        about_sources.items(), trained_rows, strict=True
-                    ):
-                        data[name] = {"rows": facts["rows"], "drawn": drawn}
-                    info = {
-                        "config": config,
-                        "step": step,
-                        "seed": flags.seed,
-                        "commit": commit,
-                        "metrics": metrics,
-                        "data": data,
-                    }
-                    gve.save_pretrained(out, info=info)
-
-                    facts = {
-                        "step": step,
-                        "epoch": epoch,
-                        "epoch_start": start,
-                        "config": config,
-                        "commit": commit,
-                        "bad_rows": sorted(set().union(*(bad for _, bad in of_ranks))),
-                        "log": log.file.tell(),
-                    }
-                    rng = torch.stack([state for state, _ in of_ranks])
-                    save_state(out / "state", optimizer, rng, facts, flags.keep)
+                data = {}
+                for k, drawn in enumerate(trained_rows):
+                    data[sources[k].name] = {"rows": len(sources[k]), "drawn": drawn}
+                info = {
+                    "config": config,
+                    "step": step,
+                    "seed": flags.seed,
+                    "commit": commit,
+                    "metrics": metrics,
+                    "data": data,
+                }
+                facts = {
+                    "step": step,
+                    "epoch": epoch,
+                    "epoch_start": start,
+                    "config": config,
+                    "data": data_facts,
+                    "base_hash": base_hash,
+                    "commit": commit,
+                    "bad_rows": sorted(set().union(*(bad for _, bad in of_ranks))),
+                    "log": log.length(),
+                }
+                rng = torch.stack([state for state, _ in of_ranks])
+                with fail_together():
+                    if rank == 0:
+                        gve.save_pretrained(out, info=info)
+                        save_state(out / "state", optimizer, rng, facts, flags.keep)
 
             if sums["stops"]:
                 # Wait until rank 0 has saved: torchrun kills the rest 30 s after the first exit.
@@ -1104,7 +1384,6 @@ def main(flags):
         f"\ntrained {step} steps; {len(bad_rows)} unusable rows replaced; "
         f"checkpoint and log in {out}"
     )
-    leave_ranks()
     return gve
 
 

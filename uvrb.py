@@ -1,7 +1,7 @@
 """UVRB, the universal video retrieval benchmark: its 16 datasets, how to read and check their
 folders, and its nine abilities (arXiv 2510.27571, section 3.1, Tables 4 and 5).
 
-    python uvrb.py check DIR             list every bad row as file:line: reason (seconds)
+    python uvrb.py check DIR             a summary, and bad rows as file:line: reason (seconds)
     python uvrb.py check DIR --decode    also decode every video and image (hours on the full UVRB)
 
 `read` turns a dataset's <DS>/jsonl/{queries,corpus,instances}.jsonl into items and lists of
@@ -20,6 +20,7 @@ Legend: N queries, M corpus items; "positives" and "pools" are lists of corpus i
 """
 
 import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,6 +152,7 @@ class Bench:
     expected: tuple
     # "file:line: reason" of absent media. Their items still name the path and fail when encoded.
     missing: list
+    outside: int = 0  # media that are refused, since they lie outside the allowed folders
 
 
 def folder_of(root, name: str) -> Path | None:
@@ -174,7 +176,8 @@ class Benchmark(NamedTuple):
 def benchmark(root) -> Benchmark:
     """Read which benchmark a folder holds: benchmark.json, or without that file "UVRB" and Table 4.
 
-    Raises FileNotFoundError if root is no folder, ValueError naming the file and its form.
+    Raises FileNotFoundError if root is no folder, ValueError naming the file, the key and the
+    accepted values.
     """
     if not Path(root).is_dir():
         raise FileNotFoundError(f"{root}: no such benchmark folder")
@@ -182,20 +185,21 @@ def benchmark(root) -> Benchmark:
     if not path.is_file():
         return Benchmark("UVRB", ALL)
 
+    content = parse_json(path.read_bytes(), path)
+    name = content.get("name")
+    entries = content.get("datasets")
+    if not isinstance(name, str):
+        raise ValueError(f'{path}: "name" must be a string, got {name!r}')
+    if not isinstance(entries, dict):
+        form = '{DS: {"queries": int, "corpus": int, ...}}'
+        raise ValueError(f'{path}: "datasets" must be {form}, got {entries!r}')
+
     declared = {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        name = str(content["name"])
-        for key, entry in content["datasets"].items():
-            dataset = define(key, entry)
-            sizes = {"queries": int(entry["queries"]), "corpus": int(entry["corpus"])}
-            declared[key] = dataset._replace(**sizes)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        form = '{"name": str, "datasets": {DS: {"queries": int, "corpus": int}}}'
-        raise ValueError(
-            f"{path}: {type(error).__name__} {error}; expected {form} with DS of {', '.join(ALL)}, "
-            "or DS of your own with task, metric, prompt and, if it has one, domain"
-        ) from error
+    for key, entry in entries.items():
+        try:
+            declared[key] = define(key, entry)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
     # Sizes that are not declared are unknown.
     datasets = {}
@@ -209,17 +213,30 @@ def define(name, entry):
 
     Raises ValueError naming the key and the accepted values.
     """
+    if not isinstance(entry, dict):
+        raise ValueError(f"{name} must be an object with queries and corpus, got {entry!r}")
+    needed = ["queries", "corpus"]
+    if name not in ALL:
+        needed += ["task", "metric", "prompt"]
+    absent = [key for key in needed if key not in entry]
+    if absent and name not in ALL:
+        raise ValueError(f"{name} is none of UVRB's datasets and so needs {', '.join(absent)}, too")
+    if absent:
+        raise ValueError(f"{name} needs {', '.join(absent)}, too")
+
+    sizes = {key: entry[key] for key in ("queries", "corpus")}
+    for key, size in sizes.items():
+        if type(size) is not int or size < 0:
+            raise ValueError(f"{name}: {key} {size!r}; accepted: a number of rows")
+
     if name in ALL:
         changed = entry.keys() & {"task", "domain", "metric", "prompt"}
         if changed:
             raise ValueError(
                 f"{name} is UVRB's: its {', '.join(sorted(changed))} cannot be changed"
             )
-        return ALL[name]
+        return ALL[name]._replace(**sizes)
 
-    absent = [key for key in ("task", "metric", "prompt") if key not in entry]
-    if absent:
-        raise ValueError(f"{name} is none of UVRB's datasets and has no {', '.join(absent)}")
     if name == ".." or Path(name).parts != (name,):
         raise ValueError(f"{name!r} is not the name of a folder")
     for key, accepted in (("task", TASKS), ("domain", DOMAINS), ("metric", METRICS)):
@@ -229,7 +246,57 @@ def define(name, entry):
         raise ValueError(f"{name}: prompt must be a string, got {entry['prompt']!r}")
 
     domain = entry.get("domain", "")
-    return Dataset(name, entry["task"], domain, entry["metric"], None, None, entry["prompt"])
+    return Dataset(name, entry["task"], domain, entry["metric"], *sizes.values(), entry["prompt"])
+
+
+def find(root) -> tuple[list, list]:
+    """Find the datasets of a benchmark folder -> (their names, a sentence for each thing amiss).
+
+    Amiss are folders that no benchmark.json defines, datasets that it declares and that are not
+    here, and a folder without any dataset. Raises as benchmark() does.
+    """
+    root = Path(root)
+    known = benchmark(root).datasets
+    names = [name for name in known if folder_of(root, name)]
+    if not names and folder_of(root.resolve().parent, root.resolve().name):
+        above = root.resolve().parent
+        return [], [f"{root} is a dataset: give the folder that holds it, {above}"]
+
+    amiss = []
+    for folder in sorted(root.iterdir()):
+        if folder.is_dir() and folder.name not in known and folder_of(root, folder.name):
+            amiss.append(definition_of(root, folder.name))
+
+    if (root / "benchmark.json").is_file():
+        declared = [name for name, dataset in known.items() if dataset.queries is not None]
+        absent = [name for name in declared if name not in names]
+        if absent:
+            amiss.append(
+                f"{root}: benchmark.json declares {', '.join(absent)}, but there is no "
+                f"{absent[0]}/jsonl/queries.jsonl"
+            )
+    if not names and not amiss:
+        amiss.append(
+            f"{root}: none of the 16 datasets is here ({', '.join(DATASETS)}), nor one of your "
+            "own, that is NAME/jsonl/queries.jsonl and a benchmark.json that defines NAME"
+        )
+    return names, amiss
+
+
+def definition_of(root, name) -> str:
+    """Say in one line how to define a dataset whose folder is in `root`, with its sizes."""
+    path = Path(root) / "benchmark.json"
+    folder = folder_of(root, name)
+    entry = {}
+    for key in ("queries", "corpus"):
+        file = folder / f"{key}.jsonl"
+        entry[key] = len(file.read_bytes().splitlines()) if file.is_file() else 0
+    entry |= {"task": "TXT", "metric": "R@1", "prompt": "Find the video."}
+
+    if path.is_file():
+        return f'{name} is not defined; add to "datasets" of {path}: "{name}": {json.dumps(entry)}'
+    content = {"name": "my benchmark", "datasets": {name: entry}}
+    return f"{name} is none of UVRB's datasets; define it in {path}: {json.dumps(content)}"
 
 
 def read(root, name: str, roots=()) -> Bench:
@@ -258,6 +325,8 @@ def scan(root, name: str, roots=(), decode=False) -> tuple[Bench, list]:
     """
     root = Path(root).resolve()
     known = benchmark(root).datasets
+    if name not in known and folder_of(root, name):
+        raise ValueError(definition_of(root, name))
     if name not in known:
         raise ValueError(f"unknown dataset {name!r} (accepted: {', '.join(known)})")
     folder = folder_of(root, name)
@@ -276,16 +345,21 @@ def scan(root, name: str, roots=(), decode=False) -> tuple[Bench, list]:
         allowed.append(root.parent)
 
     dataset = known[name]
-    reader = Reader(name, bases, allowed, decode, bad=[], missing=[])
+    reader = Reader(name, bases, allowed, decode, bad=[], missing=[], outside=[])
     if dataset.queries is None and name in DATASETS:
         reader.bad.append(f"{root / 'benchmark.json'}: no sizes for {name}, whose folder is here")
     queries = reader.items(folder / "queries.jsonl")
     corpus = reader.items(folder / "corpus.jsonl")
     positives, pools = reader.instances(folder / "instances.jsonl", queries, corpus)
+    if reader.outside:
+        reader.bad.append(reader.explain_outside())
 
     whole_corpus = None if dataset.task == "CMP" else dataset.corpus
     expected = (dataset.queries or None, whole_corpus or None)
-    bench = Bench(name, dataset, queries, corpus, positives, pools, expected, reader.missing)
+    outside = len(reader.outside)
+    bench = Bench(
+        name, dataset, queries, corpus, positives, pools, expected, reader.missing, outside
+    )
     return bench, reader.bad
 
 
@@ -299,6 +373,7 @@ class Reader:
     decode: bool
     bad: list  # "file:line: reason" of rows that cannot be used
     missing: list  # the same of media that are absent or cannot be decoded
+    outside: list  # ("file:line", path as given, where it leads) of media in no allowed folder
 
     def rows(self, path):
         """Yield ("file:line", row) of a jsonl file, good rows alone."""
@@ -328,9 +403,10 @@ class Reader:
         """
         out = []
         first = {}  # {id: "file:line" where it first stands}
-        for where, row in tqdm(
-            self.rows(path), f"{self.name} {path.name}", leave=False, disable=not self.decode
-        ):
+        # Only decoding takes long. None: no bar where stderr is no terminal.
+        no_bar = None if self.decode else True
+        label = f"{self.name} {path.name}"
+        for where, row in tqdm(self.rows(path), label, leave=False, disable=no_bar):
             key = row.get("id")
             if not isinstance(key, str):
                 self.bad.append(f'{where}: "id" must be a string, not {key!r}')
@@ -351,7 +427,8 @@ class Reader:
     def item(self, row, where):
         """Turn a row into an item with absolute media paths; media that are absent are noted.
 
-        Raises ValueError if the row is empty, has the wrong form or leaves the allowed folders.
+        Returns None if one of them leads outside the allowed folders, which is noted, too. Raises
+        ValueError if the row is empty or has the wrong form.
         """
         item = {key: row[key] for key in MODALITIES if row.get(key)}  # released texts may be empty
         if not item:
@@ -365,20 +442,25 @@ class Reader:
             if kind not in item:
                 continue
             media = item[kind]
-            if isinstance(media, dict):
-                item[kind] = {**media, inner: self.locate(media[inner])}
-            else:
-                item[kind] = self.locate(media)
-            try:
-                resolved = data.resolve({kind: item[kind]}, self.bases[0], self.allowed)
-                item[kind] = resolved[kind]
-                if self.decode:
-                    load = load_image if kind == "image" else load_video
+            given = media[inner] if isinstance(media, dict) else media
+            path = os.path.realpath(self.locate(given))
+            item[kind] = {**media, inner: path} if isinstance(media, dict) else path
+
+            if not any(Path(path).is_relative_to(folder) for folder in self.allowed):
+                self.outside.append((where, given, path))
+                return None
+            if not os.path.exists(path):
+                folders = ", ".join(map(str, self.bases))
+                self.missing.append(
+                    f"{where}: missing media: no {given!r} in {folders}, nor in videos/ or images/ "
+                    "there"
+                )
+            elif self.decode:
+                load = load_image if kind == "image" else load_video
+                try:
                     load(item[kind])
-            except FileNotFoundError as error:
-                self.missing.append(f"{where}: missing media: {error}")
-            except MediaError as error:
-                self.missing.append(f"{where}: undecodable media: {error}")
+                except MediaError as error:
+                    self.missing.append(f"{where}: undecodable media: {error}")
         return item
 
     def locate(self, path):
@@ -388,9 +470,24 @@ class Reader:
             places += [base / path, base / "videos" / path, base / "images" / path]
             places.append(base / "videos_frames" / Path(path).stem)
         for place in places:
-            if place.exists():
+            if os.path.exists(place):  # False, and no error, of a path that is too long
                 return str(place)
         return str(places[0])
+
+    def explain_outside(self):
+        """Say once for all media outside the allowed folders where they lie and how to allow it."""
+        where, given, path = self.outside[0]
+        others = ""
+        if len(self.outside) > 1:
+            others = f", and so do {len(self.outside) - 1} more media of {self.name}"
+        folder = os.path.commonpath([os.path.dirname(path) for _, _, path in self.outside])
+        if folder == os.sep:
+            folder = os.path.dirname(path)
+        allowed = ", ".join(map(str, self.allowed))
+        return (
+            f"{where}: {given!r} leaves the allowed roots: it leads to {path}{others}. "
+            f"Allowed are {allowed}; add --root {folder}"
+        )
 
     def instances(self, path, queries, corpus):
         """Read rows {"qid", "pos", "neg"?}, merging those of one query -> (positives, pools).
@@ -432,25 +529,19 @@ class Reader:
         return [sorted(pos) for pos in positives], pools
 
 
-def check(root, roots=(), decode=False) -> list:
-    """Scan the datasets that `root` should hold and print a line for each.
+def check(root, roots=(), decode=False, show=5) -> list:
+    """Scan the datasets that are in `root` and print a line for each, with its first `show` faults.
 
-    These are the paper's 16 and those that benchmark.json defines; Table 11's sets are left out,
-    since the paper does not say how large they are.
-
-    Returns all bad rows and absent media as "file:line: reason".
+    Returns all faults, bad rows and absent media as "file:line: reason".
     """
-    title, datasets = benchmark(root)
-    bad = []
-    found = False
-    for name in datasets:
-        if name in ZERO_SHOT:
-            continue
-        folder = folder_of(root, name)
-        if folder is None:
-            print(f"{name:10}  not here")
-            continue
-        found = True
+    title, _ = benchmark(root)
+    names, bad = find(root)
+    print_some(bad, len(bad))
+    absent = [name for name in DATASETS if name not in names]
+    if title == "UVRB" and names and absent:
+        print(f"not here: {', '.join(absent)}")
+
+    for name in names:
         bench, problems = scan(root, name, roots, decode)
         n = len(bench.queries)
         m = len(bench.corpus)
@@ -458,31 +549,49 @@ def check(root, roots=(), decode=False) -> list:
         if bench.pools:
             sizes = [len(pool) for pool in bench.pools]
             pools = f", pools of {min(sizes)}-{max(sizes)}"
-        print(f"{name:10}  {n} queries, {m} videos{pools}, {len(bench.missing)} media missing")
+        outside = ""
+        if bench.outside:
+            outside = f", {bench.outside} outside the allowed roots"
+        print(
+            f"{name:10}  {n} queries, {m} corpus items{pools}, {len(bench.missing)} media missing"
+            f"{outside}"
+        )
 
-        bad += problems + bench.missing
         queries, corpus = bench.expected
         if n != (queries or n) or m != (corpus or m):
-            bad.append(f"{folder}: {n} queries, {m} videos; {title} has {queries} and {corpus}")
-    if not found:
-        bad.append(f"{root}: none of the 16 datasets is here ({', '.join(DATASETS)})")
+            folder = folder_of(root, name)
+            problems.append(
+                f"{folder}: {n} queries, {m} corpus items; {title} has {queries} and {corpus}"
+            )
+        print_some(problems, show)
+        print_some(bench.missing, show)
+        bad += problems + bench.missing
     return bad
+
+
+def print_some(lines, show):
+    """Print the first `show` lines, indented, and how many there are besides."""
+    for line in lines[:show]:
+        print(f"  {line}")
+    if len(lines) > show:
+        print(f"  ... and {len(lines) - show} more like these (--show {len(lines)} lists them)")
 
 
 @dataclass
 class Flags:
-    command: str = flag(..., "list every bad row of a folder", choices=["check"], positional=True)
+    command: str = flag(..., "list bad rows of a folder", choices=["check"], positional=True)
     dir: str = flag(..., "benchmark folder, with <DS>/jsonl/queries.jsonl", positional=True)
     root: list[str] = flag([], "further folders for media; paths may be relative to them, too")
     decode: bool = flag(False, "also decode every video and image")
+    show: int = flag(5, "bad rows that are listed per dataset, and as many missing media")
 
 
 def main(flags):
     try:
-        bad = check(flags.dir, flags.root, flags.decode)
-    except (ValueError, FileNotFoundError) as error:  # the message names the file
+        bad = check(flags.dir, flags.root, flags.decode, flags.show)
+    except (ValueError, OSError) as error:  # the message names the file
         sys.exit(f"uvrb.py: {error}")
-    print("\n".join([*bad, f"{len(bad)} problems in {flags.dir}"]))
+    print(f"{len(bad)} problems in {flags.dir}")
     sys.exit(1 if bad else 0)
 
 

@@ -143,7 +143,7 @@ def describe(path, roots=()):
     n_absent = 0
     present = []
     total_steps = 0
-    for entry in json.loads(Path(path).read_text(encoding="utf-8")):
+    for entry in json.loads(Path(path).read_text(encoding="utf-8-sig")):
         name, task, file = entry["name"], entry["task"], entry["path"]
         places = [Path(folder) / file for folder in (Path(path).parent, *roots)]
         found = [place for place in places if place.is_file()]
@@ -210,4 +210,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # half an emoji in a file's name
     sys.exit(main())

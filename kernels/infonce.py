@@ -16,8 +16,9 @@ Legend
     t(i)                column of row i's positive
     g_i                 upstream gradient of loss_i
 
-Candidate j is a negative of row i unless it has the positive's content id (as the positive itself
-has), row i is ignored, or s_ij > s_it(i) + margin. The log-sum-exps run over negatives alone:
+Candidate j is a negative of row i unless it has the content of row i's positive, it is the positive
+of a row with row i's query, row i is ignored, or s_ij > s_it(i) + margin. The log-sum-exps run over
+negatives alone:
 
     r_i = log sum_j exp z_ij        c_j = log sum_i exp z_ij
     loss_i = 1/2 [softplus(r_i - z_it(i)) + softplus(c_t(i) - z_it(i))]
@@ -99,19 +100,35 @@ except ImportError:  # no wheel for this platform: the torch twin does everythin
 
 
 def info_nce_ref(
-    q, d, scale, *, target=None, ids=None, margin=None, symmetric=True, reduction="mean"
+    q,
+    d,
+    scale,
+    *,
+    target=None,
+    ids=None,
+    q_ids=None,
+    margin=None,
+    symmetric=True,
+    reduction="mean",
 ):
     """Define the loss in plain torch: every other form here must equal it (arguments: info_nce)."""
     rows = torch.arange(len(q), device=q.device)
     columns = torch.arange(len(d), device=q.device)
     target = rows if target is None else target
-    ids = columns if ids is None else ids
     valid = target >= 0
     target = target.clamp(min=0)
 
-    # The positive's content is no negative, and an ignored row has no negatives.
-    cosines = q @ d.T  # (N, M)
+    # With ids alone, equal rows of q are one query.
+    if q_ids is None:
+        q_ids = rows if ids is None else q.detach().unique(dim=0, return_inverse=True)[1]
+    ids = columns if ids is None else ids
+    is_positive = valid[:, None] & (columns == target[:, None])  # (N, M)
+    asker = is_positive.int().argmax(0)  # (M,) the first row whose positive a column is
+
+    # Right answers to the query are no negatives, and an ignored row has no negatives.
     dropped = (ids == ids[target][:, None]) | ~valid[:, None]  # (N, M)
+    dropped |= (q_ids[asker] == q_ids[:, None]) & is_positive.any(0)
+    cosines = q @ d.T  # (N, M)
     if margin is not None:
         dropped |= cosines > cosines.gather(1, target[:, None]).detach() + margin
 
@@ -177,12 +194,16 @@ class Masks(NamedTuple):
     """Decide which candidates are negatives, from O(N + M) numbers instead of an N x M mask."""
 
     positive_id: torch.Tensor  # (N,) int32: content id of the row's positive
+    query_id: torch.Tensor  # (N,) int32: id of the row's query
     threshold: torch.Tensor  # (N,) cosines above it are dropped; -inf for an ignored row: all
     candidate_id: torch.Tensor  # (M,) int32: content id of the candidate; -1 for padding
+    asker_id: torch.Tensor  # (M,) int32: query id of the row whose positive it is; -1: no row's
 
     def block(self, rows, columns):
         """Return the part that belongs to a block; rows and columns are slices."""
-        return Masks(self.positive_id[rows], self.threshold[rows], self.candidate_id[columns])
+        of_rows = [x[rows] for x in self[:3]]
+        of_columns = [x[columns] for x in self[3:]]
+        return Masks(*of_rows, *of_columns)
 
 
 class Weights(NamedTuple):
@@ -265,15 +286,20 @@ def _slices(s, WIDTH: tl.constexpr):
 
 
 @jit
-def _dropped(s, i, j, N, M, positive_id_ptr, threshold_ptr, candidate_id_ptr):
+def _dropped(
+    s, i, j, N, M, positive_id_ptr, query_id_ptr, threshold_ptr, candidate_id_ptr, asker_id_ptr
+):
     """Mark the scores of a slice that are not negatives: (BM, WIDTH) cosines -> bool.
 
     A comparison with NaN is false, so that a NaN score is kept and shows in the loss.
     """
     positive_id = tl.load(positive_id_ptr + i, mask=i < N, other=-1)[:, None]
+    query_id = tl.load(query_id_ptr + i, mask=i < N, other=0)[:, None]
     threshold = tl.load(threshold_ptr + i, mask=i < N, other=float("-inf"))[:, None]
     candidate_id = tl.load(candidate_id_ptr + j, mask=j < M, other=-1)[None, :]
-    return (candidate_id < 0) | (positive_id == candidate_id) | (s > threshold)
+    asker_id = tl.load(asker_id_ptr + j, mask=j < M, other=-1)[None, :]
+    is_answer = (positive_id == candidate_id) | (query_id == asker_id)
+    return (candidate_id < 0) | is_answer | (s > threshold)
 
 
 @jit
@@ -282,10 +308,12 @@ def lse_kernel(
     q,
     d,
     scale_ptr,
-    # masks: (N,), (N,), (M,)
+    # masks: (N,) three times, (M,) twice
     positive_id_ptr,
+    query_id_ptr,
     threshold_ptr,
     candidate_id_ptr,
+    asker_id_ptr,
     # results: (tiles_n, N) twice, (tiles_m, M) twice
     row_top_ptr,
     row_rest_ptr,
@@ -318,7 +346,18 @@ def lse_kernel(
     for part in tl.static_range(BN // WIDTH):
         s = slices[part]  # (BM, WIDTH)
         j = n * BN + part * WIDTH + tl.arange(0, WIDTH)
-        dropped = _dropped(s, i, j, N, M, positive_id_ptr, threshold_ptr, candidate_id_ptr)
+        dropped = _dropped(
+            s,
+            i,
+            j,
+            N,
+            M,
+            positive_id_ptr,
+            query_id_ptr,
+            threshold_ptr,
+            candidate_id_ptr,
+            asker_id_ptr,
+        )
         s = tl.where(dropped, float("-inf"), s)
 
         # Rows: fold the slice into the running sum, as online softmax does.
@@ -345,10 +384,12 @@ def grad_kernel(
     q,
     d,
     scale_ptr,
-    # masks: (N,), (N,), (M,)
+    # masks: (N,) three times, (M,) twice
     positive_id_ptr,
+    query_id_ptr,
     threshold_ptr,
     candidate_id_ptr,
+    asker_id_ptr,
     # rows, (N,) each: column of the positive, L_i as a LogSum, u_i, w_i
     target_ptr,
     row_top_ptr,
@@ -399,7 +440,18 @@ def grad_kernel(
         grad += weight * tl.exp2((s - top) * scale - rest)
 
         # The mask also removes the infinities that sums without terms give.
-        dropped = _dropped(s, i, j, N, M, positive_id_ptr, threshold_ptr, candidate_id_ptr)
+        dropped = _dropped(
+            s,
+            i,
+            j,
+            N,
+            M,
+            positive_id_ptr,
+            query_id_ptr,
+            threshold_ptr,
+            candidate_id_ptr,
+            asker_id_ptr,
+        )
         grad = tl.where(dropped, 0.0, grad)
 
         # -w_i at the positive
@@ -492,8 +544,10 @@ def _lse_triton(q, d, scale, masks, workspace):
             d=launch.d,
             scale_ptr=scale,
             positive_id_ptr=masks.positive_id,
+            query_id_ptr=masks.query_id,
             threshold_ptr=masks.threshold,
             candidate_id_ptr=masks.candidate_id,
+            asker_id_ptr=masks.asker_id,
             # results
             row_top_ptr=row_top,
             row_rest_ptr=row_rest,
@@ -521,8 +575,10 @@ def _grad_triton(q, d, scale, masks, target, full_lse, col_lse, weights, workspa
             d=launch.d,
             scale_ptr=scale,
             positive_id_ptr=masks.positive_id,
+            query_id_ptr=masks.query_id,
             threshold_ptr=masks.threshold,
             candidate_id_ptr=masks.candidate_id,
+            asker_id_ptr=masks.asker_id,
             # rows
             target_ptr=target,
             row_top_ptr=full_lse.top,
@@ -589,6 +645,7 @@ def _grad_torch(q, d, scale, masks, target, full_lse, col_lse, weights, workspac
 def _dropped_torch(cosines, masks):
     """Mark the scores that are not negatives, as _dropped does: (n, m) cosines -> bool."""
     dropped = masks.positive_id[:, None] == masks.candidate_id
+    dropped.logical_or_(masks.query_id[:, None] == masks.asker_id)
     dropped.logical_or_(cosines > masks.threshold[:, None])
     return dropped.logical_or_(masks.candidate_id < 0)
 
@@ -601,11 +658,12 @@ class _InfoNCE(torch.autograd.Function):
     """Compute the losses of this process's rows, (N,), block by block.
 
     With world > 1, d is this rank's part of the candidates, of equal length on all ranks, while
-    target and ids are about the candidates of all ranks in rank order.
+    target and masks are about the candidates of all ranks in rank order. masks come without their
+    thresholds, which depend on q and d.
     """
 
     @staticmethod
-    def forward(ctx, q, d, scale, target, ids, margin, symmetric, impl, world):
+    def forward(ctx, q, d, scale, target, masks, margin, symmetric, impl, world):
         scale_type = scale.dtype
         scale = scale.detach().to(SUM_TYPE[q.dtype])
         if world > 1:
@@ -615,7 +673,7 @@ class _InfoNCE(torch.autograd.Function):
         column = target.clamp(min=0)  # (N,)
         positive = _positive_cosines(q, d, column).to(scale.dtype)  # (N,)
         threshold = positive + (torch.inf if margin is None else margin)
-        masks = Masks(ids[column], threshold.masked_fill(ignored, -torch.inf), ids)
+        masks = masks._replace(threshold=threshold.masked_fill(ignored, -torch.inf))
 
         row_lse = LogSum.empty(len(q), scale)
         col_lse = LogSum.empty(len(d), scale)
@@ -652,9 +710,9 @@ class _InfoNCE(torch.autograd.Function):
     def backward(ctx, upstream):
         symmetric, impl, world, scale_type = ctx.options
         q, d, scale, target, *saved, log_odds = ctx.saved_tensors
-        masks = Masks(*saved[0:3])
-        full_lse = LogSum(*saved[3:5])  # (N,) L_i
-        col_lse = LogSum(*saved[5:7])  # (M,) c_j
+        masks = Masks(*saved[0:5])
+        full_lse = LogSum(*saved[5:7])  # (N,) L_i
+        col_lse = LogSum(*saved[7:9])  # (M,) c_j
         need_q, need_d, need_scale = ctx.needs_input_grad[:3]
 
         row_weight = upstream.to(scale.dtype).masked_fill(target < 0, 0)  # (N,) u_i
@@ -801,6 +859,39 @@ def _dense(ids):
     return dense.masked_fill_(ids == NO_ID, -1)
 
 
+def _hash_rows(q):
+    """Hash each row's bits (N, D) -> (N,) int64, the same on every rank and device."""
+    bits = {8: torch.int64, 4: torch.int32, 2: torch.int16}[q.element_size()]
+
+    # A large odd number per dimension. All products and sums wrap around at 2^64.
+    weight = torch.arange(1, q.shape[1] + 1, device=q.device) * -0x61C8864680B583EB
+    weight ^= weight >> 29
+    weight *= -0x40A7B892E31B1A47
+    weight |= 1
+
+    hashes = []
+    for rows in q.detach().split(ROWS_AT_ONCE):
+        rows = (rows + 0).contiguous()  # -0 becomes 0
+        mixed = rows.view(bits).long() * weight
+        mixed ^= mixed >> 32  # without this, two signs that change would cancel
+        hashes.append((mixed * weight).sum(1))
+    return torch.cat(hashes)
+
+
+def _find_askers(query_id, target, M):
+    """Return the query id (M,) of the row whose positive each column is; -1 where there is none.
+
+    query_id (N,): int32. target (N,): as in info_nce. A column that several rows share is the first
+    one's: the least row number, since a plain scatter would write in any order.
+    """
+    N = len(query_id)
+    rows = torch.arange(N, device=target.device)
+    column = target.where(target >= 0, M)  # ignored rows write past the end
+    first_row = torch.full((M + 1,), N, device=target.device)
+    first_row = first_row.scatter_reduce(0, column, rows, "amin")[:M]
+    return query_id[first_row.clamp(max=N - 1)].masked_fill(first_row == N, -1)
+
+
 # Checks of a caller's arguments. Values on a GPU are checked only with INFONCE_DEBUG=1.
 
 
@@ -888,6 +979,7 @@ def info_nce(
     *,
     target=None,
     ids=None,
+    q_ids=None,
     margin=None,
     symmetric=True,
     reduction="mean",
@@ -902,7 +994,12 @@ def info_nce(
     scale      1 / tau, a float or a 0-dim tensor; q, d and scale carry gradient if asked
     target     (N,) int64: row i's positive is d[target[i]], by default d[i]; -1 ignores the row in
                both directions
-    ids        (M,) int64 content ids > -2**63: a candidate with the positive's id is not a negative
+    ids        (M,) int64 content ids > -2**63 of the candidates
+    q_ids      (N,) int64 ids > -2**63 of the queries. A candidate is not a negative of a row if it
+               has the content of the row's positive, or is itself the positive of a row with the
+               same query (of the first, where rows share it). With ids alone, rows of q that are
+               equal to the last bit are one query; training passes q_ids, since dropout makes the
+               vectors of equal queries differ. Without both, all queries and all columns differ
     margin     cosine >= 0: candidates with s_ij > s_i,target + margin are taken for false negatives
                and dropped; no gradient flows through the threshold
     symmetric  mean of two directions under the same masks: query to all candidates, and positive
@@ -917,7 +1014,8 @@ def info_nce(
     Extra memory: WORKSPACE, fp32 sums for d and for a block of q. Deterministic.
     """
     vectors = {"q": q, "d": d}
-    _check(vectors, {"target": (target, len(q)), "ids": (ids, len(d))}, margin)
+    indices = {"target": (target, len(q)), "ids": (ids, len(d)), "q_ids": (q_ids, len(q))}
+    _check(vectors, indices, margin)
     scale = _scale_tensor(scale, q)
     impl = _choose_impl(impl, vectors)
 
@@ -935,13 +1033,24 @@ def info_nce(
                 f"d {tuple(d.shape)}"
             )
 
+    rows = torch.arange(len(q), device=q.device)
     if target is None:
-        target = torch.arange(len(q), device=q.device)
+        target = rows
+    if q_ids is None:
+        q_ids = rows if ids is None else _hash_rows(q)
     if ids is None:
-        ids = torch.arange(len(d), device=q.device, dtype=torch.int32)
+        candidate_id = torch.arange(len(d), device=q.device, dtype=torch.int32)
     else:
-        ids = _dense(ids)
-    loss = _InfoNCE.apply(q, d, scale, target, ids, margin, symmetric, impl, 1)
+        candidate_id = _dense(ids)
+    query_id = _dense(q_ids)
+    masks = Masks(
+        positive_id=candidate_id[target.clamp(min=0)],
+        query_id=query_id,
+        threshold=None,
+        candidate_id=candidate_id,
+        asker_id=_find_askers(query_id, target, len(d)),
+    )
+    loss = _InfoNCE.apply(q, d, scale, target, masks, margin, symmetric, impl, 1)
     if reduction == "none":
         return loss
     return loss.sum() / (target >= 0).sum().clamp(min=1)
@@ -955,22 +1064,34 @@ class _RankShape(NamedTuple):
     dim: int  # D
     dtype: int  # index in SUM_TYPE
     has_ids: int
+    has_q_ids: int
 
 
 def info_nce_dist(
-    q, p, scale, *, n=None, p_ids=None, n_ids=None, margin=None, symmetric=True, impl="auto"
+    q,
+    p,
+    scale,
+    *,
+    n=None,
+    p_ids=None,
+    n_ids=None,
+    q_ids=None,
+    margin=None,
+    symmetric=True,
+    impl="auto",
 ):
     """Compute this rank's share of the global mean loss; every rank's p and n are candidates.
 
     Shares, and all gradients, SUM over the ranks to the result of one process: all-reduce them with
     SUM, never average. # PAPER: Eq. (1) names a row's own hard negatives alone, and no masks; the
-    released forward has all of these.
+    released forward has all of these but the mask by query ids.
 
     q       (N, D) this rank's queries
     p       (N, D) their positives
     n       (K, D) this rank's hard negatives, or None; N and K may differ between ranks, and be 0
     p_ids   (N,) int64 content ids of p
     n_ids   (K,) int64 content ids of n
+    q_ids   (N,) int64 ids of q; as in info_nce, over the rows of all ranks
     The other arguments, and the errors, are info_nce's.
 
     q, p, n and scale carry gradient: each rank gets its part of the gradient of the *global* mean
@@ -984,7 +1105,12 @@ def info_nce_dist(
         n_ids = p_ids[:0]
 
     vectors = {"q": q, "p": p, "n": n}
-    _check(vectors, {"p_ids": (p_ids, len(p)), "n_ids": (n_ids, len(n))}, margin)
+    indices = {
+        "p_ids": (p_ids, len(p)),
+        "n_ids": (n_ids, len(n)),
+        "q_ids": (q_ids, len(q)),
+    }
+    _check(vectors, indices, margin)
     scale = _scale_tensor(scale, q)
     impl = _choose_impl(impl, vectors)
     if len(p) != len(q) or (p_ids is None) != (n_ids is None):
@@ -1000,16 +1126,18 @@ def info_nce_dist(
         world = dist.get_world_size()
         rank = dist.get_rank()
     dtype = list(SUM_TYPE).index(q.dtype)
-    mine = _RankShape(len(q), len(p) + len(n), q.shape[1], dtype, int(p_ids is not None))
+    has_ids = int(p_ids is not None)
+    has_q_ids = int(q_ids is not None)
+    mine = _RankShape(len(q), len(p) + len(n), q.shape[1], dtype, has_ids, has_q_ids)
     shapes = [mine]
     if world > 1:
-        gathered = _all_gather(torch.tensor([mine], device=q.device))  # (world, 5)
+        gathered = _all_gather(torch.tensor([mine], device=q.device))  # (world, 6)
         shapes = [_RankShape(*row) for row in gathered.tolist()]  # waits for the GPU
     total = sum(shape.queries for shape in shapes)
     if total == 0 or any(shape[2:] != mine[2:] for shape in shapes):
         raise ValueError(
-            f"q, p, n: expected rows, one D, one dtype, and ids everywhere or nowhere; "
-            f"got [N, N + K, D, dtype, ids] by rank: {[list(shape) for shape in shapes]}"
+            f"q, p, n: expected rows, one D, one dtype, and ids everywhere or nowhere; got "
+            f"[N, N + K, D, dtype, ids, q_ids] by rank: {[list(shape) for shape in shapes]}"
         )
 
     # Each rank's candidates: its p, its n, and padding, since gloo gathers equal sizes only.
@@ -1019,9 +1147,17 @@ def info_nce_dist(
     numbers = torch.arange(rank * longest, rank * longest + mine.candidates, device=q.device)
     target = numbers[: len(q)]  # (N,)
     ids = numbers if p_ids is None else torch.cat([p_ids, n_ids])
-    ids = F.pad(ids, (0, padding), value=NO_ID)  # (longest,)
-    if world > 1:
-        ids = _all_gather(ids)  # (world * longest,)
+    if q_ids is None:
+        q_ids = target if p_ids is None else _hash_rows(q)
 
-    loss = _InfoNCE.apply(q, d, scale, target, _dense(ids), margin, symmetric, impl, world)
+    # Two numbers of each candidate travel: its content and, of a positive, its query.
+    ids = F.pad(ids, (0, padding), value=NO_ID)  # (longest,)
+    asked = F.pad(q_ids, (0, longest - len(q)), value=NO_ID)  # (longest,)
+    if world > 1:
+        ids, asked = _all_gather(torch.stack([ids, asked], dim=1)).unbind(1)  # (world * longest,)
+    candidate_id = _dense(ids)
+    asker_id = _dense(asked)
+    masks = Masks(candidate_id[target], asker_id[target], None, candidate_id, asker_id)
+
+    loss = _InfoNCE.apply(q, d, scale, target, masks, margin, symmetric, impl, world)
     return loss.sum() / total

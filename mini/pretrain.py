@@ -55,6 +55,7 @@ from kernels import windows
 from mini import bench, world
 from model import mrope_positions
 from support.commands import run
+from support.files import write_json
 
 BASE = Path("mini/base")
 PROBER = Path("mini/prober")
@@ -725,6 +726,8 @@ def pretrain_base(out, seed=bench.SEED, scenes=8000, lr=2e-3):
     shutil.rmtree(out, ignore_errors=True)
     model.bfloat16().save_pretrained(out)
     processor.save_pretrained(out)
+    # Without it the frames of 96 x 96 pixels would be enlarged to the released models' 128 tokens.
+    write_json(Path(out) / "gve.json", {"min_tokens": MIN_TOKENS})
 
 
 def pretrain_prober(out, seed=bench.SEED):

@@ -6,6 +6,7 @@ files and of the texts. The others are the trained model ($CKPT), shown less tha
 `shuffled`, `wrong_reference`, `no_reference`, `no_text`.
 """
 
+import dataclasses
 import functools
 import json
 import math
@@ -175,17 +176,17 @@ def gve():
 
 def embed_reordered(items, instruction, order):
     """Embed with each video's frames picked by order(path) -> 8 indices."""
-    load_video = data.load_video
+    open_clip = data.open_clip
 
-    def load_reordered(video, frames=8):
-        pixels, seconds = load_video(video, frames)
-        return pixels[order(str(video))], seconds
+    def open_reordered(video, frames=8):
+        clip = open_clip(video, frames)
+        return dataclasses.replace(clip, pixels=clip.pixels[order(str(video))])
 
-    data.load_video = load_reordered
+    data.open_clip = open_reordered
     try:
         return gve().embed(items, instruction)
     finally:
-        data.load_video = load_video
+        data.open_clip = open_clip
 
 
 def still(items, instruction):

@@ -177,11 +177,11 @@ STUDIES = {
 def one_dimensional():
     """Make every token's position its place in the row, text or vision."""
 
-    def positions(self, batch):
+    def position_ids(self, batch):
         mask = batch["attention_mask"]
         return ((mask.cumsum(1) - 1) * mask).expand(3, -1, -1)
 
-    model.GVE.positions = positions
+    model.GVE.position_ids = position_ids
 
 
 def one_early():

@@ -9,6 +9,7 @@ A key is a JSON value; its hash is the name of a folder, a row or a file.
 import hashlib
 import json
 import os
+import sys
 import tempfile
 import time
 import uuid
@@ -19,6 +20,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
+from tqdm import tqdm
 
 from support.files import file_fingerprint, read_jsonl, whole_file, write_json
 
@@ -41,6 +43,17 @@ def hash_weights(module):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def write_array(path, array):
+    """Write an array as .npy, whole or not at all.
+
+    np.save's own writing says on a full disk how many values it wrote, but neither file nor reason.
+    """
+    with whole_file(path, "wb") as file:
+        header = np.lib.format.header_data_from_array_1_0(array)
+        np.lib.format.write_array_header_1_0(file, header)
+        file.write(np.ascontiguousarray(array).data)
 
 
 def item_key(item):
@@ -112,6 +125,8 @@ class VectorCache:
             "processor": hash_key(processor_key),
             "prompt_style": gve.prompt_style,
             "pooling": gve.pooling,
+            "min_tokens": gve.min_tokens,
+            "positions": gve.positions,
             "device": gve.device.type,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
@@ -128,6 +143,13 @@ class VectorCache:
     def allocate(self, n, dim):
         """Return NaN (n, dim) float32 in a nameless file: memory that the system can reclaim."""
         with tempfile.TemporaryFile(dir=self.folder) as file:
+            # Writing to a mapped file that a full disk cannot hold would kill the process.
+            try:
+                os.posix_fallocate(file.fileno(), 0, max(n, 1) * dim * 4)
+            except OSError as error:
+                raise OSError(
+                    error.errno, f"no room for {n} vectors: {error.strerror}", str(self.folder)
+                ) from error
             array = np.memmap(file, np.float32, "w+", shape=(max(n, 1), dim))
             return torch.from_numpy(array)[:n].fill_(torch.nan)
 
@@ -160,8 +182,7 @@ class VectorCache:
         """Write what was added as a shard. The .jsonl comes last: without it there is no shard."""
         if self.rows:
             name = uuid.uuid4().hex
-            with whole_file(self.shards / f"{name}.npy", "wb") as file:
-                np.save(file, torch.cat(self.vectors).numpy())
+            write_array(self.shards / f"{name}.npy", torch.cat(self.vectors).numpy())
             with whole_file(self.shards / f"{name}.jsonl") as file:
                 for row in self.rows:
                     file.write(json.dumps(row) + "\n")
@@ -174,13 +195,17 @@ class VectorCache:
 
 
 class FeatureStore:
-    """A frozen vision tower's output on disk, one safetensors file for each image or video."""
+    """A frozen vision tower's output on disk, one safetensors file for each image or video.
+
+    Features can be computed again: a store that cannot be written says so once and keeps no more.
+    """
 
     def __init__(self, folder):
         self.folder = Path(folder)
+        self.broken = False  # it could not be written
 
     def find(self, key):
-        """Look features up -> (file, tensors by name, or None if the file is absent or damaged).
+        """Look features up -> (file, tensors by name, or None if the file cannot be read).
 
         key: everything that the features depend on besides the tower's weights, a JSON value.
         """
@@ -188,7 +213,7 @@ class FeatureStore:
         file = self.folder / name[:2] / f"{name}.safetensors"
         try:
             return str(file), load_file(file)
-        except (FileNotFoundError, SafetensorError):
+        except (OSError, SafetensorError):
             return str(file), None
 
     def keep(self, batch):
@@ -198,7 +223,7 @@ class FeatureStore:
         """
         for kind in ("image", "video"):
             for i, file in enumerate(batch.get(f"{kind}_file") or ()):
-                if file is None:
+                if file is None or self.broken:
                     continue
                 names = [f"{kind}_grid_thw"]
                 if kind == "video":
@@ -208,6 +233,13 @@ class FeatureStore:
 
                 # Several ranks may write the same file at once: each writes it whole. Waiting for
                 # the disk takes milliseconds a file, and a damaged one is computed anew.
-                os.makedirs(os.path.dirname(file), exist_ok=True)
-                with whole_file(file, "wb", sync=False) as out:
-                    out.write(save(tensors))
+                try:
+                    os.makedirs(os.path.dirname(file), exist_ok=True)
+                    with whole_file(file, "wb", sync=False) as out:
+                        out.write(save(tensors))
+                except OSError as error:  # the disk is full, or may not be written
+                    self.broken = True
+                    tqdm.write(
+                        f"warning: no further features are kept in {self.folder}: {error}",
+                        file=sys.stderr,
+                    )

@@ -1,32 +1,64 @@
 """States to resume training from, random states, and signals that ask a run to stop.
 
     <out>/state/step-N/tensors.safetensors    LoRA weights, AdamW's moments, ranks' random states
-    <out>/state/step-N/facts.json             step, epoch and how it began, flags, log position
+    <out>/state/step-N/facts.json             step, epoch and how it began, flags, sources, log
+                                              position
 
 A state is written beside its place, synced and renamed, so a folder with this name is complete.
 """
 
+import hashlib
 import json
 import os
 import shutil
 import signal
+import socket
+import time
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-MAY_CHANGE = {"resume", "keep", "save_every"}  # flags that a resumed run may set anew
+from support.files import name_what_failed, sync_folder
+
+# Flags that a resumed run may set anew: its numbers do not depend on them.
+MAY_CHANGE = {
+    "preset",  # only gives other flags their defaults, and they are compared
+    *("resume", "keep", "save_every", "log_every", "dry_run"),  # when files are written
+    *("workers", "features"),  # how media are decoded, not to which pixels
+    # Places may move. The training files and the base are compared by their contents.
+    *("out", "data", "mixture", "root", "base"),
+}
 received_signals = []  # signal numbers that asked this process to stop
 
 
 def install_signal_handlers():
-    """Note SIGTERM and SIGINT; train.py then finishes its step, saves, exits with 128 + number."""
+    """Note a signal to stop; train.py then finishes its step, saves, exits with 128 + number.
+
+    SIGTERM and SIGINT, SIGUSR1 (with which SLURM warns before a job's time is over) and SIGHUP (the
+    terminal is gone). Under nohup SIGHUP stays ignored.
+    """
+    # torchrun passes SIGTERM, SIGINT and SIGHUP on, and kills its ranks 30 s later. SIGUSR1 ends
+    # torchrun itself, and its ranks train on, unless --signals-to-handle names it.
 
     def remember(number, frame):
         received_signals.append(number)
 
-    signal.signal(signal.SIGTERM, remember)
-    signal.signal(signal.SIGINT, remember)
+    def remember_hangup(number, frame):
+        # Where the terminal is gone, the next word to it would end the run before it has saved.
+        for output in (1, 2):
+            try:
+                os.write(output, b"")
+            except OSError:
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, output)
+                os.close(nowhere)
+        remember(number, frame)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, remember)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, remember_hangup)
 
 
 def get_rng_state(device):
@@ -48,8 +80,9 @@ def save_state(folder, optimizer, rng, facts, keep):
     """Write folder/step-N and delete all but the newest `keep` states.
 
     optimizer: its parameters and their moments are saved; rng (world, n) uint8; facts: a dict with
-    "step".
+    "step"; keep: at least 1. An error of the disk names the state, and leaves the earlier ones.
     """
+    facts = facts | {"saved": time.time()}  # no two states are the same
     tensors = {"rng": rng}
     for i, p in enumerate(optimizer.param_groups[0]["params"]):
         tensors[f"{i}.weight"] = p.detach()
@@ -58,51 +91,122 @@ def save_state(folder, optimizer, rng, facts, keep):
 
     part = folder / "part"
     shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    save_file(tensors, part / "tensors.safetensors")
-    (part / "facts.json").write_text(json.dumps(facts))
-    for path in (part / "tensors.safetensors", part / "facts.json", part):
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
-
     final = folder / f"step-{facts['step']:08d}"
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(part, final)
+    try:
+        with name_what_failed(final):
+            part.mkdir(parents=True)
+            save_file(tensors, part / "tensors.safetensors")
+            (part / "facts.json").write_text(json.dumps(facts))
+            sync_folder(part)
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(part, final)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
     for old in sorted(folder.glob("step-*"))[:-keep]:
-        shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)
 
 
-def newest_state(folder, config):
+def newest_state(folder):
     """Find the newest complete state -> (its folder, its facts), or (None, None) if there is none.
 
-    config: this run's flags. Raises ValueError naming every flag that the state was not made with
-    (those in MAY_CHANGE excepted): one with another value, one that is new since then, one that no
-    longer exists.
+    Raises ValueError naming the file that is damaged or gone.
     """
     states = sorted(folder.glob("step-*"))
     if not states:
         return None, None
-    path = states[-1] / "facts.json"
+    newest = states[-1]
+    instead = f"remove {newest} to use the state before"
+    for name in ("facts.json", "tensors.safetensors"):
+        if not (newest / name).is_file():
+            raise ValueError(f"{newest / name}: not there; {instead}")
     try:
-        facts = json.loads(path.read_text())
+        return newest, json.loads((newest / "facts.json").read_text())
     except ValueError as error:
-        raise ValueError(
-            f"{path}: damaged ({error}); remove its folder to use the one before"
-        ) from error
+        raise ValueError(f"{newest / 'facts.json'}: damaged ({error}); {instead}") from error
 
+
+def describe_state(state):
+    """Return what the ranks compare of a state: [this machine, its folder, step, hash].
+
+    state: newest_state's folder; None gives [this machine, "no state", None, None].
+    """
+    machine = socket.gethostname()
+    if state is None:
+        return [machine, "no state", None, None]
+    facts = (state / "facts.json").read_bytes()
+    size = (state / "tensors.safetensors").stat().st_size
+    digest = hashlib.sha256(facts + str(size).encode()).hexdigest()
+    return [machine, str(state.resolve()), json.loads(facts)["step"], digest]
+
+
+def check_same_state(seen):
+    """Raise ValueError, naming two ranks, unless all of them see the same state.
+
+    seen: describe_state's result of every rank.
+    """
+    for rank, (machine, place, step, digest) in enumerate(seen):
+        first_machine, first_place, first_step, first_digest = seen[0]
+        if (step, digest) != (first_step, first_digest):
+            raise ValueError(
+                f"cannot resume: the ranks do not see the same state. Rank 0 on {first_machine} "
+                f"sees {first_place}, rank {rank} on {machine} sees {place}; --out must lie on a "
+                "disk that is shared by all machines"
+            )
+
+
+def check_settings(out, then, now):
+    """Raise ValueError naming every flag whose value is not the one that the state was made with.
+
+    then, now: {flag: value}, of the state and of this run; one may hold flags that the other lacks.
+    Those in MAY_CHANGE are not compared.
+    """
     changed = {}
-    for name in sorted((config.keys() | facts["config"].keys()) - MAY_CHANGE):
-        then = facts["config"].get(name, "no such flag")
-        now = config.get(name, "no such flag")
-        if then != now:
-            changed[name] = (then, now)
+    for name in sorted((now.keys() | then.keys()) - MAY_CHANGE):
+        before = then.get(name, "no such flag")
+        after = now.get(name, "no such flag")
+        if before != after:
+            changed[name] = (before, after)
     if changed:
         raise ValueError(
-            f"{folder.parent}: cannot resume with other settings (then, now): {changed}; to train "
-            f"further with others, start a new run with --base {folder.parent} and another --out"
+            f"{out}: cannot resume with other settings (then, now): {changed}; to train "
+            f"further with others, start a new run with --base {out} and another --out"
         )
-    return states[-1], facts
+
+
+def check_data(out, then, now):
+    """Raise ValueError naming every source that is not what it was when the state was made.
+
+    then, now: {source: {fact: value}} (data.Source.facts) of the state and of this run, in the
+    mixture's order.
+    """
+    changes = list_changes(then, now)
+    if changes:
+        raise ValueError(
+            f"{out}: cannot resume on other data (then -> now): {changes}; to train further on "
+            f"it, start a new run with --base {out} and another --out"
+        )
+
+
+def list_changes(before, after):
+    """Return in words how sources differ, by their names; "" if they do not.
+
+    before, after: {source: {fact: value}}.
+    """
+    changes = []
+    for name, facts in before.items():
+        if name not in after:
+            changes.append(f"source {name} is gone")
+            continue
+        for fact, value in facts.items():
+            other = after[name].get(fact)
+            if value != other:
+                changes.append(f"source {name}: {fact} {value!r} -> {other!r}")
+    for name in after:
+        if name not in before:
+            changes.append(f"source {name} is new")
+    if not changes and list(before) != list(after):
+        changes.append(f"order of the sources {', '.join(before)} -> {', '.join(after)}")
+    return "; ".join(changes)
 
 
 def load_state(folder, optimizer):

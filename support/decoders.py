@@ -4,7 +4,7 @@
     for key, result in pool.map(keys):
         if isinstance(result, Failed): print(result.reason)
 
-decord and FFmpeg are C code: a damaged clip can crash the process or never return. Either costs
+FFmpeg and Pillow are C code: a damaged file can crash the process or take for ever. Either costs
 that one item here.
 
 Why not torch's DataLoader: a crashed or hung worker ends the training process, and there is no time

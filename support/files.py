@@ -2,6 +2,7 @@
 
 for number, row in read_jsonl("items.jsonl"): ...
 with whole_file("vectors.npy", "wb") as file: np.save(file, vectors)
+with whole_folder("runs/gve") as staging: model.save_pretrained(staging)
 with file_lock("runs/synth/lock"): ...
 """
 
@@ -9,6 +10,8 @@ import contextlib
 import hashlib
 import json
 import os
+import re
+import shutil
 import subprocess
 import uuid
 from pathlib import Path
@@ -38,8 +41,24 @@ def read_jsonl(path):
     """
     with open(path, "rb") as file:  # bytes: bad UTF-8 spoils its own line only
         for number, line in enumerate(file, 1):
-            if line.strip():
-                yield number, parse_json(line, f"{path}:{number}")
+            if not line.strip():
+                continue
+            try:
+                row = parse_json(line, f"{path}:{number}")
+            except ValueError as error:
+                raise ValueError(f"{error}{guess_cause(line)}") from error
+            yield number, row
+
+
+def guess_cause(line):
+    """Guess how a file was saved of which this line (bytes) is no JSON object; "" if unknown."""
+    if b"\0" in line:
+        return " (UTF-16? Save the file as UTF-8)"
+    if b"\r" in line.strip():
+        return " (do its lines end in a carriage return alone? Save it with line feeds)"
+    if line.lstrip(b"\xef\xbb\xbf \t").startswith(b"["):
+        return " (a JSON list? Write one object a line, without brackets around and commas between)"
+    return ""
 
 
 def load_jsonl(path):
@@ -48,26 +67,79 @@ def load_jsonl(path):
 
 
 @contextlib.contextmanager
+def name_what_failed(path):
+    """Turn an error of the disk inside the block into an OSError that names `path` and the reason.
+
+    A full disk raises an OSError without a name from write(), and errors of their own types from
+    the Rust libraries safetensors and tokenizers. All other errors pass as they are.
+    """
+    try:
+        yield
+    except OSError as error:
+        named = error.filename is not None and not str(error.filename).endswith(".part")
+        if named or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    except Exception as error:
+        found = re.search(r"\(os error (\d+)\)", str(error))  # as Rust words it
+        if not found:
+            raise
+        number = int(found[1])
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+@contextlib.contextmanager
 def whole_file(path, mode="w", sync=True):
     """Open a file for writing that gets its name only once it is complete and on the disk.
 
     A reader sees the old file or the new one, never half of it. If the block raises, the old file
-    stays. sync=False does not wait for the disk: whole whatever happens to the process, but not if
-    the machine loses power.
+    stays; an error of the disk names it. sync=False does not wait for the disk: whole whatever
+    happens to the process, but not if the machine loses power.
     """
     path = Path(path)
     # A name of its own for each writer: several processes may write the same file at once.
     part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
     encoding = None if "b" in mode else "utf-8"
     try:
-        with open(part, mode, encoding=encoding) as file:
+        with name_what_failed(path), open(part, mode, encoding=encoding) as file:
             yield file
             if sync:
                 file.flush()
                 os.fsync(file.fileno())
         os.replace(part, path)
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a folder that cannot be written has none
+            part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_folder(folder):
+    """Yield an empty folder; its files move into `folder` once all are written and on the disk.
+
+    Other files of `folder` stay. If the block raises, nothing has changed, and an error of the disk
+    names `folder`.
+    """
+    folder = Path(folder)
+    staging = folder.with_name(folder.name + ".part")
+    shutil.rmtree(staging, ignore_errors=True)  # of a killed process
+    try:
+        with name_what_failed(folder):
+            staging.mkdir(parents=True)
+            yield staging
+            sync_folder(staging)
+            shutil.copytree(staging, folder, copy_function=os.replace, dirs_exist_ok=True)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def sync_folder(folder):
+    """Wait until a folder's files are on the disk; a full network disk may only say so here."""
+    for path in [*Path(folder).rglob("*"), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def write_json(path, value, indent=1):
@@ -80,7 +152,10 @@ def write_jsonl(path, rows, indent=None):
     """Write JSON lines, whole or not at all (indent: for files that people read)."""
     with whole_file(path) as file:
         for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False, indent=indent) + "\n")
+            text = json.dumps(row, ensure_ascii=False, indent=indent)
+            # Half an emoji, or a file name that is not UTF-8: JSON can escape it, UTF-8 cannot.
+            text = re.sub(r"[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):04x}", text)
+            file.write(text + "\n")
 
 
 @contextlib.contextmanager

@@ -2,19 +2,28 @@
 
     rows_by_part = run_sharded("runs/synth", "1-pool", parts, do)
     print_summary("runs/synth", "1-pool", rows)
+    for result in track(results, total, "videos"): ...      # progress, inside of do
 
 A part is a list of jobs, dicts with an "id". do(p, jobs) returns one row per job, with its "id" and
 "fate": "kept", "dropped" (with the reason under "why") or "failed" (the next run tries again).
 """
 
 import collections
+import contextlib
 import json
 import os
 import re
+import sys
+import threading
 import time
 from pathlib import Path
 
+from tqdm import tqdm
+
 from support.files import file_lock, load_jsonl, write_jsonl
+
+SILENCE = 10.0  # seconds after which a loop without a terminal says how far it is
+NAMED = 3  # rows that are named for each reason why rows were dropped
 
 
 def run_sharded(out, stage, parts, do, shard="0/1"):
@@ -40,13 +49,14 @@ def run_sharded(out, stage, parts, do, shard="0/1"):
     for p in order:
         with file_lock(paths[p].with_suffix(".lock"), wait=False) as held:
             if held and (not paths[p].exists() or written_before(paths[p], began)):
-                do_part(out, stage, p, paths[p], parts[p], do)
+                do_part(out, stage, p, paths, parts[p], do)
 
     # Wait for the rest: a process that held a part may have died without finishing it.
-    for p in order:
-        with file_lock(paths[p].with_suffix(".lock")):
-            if not paths[p].exists():
-                do_part(out, stage, p, paths[p], parts[p], do)
+    with report_progress(None, f"{stage}: other processes are at the rest"):
+        for p in order:
+            with file_lock(paths[p].with_suffix(".lock")):
+                if not paths[p].exists():
+                    do_part(out, stage, p, paths, parts[p], do)
 
     missing = [path for path in paths if not path.exists()]
     if missing:
@@ -69,8 +79,9 @@ def written_before(path, began):
     return path.stat().st_mtime <= began
 
 
-def do_part(out, stage, p, path, jobs, do):
+def do_part(out, stage, p, paths, jobs, do):
     """Do the jobs of a part that have no row yet or failed, write all its rows, log the work."""
+    path = paths[p]
     old = {}
     if path.exists():
         old = rows_by_id(load_jsonl(path))
@@ -81,6 +92,8 @@ def do_part(out, stage, p, path, jobs, do):
     if not to_do and path.exists():
         return
 
+    if to_do:
+        print(f"{stage}: part {p + 1} of {len(paths)}, {len(to_do)} rows to do", flush=True)
     start = time.time()
     new = rows_by_id(do(p, to_do))
     seconds = round(time.time() - start, 2)
@@ -90,6 +103,58 @@ def do_part(out, stage, p, path, jobs, do):
     fates = collections.Counter(row["fate"] for row in new.values())
     with open(Path(out) / "log.jsonl", "a") as file:
         file.write(json.dumps(event | fates) + "\n")
+
+
+def track(things, total, label):
+    """Yield things, telling on stderr how many of `total` there were, at which rate, until when."""
+    with report_progress(total, label) as advance:
+        for thing in things:
+            yield thing
+            advance()
+
+
+@contextlib.contextmanager
+def report_progress(total, label):
+    """Yield advance(), to be called `total` times: a bar on a terminal, elsewhere a line at times.
+
+    total None: nobody knows. A thread of its own writes the lines, so that one slow thing is not
+    taken for a run that hangs.
+    """
+    on_terminal = sys.stderr.isatty()
+    is_first = os.environ.get("RANK", "0") == "0"
+    bar = tqdm(total=total, desc=label, leave=False, disable=not (on_terminal and is_first))
+    began = time.time()
+    done = 0
+    has_ended = threading.Event()
+
+    def advance():
+        nonlocal done
+        done += 1
+        bar.update()
+
+    def speak():
+        while not has_ended.wait(1 if on_terminal else SILENCE):
+            seconds = time.time() - began
+            line = f"    {label}: {seconds:.0f} s so far"
+            if total is not None:
+                line += f", {done} of {total}"
+            if done:
+                line += f", {done / seconds:.2g} a second"
+                line += f", about {seconds / done * (total - done):.0f} s left"
+            if on_terminal:
+                bar.refresh()  # the time goes on
+            elif is_first:
+                # Past sys.stderr, whose lock a process that is forked meanwhile would inherit.
+                os.write(2, f"{line}\n".encode())
+
+    thread = threading.Thread(target=speak, daemon=True)
+    thread.start()
+    try:
+        yield advance
+    finally:
+        has_ended.set()
+        thread.join()
+        bar.close()
 
 
 def rows_by_id(rows):
@@ -109,17 +174,17 @@ def sum_tokens(rows):
 
 
 def print_summary(out, stage, rows):
-    """Print the number of rows kept, the reasons why others were not, and the cost.
+    """Print the number of rows kept, the reasons why others were not, by name, and the cost.
 
     Returns the seconds that one process would have taken.
     """
-    counts = collections.Counter()
+    groups = collections.defaultdict(list)  # (fate, reason) -> rows
     for row in rows:
         reason = row.get("why", "").split(":")[0]  # "unreadable: <file>: <details>"
-        counts[row["fate"], reason] += 1
-    line = f"{stage}: kept {counts.pop(('kept', ''), 0)} of {len(rows)}"
-    for (fate, reason), n in sorted(counts.items()):
-        line += f", {fate} {n} ({reason})"
+        groups[row["fate"], reason].append(row)
+    line = f"{stage}: kept {len(groups.pop(('kept', ''), []))} of {len(rows)}"
+    for (fate, reason), alike in sorted(groups.items()):
+        line += f", {fate} {len(alike)} ({reason})"
 
     events = []
     if rows:
@@ -128,5 +193,11 @@ def print_summary(out, stage, rows):
     seconds = sum(event["seconds"] for event in events)
     read, written = sum_tokens(events)
     line += f"; {seconds:.0f} s of one process, {read} tokens read, {written} written"
-    print(line, flush=True)
+    print(line)
+    for (fate, reason), alike in sorted(groups.items()):
+        for row in alike[:NAMED]:
+            print(f"    {fate} {row['id']}: {row.get('why', '')[:150]}")
+        if len(alike) > NAMED:
+            print(f"    {fate}: {len(alike) - NAMED} more ({reason})")
+    sys.stdout.flush()
     return seconds

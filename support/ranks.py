@@ -1,10 +1,12 @@
 """The processes that torchrun starts: join them, gather objects, add up gradients.
 
 rank, world, device = join_ranks("cuda")
+with fail_together(): ...
 sums = sum_over_ranks(parameters, {"loss": loss, "rows": rows})
 leave_ranks()
 """
 
+import contextlib
 import datetime
 import os
 
@@ -55,6 +57,22 @@ def all_gather_object(value):
 def barrier():
     """Wait until every rank has come this far."""
     all_gather_object(None)
+
+
+@contextlib.contextmanager
+def fail_together():
+    """Raise on every rank the ValueError or OSError that one rank's block raises. Also a barrier.
+
+    Otherwise the other ranks would wait for the failed one until torchrun kills them.
+    """
+    own = None
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        own = error
+    for problem in all_gather_object(own):
+        if problem is not None:
+            raise problem
 
 
 def sum_over_ranks(parameters, sums):

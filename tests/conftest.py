@@ -1,7 +1,10 @@
 """Shared fixtures: a tiny random Qwen2.5-VL in Hugging Face layout and a few real media files."""
 
+import contextlib
 import json
 import os
+import resource
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -117,6 +120,8 @@ def write_tiny(folder, seed=0, tokens_per_second=2):
         chat_template=QWEN_TEMPLATE,
     )
     processor.save_pretrained(folder)
+    # Without a gve.json it would be taken for a released checkpoint: 128 tokens a frame at least.
+    Path(folder, "gve.json").write_text('{"min_tokens": 4}')
     return folder
 
 
@@ -142,6 +147,17 @@ def moving_square(n=16, height=56, width=56, seed=0):
         left = int(i * (width - 12) / max(n - 1, 1))
         frames[i, height // 3 : height // 3 + 12, left : left + 12] = colour
     return frames
+
+
+@contextlib.contextmanager
+def full_disk(size):
+    """Let no file of this process grow beyond so many bytes: writing then fails as a quota does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture(scope="session")

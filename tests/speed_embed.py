@@ -4,8 +4,8 @@
 
 Encodes clips of runs/mini/videos (`python -m mini render`) by embed.encode, by a plain loop over
 transformers' processor and model in batches of 8, and by sentence-transformers, in turns, three
-times; all load one merged folder. The latter two decode inline, with decord as we do: transformers'
-own reader needs torchcodec. Prints the median seconds by the clock, seconds of processor time
+times; all load one merged folder. The latter two decode inline, with our reader: transformers' own
+needs torchcodec. Prints the median seconds by the clock, seconds of processor time
 (decoding processes included), and how far the vectors lie apart.
 """
 
@@ -22,19 +22,16 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from embed import encode  # noqa: E402
 from model import CHAT_TEMPLATE, GVE, last_token_pool  # noqa: E402
+from support.media import load_video  # noqa: E402
 
 ROUNDS = 3
 
 
 def read(path):
     """Return eight uniform frames and what transformers wants to know about them."""
-    import decord
-
-    reader = decord.VideoReader(path)
-    indices = np.linspace(0, len(reader) - 1, 8).round().astype(int)
-    frames = reader.get_batch(indices).asnumpy()
+    frames, seconds = load_video(path, 8)
     metadata = {
-        "fps": 8 * reader.get_avg_fps() / len(reader),
+        "fps": 8 / seconds,
         "total_num_frames": 8,
         "frames_indices": list(range(8)),
     }

@@ -5,7 +5,7 @@
 
 One source of runs/mini (`python -m mini render`), batches of 64 with its hard negatives, LoRA on
 mini/base, the same rate, temperature and instruction, one process with all cores, decoding inline
-with decord on the CPU. Compared are train.py, with GradCache in micro-batches of 32 and without,
+on the CPU. Compared are train.py, with GradCache in micro-batches of 32 and without,
 its vision features on disk from an earlier run or not; sentence-transformers'
 CachedMultipleNegativesRankingLoss in mini-batches of 32; and, given a commit, that commit's
 train.py in a worktree.

@@ -178,6 +178,14 @@ def test_presets_find_their_files_under_the_data_folder(tmp_path):
         load_mixture(REPO / flags.mixture[0], [flags.data])
 
 
+def test_a_mixture_with_a_byte_order_mark_is_described(tmp_path, capsys):
+    stand_ins(tmp_path)
+    entry = json.dumps([entries("3b")[0]])
+    (tmp_path / "m.json").write_text(entry, encoding="utf-8-sig")
+    assert check_data.main([str(tmp_path / "m.json"), "--describe"]) is None
+    assert "1 of 1 sources" in capsys.readouterr().out
+
+
 def test_the_report_names_present_and_absent_files_and_the_run_over_the_present(tmp_path):
     stand_ins(tmp_path)
     for entry in entries("3b")[3:-7]:
@@ -231,15 +239,17 @@ def test_every_bad_row_is_listed_with_file_and_line(media, mixture, tmp_path):
         {"query": a, "positives": {"video": "a.mp4"}},
         {"query": {}, "positive": {"video": "a.mp4"}},
         {"query": a, "positive": {"text": "b"}, "negatives": [{"image": "no.png"}]},
+        {"query": a, "positive": {"image": "half \ud83d.png"}},
+        {"query": a, "positive": {"image": "latin \udce9.png"}},
     ]
     (media / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n{broken\n")
     done = command(media / "rows.jsonl")
     assert done.returncode == 1
     bad = done.stdout.splitlines()
     numbers = [line.split("rows.jsonl:")[1].split(":")[0] for line in bad]
-    assert numbers == ["2", "3", "4", "5", "6", "7", "8"], done.stdout
+    assert numbers == [str(number) for number in range(2, 11)], done.stdout
     assert "negatives must be a list of items, got 3" in bad[1]
-    assert done.stderr.strip().endswith("7 unusable rows")
+    assert done.stderr.strip().endswith("9 unusable rows")
 
 
 def test_a_source_with_fewer_negatives_than_promised_is_named(tmp_path):

@@ -1,6 +1,7 @@
 """support/checkpoint.py, and every way a run may stop (signals, a dead rank, NaN) and resume."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import full_disk, write_tiny
 from safetensors.torch import load_file
 from test_train import (
     ROOT,
@@ -29,7 +31,8 @@ from test_train import (
 
 import train
 from extras import pyramid
-from support.files import load_jsonl
+from support import checkpoint
+from support.files import file_lock, load_jsonl
 
 # Run as a script it is train.py; FATE sends a rank a signal, SLOW slows each clip down.
 RECORD = Path(__file__).with_name("test_train.py")
@@ -202,7 +205,7 @@ def test_sigterm_finishes_the_step_and_saves(tiny, mixture, tmp_path):
 
 
 def test_resuming_with_other_settings_is_an_error_and_an_unfinished_state_is_not_loaded(
-    tiny, mixture, tmp_path
+    tiny, mixture, tmp_path, capsys
 ):
     more = "--steps 4 --schedule uniform --save-every 1 --keep 2"
     flags = flags_for(tiny, mixture, tmp_path, more)
@@ -218,14 +221,31 @@ def test_resuming_with_other_settings_is_an_error_and_an_unfinished_state_is_not
     # A state that was not finished is passed over: nothing is left to do.
     (states / "part").mkdir()
     (states / "part" / "facts.json").write_text("{")
+    capsys.readouterr()
     go(*flags, "--resume", "auto")
     assert_weights_as_before()
+    assert "holds a finished run of 4 steps: nothing is left to train" in capsys.readouterr().out
 
     with pytest.raises(ValueError, match="cannot resume with other settings.*'seed': .42, 7."):
         go(*flags, "--resume", "auto", "--seed", "7")
-    shutil.copytree(tiny, tmp_path / "wide")
-    with pytest.raises(ValueError, match="cannot resume with other settings.*'base'"):
-        go(*flags, "--resume", "auto", "--base", tmp_path / "wide")
+
+    # The base may lie elsewhere, but it has to be the same one.
+    shutil.copytree(tiny, tmp_path / "moved")
+    go(*flags, "--resume", "auto", "--base", tmp_path / "moved")
+    assert_weights_as_before()
+    write_tiny(tmp_path / "other", seed=1)
+    with pytest.raises(ValueError, match="the weights of --base .*/other are not those"):
+        go(*flags, "--resume", "auto", "--base", tmp_path / "other")
+
+    # So may the data: the mixture of another folder that has the same files, until one changes.
+    shutil.copytree(Path(mixture).parent, tmp_path / "data")
+    moved = ["--mixture", tmp_path / "data" / "mixture.json", "--data", tmp_path / "data"]
+    go(*flags, "--resume", "auto", *moved)
+    assert_weights_as_before()
+    file = tmp_path / "data" / "ti2v.jsonl"
+    file.write_text(file.read_text().replace("red ball", "red bell"))
+    with pytest.raises(ValueError, match="other data.* source ti2v: hash '.*' -> '.*'; to train"):
+        go(*flags, "--resume", "auto", *moved)
 
     # Damaged files are named. Once their state is removed, the run goes on from the one before.
     newest = states / "step-00000004"
@@ -234,9 +254,147 @@ def test_resuming_with_other_settings_is_an_error_and_an_unfinished_state_is_not
         path.write_bytes(path.read_bytes()[:60])
         with pytest.raises(ValueError, match=f"step-00000004/{name}: damaged .* remove"):
             go(*flags, "--resume", "auto")
+    for name in ("tensors.safetensors", "facts.json"):
+        (newest / name).unlink()
+        with pytest.raises(ValueError, match=f"step-00000004/{name}: not there; remove"):
+            checkpoint.newest_state(states)
     shutil.rmtree(newest)
     go(*flags, "--resume", "auto")
     assert_weights_as_before()
+
+
+# Flags on which no number of a run depends, and those whose contents are compared instead.
+FREE = "preset resume keep save_every log_every dry_run workers features"
+BY_CONTENT = "out data mixture root base"
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(train.Flags)])
+def test_every_flag_that_numbers_depend_on_must_stay(name):
+    then = {field.name: 1 for field in dataclasses.fields(train.Flags)} | {"world": 2}
+    now = then | {name: 2}
+    if name in f"{FREE} {BY_CONTENT}".split():
+        checkpoint.check_settings("out", then, now)
+    else:
+        with pytest.raises(ValueError, match=f"out: cannot resume .*{{'{name}': .1, 2.}}"):
+            checkpoint.check_settings("out", then, now)
+    with pytest.raises(ValueError, match="'world': .2, 4."):
+        checkpoint.check_settings("out", then, then | {"world": 4})
+
+
+def test_data_that_changed_is_told_by_the_sources_names():
+    facts = {"rows": 7, "hash": "a"}
+    then = {"x": facts, "y": facts}
+    assert checkpoint.list_changes(then, {"x": dict(facts), "y": dict(facts)}) == ""
+    cases = {
+        "source y is gone": {"x": facts},
+        "source z is new": {"x": facts, "y": facts, "z": facts},
+        "source y: rows 7 -> 8; source y: hash 'a' -> 'b'": {
+            "x": facts,
+            "y": {"rows": 8, "hash": "b"},
+        },
+        "order of the sources x, y -> y, x": {"y": facts, "x": facts},
+        "source x is gone; source z is new": {"y": facts, "z": facts},
+    }
+    for words, now in cases.items():
+        assert checkpoint.list_changes(then, now) == words
+        with pytest.raises(ValueError, match=re.escape(words)):
+            checkpoint.check_data("out", then, now)
+
+
+def write_state(folder, step, **facts):
+    state = folder / f"step-{step:08}"
+    state.mkdir(parents=True)
+    (state / "facts.json").write_text(json.dumps({"step": step, **facts}))
+    (state / "tensors.safetensors").write_bytes(b"x")
+    return state
+
+
+def test_ranks_that_see_different_states_are_told_so(tmp_path):
+    seen = {
+        "first": checkpoint.describe_state(write_state(tmp_path / "a", 4, saved=1)),
+        "copy": checkpoint.describe_state(write_state(tmp_path / "b", 4, saved=1)),
+        "later": checkpoint.describe_state(write_state(tmp_path / "c", 8, saved=1)),
+        "twin": checkpoint.describe_state(write_state(tmp_path / "d", 4, saved=2)),
+        "none": checkpoint.describe_state(None),
+    }
+    checkpoint.check_same_state([seen["first"], seen["copy"]])
+    checkpoint.check_same_state([seen["none"], seen["none"]])
+    for other in ("later", "twin", "none"):
+        for ranks in (["first", "copy", other], [other, other, "first"]):
+            with pytest.raises(ValueError, match="not see the same state.* rank 2 .*shared"):
+                checkpoint.check_same_state([seen[name] for name in ranks])
+
+
+@pytest.mark.slow
+def test_two_ranks_whose_folders_are_not_shared_end_at_once_with_the_reason(
+    tiny, mixture, tmp_path
+):
+    """As on two machines: each rank works in a folder of its own."""
+    script = tmp_path / "node.py"
+    script.write_text(
+        "import os, runpy, sys\n"
+        f"os.makedirs('{tmp_path}/' + os.environ['RANK'], exist_ok=True)\n"
+        f"os.chdir('{tmp_path}/' + os.environ['RANK'])\n"
+        f"sys.path.insert(0, '{ROOT}')\n"
+        f"runpy.run_path('{ROOT}/train.py', run_name='__main__')\n"
+    )
+    flags = flags_for(tiny, mixture, "out", "--steps 4 --schedule uniform --save-every 2 --keep 9")
+    command = [*launch(2), script, *flags]
+    assert run(*command).returncode == 0
+    shutil.rmtree(tmp_path / "0" / "out" / "state" / "step-00000004")
+    began = time.time()
+    done = run(*command, "--resume", "auto")
+    assert done.returncode != 0
+    assert done.stderr.count("error: cannot resume: the ranks do not see the same state") == 2
+    assert "sees no state" in done.stderr
+    assert time.time() - began < 60
+
+
+def test_a_second_run_into_the_same_folder_is_refused_and_the_lock_ends_with_the_run(
+    tiny, mixture, tmp_path
+):
+    flags = flags_for(tiny, mixture, tmp_path / "out", "--steps 1 --schedule uniform")
+    (tmp_path / "out").mkdir()
+    with file_lock(tmp_path / "out" / "train.lock"):
+        with pytest.raises(ValueError, match="out: another run is writing to this folder"):
+            go(*flags)
+    assert os.listdir(tmp_path / "out") == ["train.lock"]  # nothing was touched
+
+    # A run lets go of it, also one that fails.
+    with pytest.raises(ValueError, match="nowhere/at/all"):
+        go(*flags, "--base", "nowhere/at/all")
+    with file_lock(tmp_path / "out" / "train.lock", wait=False) as held:
+        assert held
+
+
+def test_a_disk_that_is_full_while_saving_leaves_the_checkpoint_before(tiny, mixture, tmp_path):
+    out = tmp_path / "out"
+    flags = flags_for(tiny, mixture, out, "--steps 2 --epochs 1 --schedule uniform --save-every 1")
+    saved = []
+
+    def save_less(*rest, save=checkpoint.save_state):
+        save(*rest)
+        saved.append(contents(out))
+        stack.enter_context(full_disk(20_000))  # from the first state on
+
+    with contextlib.ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "save_state", save_less)
+        with pytest.raises(OSError, match="File too large: '.*/out"):
+            go(*flags)
+    assert contents(out) == saved[0]
+    assert sorted(os.listdir(tmp_path)) == ["out"]
+
+    # A state that does not fit leaves the one before, too.
+    gve = train.GVE.from_pretrained(tiny, lora=True)
+    optimizer = torch.optim.AdamW(gve.lora_parameters().values())
+    with pytest.raises(OSError, match="File too large: '.*/step-00000009'"), full_disk(20_000):
+        rng = torch.zeros(1, 9, dtype=torch.uint8)
+        checkpoint.save_state(out / "state", optimizer, rng, {"step": 9}, keep=1)
+    assert contents(out) == saved[0]
+
+    # With room again, it goes on.
+    go(*flags, "--resume", "auto")
+    assert [step for step, *_ in steps_of(out)] == [1, 2]
 
 
 def test_a_flag_that_was_renamed_or_added_since_the_state_is_named(tiny, mixture, tmp_path):

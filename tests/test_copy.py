@@ -1,4 +1,4 @@
-"""The pieces that other research would copy, cut out with what they name in their own file.
+"""The pieces that other research would copy, cut out with what they name in the root's files.
 
 Each runs in an empty module with at most two imports, none of them ours.
 """
@@ -48,22 +48,34 @@ def definitions(tree):
 
 
 def cut(file, *names):
-    """Return the source of a module that holds these names and all that they need of their file."""
+    """Return (imports, code) of a module that holds these names and all that they need.
+
+    A function that the file imports from another file of the root is cut from there.
+    """
     source = (ROOT / file).read_text()
     known = definitions(ast.parse(source))
     wanted = list(names)
     taken = {}
+    elsewhere = {}  # {file: names to cut from it}
     while wanted:
         name = wanted.pop()
         if name in taken or name not in known:
             continue
-        taken[name] = known[name]
-        wanted += globals_of(ast.unparse(known[name]))
+        node = known[name]
+        if isinstance(node, ast.ImportFrom) and (ROOT / f"{node.module}.py").is_file():
+            elsewhere.setdefault(f"{node.module}.py", set()).add(name)
+            continue
+        taken[name] = node
+        wanted += globals_of(ast.unparse(node))
 
     statements = {id(node): node for node in taken.values()}.values()
     statements = sorted(statements, key=lambda node: node.lineno)
     imports = []
     body = []
+    for other, needed in elsewhere.items():
+        more_imports, more_code = cut(other, *needed)
+        imports += more_imports
+        body.append(more_code)
     for node in statements:
         text = ast.get_source_segment(source, node)
         if isinstance(node, ast.Import | ast.ImportFrom):
@@ -71,6 +83,7 @@ def cut(file, *names):
         else:
             decorators = [f"@{ast.unparse(d)}" for d in getattr(node, "decorator_list", [])]
             body.append("\n".join([*decorators, text]))
+    imports = list(dict.fromkeys(imports))
     return imports, "\n\n\n".join(["\n".join(imports), *body])
 
 

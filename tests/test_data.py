@@ -1,8 +1,10 @@
 """data.py and support/media.py: decoding, items, mixtures, training batches, and bad input."""
 
 import json
+import math
 import os
 import shutil
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from transformers import Qwen2_5_VLProcessor
 
 from data import (
     Collator,
+    Source,
     TrainLoader,
     content_id,
     load_mixture,
@@ -104,13 +107,6 @@ def test_short_clips_and_frame_folders(media):
     assert folder.shape == (8, 56, 56, 3) and seconds == 10 / 8  # 8 frames per second unless told
     assert_columns(folder, columns(moving_square(10, seed=7))[[0, 1, 3, 4, 5, 6, 8, 9]])
     assert load_video({"path": str(media / "frames"), "fps": 2})[1] == 5.0
-
-
-def test_av1_is_read_by_pyav_and_said_once(tmp_path):
-    write_video(tmp_path / "av1.mp4", moving_square(height=64, width=64), codec="libsvtav1")
-    with pytest.warns(UserWarning, match="PyAV reads those"):
-        frames, seconds = load_video(str(tmp_path / "av1.mp4"))
-    assert frames.shape == (8, 64, 64, 3) and seconds == 2.0
 
 
 def damaged(media, folder):
@@ -233,7 +229,13 @@ def test_a_sibling_folder_whose_name_begins_like_a_root_is_outside_it(media, tmp
         ({"video": {"path": "a.mp4", "begin": 1}}, "path or a dict of path and numbers"),
         ({"image": {"video": "a.mp4"}}, "image must be a path or a dict of video and numbers"),
         ({"video": 7}, "video must be a path"),
-        ({"video": {"path": "a.mp4", "end": "1"}}, "numbers"),
+        ({"video": {"path": "a.mp4", "end": "1"}}, "a.mp4: end must be a number"),
+        ({"video": {"path": "a.mp4", "end": True}}, "a.mp4: end must be a number"),
+        ({"video": {"path": "a.mp4", "end": math.inf}}, "a.mp4: end must be finite"),
+        ({"video": {"path": "a.mp4", "start": math.nan}}, "a.mp4: start must be finite"),
+        ({"video": {"path": "a.mp4", "start": 2, "end": 1}}, "a.mp4: end 1 must come after start"),
+        ({"video": {"path": "frames", "fps": 0}}, "frames: fps must be above 0"),
+        ({"image": {"video": "a.mp4", "time": -1}}, "a.mp4: time must be finite and not negative"),
         ("x", "an item needs"),
     ],
 )
@@ -259,6 +261,49 @@ def test_content_ids_follow_content(media):
     ids = {content_id(item) for item in different}
     assert len(ids) == len(different) and text not in ids
     assert all(0 <= number < 2**63 for number in ids)
+
+
+@pytest.mark.parametrize(
+    "item, other",
+    [
+        ({"text": "Ein Caf\u00e9"}, {"text": "ein cafe\u0301"}),  # composed, decomposed
+        ({"text": "\u1e9b\u0323"}, {"text": "\u017f\u0323\u0307"}),  # Unicode's own example of NFC
+        ({"video": "a"}, {"video": {"path": "a"}}),
+        ({"video": "a"}, {"video": {"path": "a", "start": 0, "end": None, "fps": None}}),
+        ({"video": "a"}, {"video": {"end": None, "start": -0.0, "path": "a"}}),
+        ({"video": {"path": "a", "end": 2}}, {"video": {"path": "a", "start": 0.0, "end": 2.0}}),
+        ({"image": {"video": "a", "time": 0}}, {"image": {"video": "a", "time": 0.0}}),
+        ({"image": "a", "text": " \n"}, {"image": "a"}),
+    ],
+)
+def test_content_is_the_same_however_it_is_written(item, other):
+    assert content_id(item) == content_id(other)
+
+
+@pytest.mark.parametrize(
+    "item, other",
+    [
+        ({"video": {"path": "a", "end": 0}}, {"video": "a"}),
+        ({"video": {"path": "a", "start": 1}}, {"video": {"path": "a", "end": 1}}),
+        ({"video": {"path": "a", "fps": 1}}, {"video": {"path": "a", "end": 1}}),
+        ({"image": {"video": "a", "time": 0}}, {"image": "a"}),
+        ({"image": "a"}, {"video": "a"}),
+        ({"text": "a"}, {"text": "\u00e4"}),
+    ],
+)
+def test_other_content_has_another_id(item, other):
+    assert content_id(item) != content_id(other)
+
+
+def test_a_name_that_no_file_can_have_is_said_and_one_that_is_not_utf8_is_read(tmp_path):
+    for name in ("a\0.png", "half \ud83d.png"):
+        for item in ({"image": name}, {"video": {"path": name}}):
+            with pytest.raises(ValueError, match="cannot be a file's name"):
+                resolve(item, tmp_path)
+    with open(os.fsencode(tmp_path) + b"/caf\xe9.png", "wb"):
+        pass
+    found = resolve({"image": "caf\udce9.png"}, tmp_path)
+    assert found == {"image": f"{tmp_path}/caf\udce9.png"}
 
 
 # Mixtures
@@ -288,6 +333,40 @@ def test_wrong_mixtures_name_file_entry_and_what_is_accepted(media, mixture, cha
     path.write_text(json.dumps([entries[0], entries[0]]))
     with pytest.raises(ValueError, match="entry 1 .*same name"):
         load_mixture(path)
+
+
+def test_an_index_finds_every_row_and_costs_16_bytes_a_row_while_it_is_built(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    line = b'{"query": {"text": "%d"}, "positive": {"text": "b"}}'
+    lines = [line % i for i in range(100_000)]
+    lines[5] = b" \t\r"  # blank
+    lines[6] = b""
+    content = b"\xef\xbb\xbf" + b"\r\n".join(lines)  # a BOM, CRLF, no last newline
+    path.write_bytes(content)
+
+    tracemalloc.start()
+    source = Source("s", "T2T", str(path))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(source) == 99_998
+    assert peak < 2 * 16 * len(source) + 300_000  # and the file's buffer
+
+    for row, i in ((0, 0), (4, 4), (5, 7), (99_997, 99_999)):
+        assert source.load(row)[0] == {"text": str(i)}
+        assert source.where(row) == f"{path}:{i + 1}"
+    assert source.facts()["rows"] == 99_998
+    assert source.facts()["bytes"] == len(content)
+    path.write_bytes(content.replace(b'"7"', b'"8"'))
+    assert Source("s", "T2T", str(path)).facts()["hash"] != source.facts()["hash"]
+
+
+def test_a_mixture_may_begin_with_a_byte_order_mark_and_have_crlf(mixture, media):
+    path = media / "bom.json"
+    entries = json.loads(mixture.read_text())
+    content = json.dumps(entries, indent=1).replace("\n", "\r\n")
+    path.write_bytes(b"\xef\xbb\xbf" + content.encode())
+    names = [source.name for source in load_mixture(path)]
+    assert names == [entry["name"] for entry in entries]
 
 
 # Training batches

@@ -1,10 +1,12 @@
 """embed.py: order, failures, the cache, ranks and exact top-k."""
 
 import ctypes
+import dataclasses
 import json
 import multiprocessing
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -24,6 +26,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import embed  # noqa: E402
+import eval as ev  # noqa: E402
+import model  # noqa: E402
 from embed import Flags, encode, main, top_k  # noqa: E402
 from model import GVE  # noqa: E402
 from support import cache as cache_module  # noqa: E402
@@ -71,14 +75,14 @@ def test_results_come_in_order_and_a_bad_item_shifts_nothing(gve, media, workers
 
 def test_decoders_have_cores_of_their_own_and_the_threads_come_back(gve, media, monkeypatch):
     before = torch.get_num_threads()
-    to_device = embed.to_device
+    to_device = model.to_device
     seen = []
 
     def spy(*given):
         seen.append(torch.get_num_threads())
         return to_device(*given)
 
-    monkeypatch.setattr(embed, "to_device", spy)
+    monkeypatch.setattr(model, "to_device", spy)
     clips = [{"video": str(media / "a.mp4")}, {"video": str(media / "b.mp4")}]
     try:
         torch.set_num_threads(3)
@@ -174,14 +178,14 @@ def test_ten_damaged_clips_and_one_that_hangs_cost_nothing_but_themselves(
     items = clips + list(bad.values())
     random.Random(0).shuffle(items)
 
-    load = data.load_video
+    load = data.open_clip
 
     def sleepy(video, frames):
         if "hang.mp4" in str(video):
             ctypes.PyDLL(None).sleep(1000)
         return load(video, frames)
 
-    monkeypatch.setattr(data, "load_video", sleepy)
+    monkeypatch.setattr(data, "open_clip", sleepy)
     began = time.time()
     vectors, failed = encode(gve, items, workers=2, seconds=8)
     assert time.time() - began < 120
@@ -198,14 +202,14 @@ def test_ten_damaged_clips_and_one_that_hangs_cost_nothing_but_themselves(
 
 
 def test_a_decoder_that_dies_is_replaced(gve, media, monkeypatch):
-    load = data.load_video
+    load = data.open_clip
 
     def deadly(video, frames):
         if "b.mp4" in str(video):
             os.kill(os.getpid(), signal.SIGKILL)
         return load(video, frames)
 
-    monkeypatch.setattr(data, "load_video", deadly)
+    monkeypatch.setattr(data, "open_clip", deadly)
     items = [{"video": str(media / f"{name}.mp4")} for name in "abcd"]
     vectors, failed = encode(gve, items, workers=1)
     assert list(failed) == [1]
@@ -498,6 +502,25 @@ def test_killed_at_20_moments_it_goes_on_each_time_and_loses_and_repeats_nothing
     assert_close(vectors, encode(gve, items)[0])
 
 
+def test_a_full_disk_is_named_and_what_was_embedded_stays(gve, tmp_path):
+    texts = [{"text": f"line {i} " * 50} for i in range(40)]
+    encode(gve, texts[:5], cache=VectorCache(tmp_path, gve))
+    before = cached_keys(tmp_path)
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)  # Python ignores the signal, SIGXFSZ
+    # Room for neither the vectors nor, then, the rows of the cache.
+    for size, message in ((8192, f"no room for 40 vectors.*{tmp_path}"), (12000, "too large")):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        try:
+            with pytest.raises(OSError, match=message):
+                encode(gve, texts, cache=VectorCache(tmp_path, gve))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert cached_keys(tmp_path) == before
+    encode(gve, texts, cache=VectorCache(tmp_path, gve))
+    assert len(cached_keys(tmp_path)) == 40
+
+
 def test_two_ranks_equal_one(tiny, media, tmp_path):
     rows = [{"text": f"a text of {n}" * n} for n in range(1, 9)]
     rows += [{"video": f"{name}.mp4"} for name in "abcdb"]
@@ -515,7 +538,7 @@ def test_two_ranks_equal_one(tiny, media, tmp_path):
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 1, done.stderr
     assert done.stdout.count("14 of 15 items") == 1, done.stderr
     assert "shared.jsonl:4:" in done.stdout
     keys = cached_keys(tmp_path / "two" / "cache")
@@ -591,8 +614,10 @@ def test_command_writes_vectors_and_names_what_failed(tiny, media, tmp_path):
     done = subprocess.run(
         [sys.executable, "embed.py", str(path), *flags], cwd=ROOT, capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stderr
-    assert "2 of 3 items" in done.stdout, done.stderr
+    assert done.returncode == 1, done.stderr
+    assert "2 of 3 items" in done.stdout.splitlines()[-1], done.stderr
+    assert "1 failed" in done.stdout.splitlines()[-1]
+    assert "1/1" not in done.stderr and "it/s" not in done.stderr  # no bars without a terminal
     assert "items.jsonl:2: video 'gone.mp4'" in done.stdout
 
     vectors = np.load(tmp_path / "vectors.npy")
@@ -640,6 +665,128 @@ def test_the_command_ends_with_one_line_for_a_missing_file():
     assert done.stderr.strip().splitlines()[-1].startswith("embed.py:")
     assert "gone.jsonl" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_folder_s_media_are_embedded_and_its_failures_counted(
+    tiny, media, tmp_path, monkeypatch, capsys
+):
+    folder = tmp_path / "clips"
+    (folder / "deep" / ".hidden").mkdir(parents=True)
+    shutil.copy(media / "a.mp4", folder / "10.MP4")
+    shutil.copy(media / "i.png", folder / "deep" / "i.png")
+    shutil.copy(media / "i.png", folder / "deep" / ".hidden" / "i.png")
+    (folder / "2.mkv").write_bytes(b"no video")
+    (folder / "._10.MP4").write_bytes(b"a companion")
+    (folder / "notes.txt").write_text("no media")
+    os.symlink(folder, folder / "deep" / "round")
+    open_clip = data.open_clip
+
+    def noted(video, frames):
+        return dataclasses.replace(open_clip(video, frames), note="10.MP4: cut off")
+
+    monkeypatch.setattr(data, "open_clip", noted)
+    flags = Flags(str(folder), ckpt=tiny, out=str(tmp_path / "out"), workers=0, device="cpu")
+    assert main(flags) == 1
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1].startswith(f"{tmp_path / 'out'}: 2 of 3 items embedded, dim 64; 1 failed")
+    decoder = open_clip(str(media / "a.mp4"), 2).decoder
+    assert said[-3:-1] == ["10.MP4: cut off", f"videos decoded by: {decoder} 1"]
+
+    lines = [json.loads(line) for line in open(tmp_path / "out" / "items.jsonl")]
+    names = ["10.MP4", "2.mkv", "deep/i.png"]
+    assert [line["id"] for line in lines] == names
+    assert [line["path"] for line in lines] == [str(folder / name) for name in names]
+    assert "2.mkv" in lines[1]["error"] and "error" not in lines[0]
+    gve = GVE.from_pretrained(tiny)
+    expected = gve.embed([{"video": media / "a.mp4"}, {"image": media / "i.png"}])
+    vectors = torch.from_numpy(np.load(tmp_path / "out" / "vectors.npy"))
+    assert_close(vectors[[0, 2]], expected, 1e-6)
+    (folder / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty: no videos or images here"):
+        main(Flags(str(folder / "empty"), ckpt=tiny))
+
+
+def test_the_commands_base_min_tokens_and_positions_reach_the_vectors(tiny, media, tmp_path):
+    adapter = GVE.from_pretrained(tiny, lora=True)
+    adapter.save_pretrained(tmp_path / "adapter")
+    adapter.save_pretrained(tmp_path / "merged", merge=True)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "/old/machine/base"
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    path = media / "one.jsonl"
+    path.write_text(json.dumps({"video": "b.mp4"}))
+
+    for options in ({}, {"min_tokens": 9}, {"positions": "1d"}):
+        flags = Flags(
+            str(path),
+            ckpt=str(tmp_path / "adapter"),
+            base=tiny,
+            out=str(tmp_path / "out"),
+            workers=0,
+            device="cpu",
+            **options,
+        )
+        assert main(flags) == 0
+        made = torch.from_numpy(np.load(tmp_path / "out" / "vectors.npy"))
+        gve = GVE.from_pretrained(tiny, **options)
+        assert_close(made, gve.embed([{"video": str(media / "b.mp4")}]))
+    assert len(list((tmp_path / "out" / "cache").iterdir())) == 3  # no setting meets another's
+
+
+def test_evaluation_s_base_min_tokens_and_positions_reach_the_model_and_the_protocol(
+    tiny, tmp_path, monkeypatch
+):
+    adapter = GVE.from_pretrained(tiny, lora=True)
+    with torch.no_grad():
+        for weights in adapter.lora_parameters().values():
+            weights.fill_(0.1)
+    adapter.save_pretrained(tmp_path / "adapter")
+    adapter.save_pretrained(tmp_path / "merged", merge=True)
+    protocols = []
+    monkeypatch.setattr(ev, "score_datasets", lambda *given: protocols.append(given[3]))
+    flags = ev.Flags(ckpt=str(tmp_path / "adapter"), device="cpu")
+    for options in ({}, {"min_tokens": 9, "positions": "1d", "base": tiny}):
+        changed = dataclasses.replace(flags, **options)
+        ev.score_checkpoint([], None, "m", changed, tmp_path / "out")
+    assert [(p["min_tokens"], p["positions"]) for p in protocols] == [(4, "mrope"), (9, "1d")]
+
+    # On its own merged base an adapter would take effect twice.
+    (tmp_path / "i.jsonl").write_text('{"text": "a"}')
+    merged = dataclasses.replace(flags, base=str(tmp_path / "merged"))
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="merged holds other"):
+        ev.score_checkpoint([], None, "m", merged, tmp_path / "out")
+    embedding = Flags(str(tmp_path / "i.jsonl"), ckpt=merged.ckpt, base=merged.base, device="cpu")
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="merged holds other"):
+        main(embedding)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b'{"text": "a"}\r{"text": "b"}', ":1: not JSON.*carriage return"),
+        ('{"text": "a"}\n{"text": "b"}'.encode("utf-16"), ":1: not JSON.*UTF-16"),
+        (b'[{"text": "a"}]', ":1: expected a JSON object.*a JSON list"),
+        (
+            b'{"text": "a"}\n{"text": \n',
+            ":2: not JSON: Expecting value: line 2 column 1 .char 10.$",
+        ),
+    ],
+)
+def test_a_file_that_is_no_json_lines_is_told_so(tmp_path, content, message):
+    (tmp_path / "i.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match="i.jsonl" + message):
+        embed.list_rows(tmp_path / "i.jsonl")
+
+
+def test_without_a_terminal_progress_is_a_line_now_and_then(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(embed.time, "monotonic", lambda: now[0])
+    with embed.Progress(100, "encode") as progress:
+        for _ in range(7):
+            now[0] += 10
+            progress.update(5)
+    lines = ["encode: 15 of 100, 0.5/s", "encode: 30 of 100, 0.5/s"]
+    assert capsys.readouterr().err.splitlines() == lines
 
 
 # Large inputs, kills of the whole evaluation
@@ -727,8 +874,6 @@ def test_top_k_over_a_million_vectors_costs_little_beside_the_products(
 @pytest.mark.slow
 @pytest.mark.skipif(not (ROOT / "runs/mini/uvrb").is_dir(), reason="needs `python -m mini render`")
 def test_mini_uvrb_killed_at_20_moments_gives_the_numbers_of_an_uninterrupted_run(tmp_path):
-    import eval as ev
-
     gve = GVE.from_pretrained(ROOT / "mini/prober")
     rng = random.Random(0)
     finished = 0

@@ -6,6 +6,7 @@ import importlib
 import itertools
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -53,6 +54,22 @@ def run(*args, cwd):
 def call(*args):
     """Run the command in this process: importing torch and transformers anew costs seconds."""
     return ev.main(parse_flags(ev.Flags, [str(a) for a in args]))
+
+
+@pytest.fixture(autouse=True)
+def interpreter(monkeypatch):
+    """Put back what --encoder changes: its file stands in for the program that runs."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+    before = dict(sys.modules)
+    yield
+    for name in ("__main__", "__mp_main__", *OUR_MODULES):
+        sys.modules.pop(name, None)
+        if name in before:
+            sys.modules[name] = before[name]
+
+
+OUR_MODULES = [path.stem for path in REPO.glob("*.py")]
 
 
 def results_of(out):
@@ -467,11 +484,14 @@ def test_results_json_holds_the_protocol_and_every_contracted_key(evaluated, tin
     events = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [e["dataset"] for e in events] == list(result["datasets"])
     assert all(e["event"] == "eval" and e["failed"] == [] for e in events)
+    # No ability is complete, so there is no Table 2; Table 1 would repeat the lines on the screen.
     files = {"results.json", "log.jsonl", "cache"}
     for style in ("txt", "md", "csv", "tex"):
-        files |= {f"table1.{style}", f"table2.{style}"}
+        files.add(f"table1.{style}")
     assert {path.name for path in out.iterdir()} == files
-    assert "Table 1: tiny-UVRB" in text and "Table 2: tiny-UVRB" in text
+    assert "Table 1: tiny-UVRB" in (out / "table1.txt").read_text()
+    starts = [line.split()[0] for line in text.splitlines()]
+    assert starts == ["MSRVTT", "MS-TI", "LoVR-C2V", f"{out}:"]
 
 
 ENCODER = """
@@ -521,8 +541,7 @@ def test_any_model_from_a_file_or_a_folder_gets_the_numbers_of_the_checkpoint(
         write_vectors(tmp_path / "v", name, lines, vectors * lengths)
     call("--embeddings", tmp_path / "v", *common)
     assert results_of(tmp_path / "out")["datasets"] == expected
-    text = capsys.readouterr().out
-    assert "Table 2: tiny-UVRB" in text and "MS-TI/vectors.npy: corpus vectors are " in text
+    assert "MS-TI/vectors.npy: corpus vectors are " in capsys.readouterr().out
 
     np.save(tmp_path / "v" / "MS-TI" / "vectors.npy", np.ones((11, 3), np.float32))
     words = r"MS-TI/vectors.npy: float32 \(11, 3\); expected floats \(11, 64\)"
@@ -553,7 +572,7 @@ def own_benchmark(root):
     return root / "uvrb"
 
 
-def test_a_folders_own_dataset_is_scored_and_shown_and_enters_no_average(tmp_path):
+def test_a_folders_own_dataset_is_scored_and_shown_and_enters_no_average(tmp_path, capsys):
     """A new name in benchmark.json and no line of code: its metric is R@5, 5 of 7 queries hit."""
     folder = own_benchmark(tmp_path)
     for name, n, m in (("MSRVTT", 3, 4), ("MyVideos", 7, 9)):
@@ -582,8 +601,13 @@ def test_a_folders_own_dataset_is_scored_and_shown_and_enters_no_average(tmp_pat
     assert mine[head.index("MyVideos")] == ".714" and mine[head.index("MSRVTT")] == "1.000"
 
     # Alone, too.
-    done = run(*common, "--out", tmp_path / "o2", "--datasets", "MyVideos", cwd=tmp_path)
-    assert done.returncode == 0 and ".714" in done.stdout.split("Table 1: mine")[1]
+    capsys.readouterr()
+    call(*common, "--out", tmp_path / "o2", "--datasets", "MyVideos")
+    about, line, last = capsys.readouterr().out.splitlines()
+    assert "query vectors are 1 to 2.83 long and normalised here" in about
+    assert line.split()[:3] == ["MyVideos", "R@5", ".714"] and last.startswith(f"{tmp_path}/o2: ")
+    lines = (tmp_path / "o2" / "table1.csv").read_text().splitlines()
+    assert lines == ["model,MyVideos", "me,.714", "chance,.556", "ceiling,1.000"]
 
 
 HEAD = (["model"], ["me"])
@@ -609,6 +633,38 @@ def test_a_folders_own_prompt_heads_its_queries(tmp_path):
     encoded = list(ev.encode_datasets(encode_rows, benches))
     assert [e.bench.name for e in encoded] == names
     assert seen == [(4 + 9, None), (3, uvrb.PROMPTS["MSRVTT"]), (7, "Find my video.")]
+
+
+def test_the_benchmark_that_the_readme_shows_is_checked_and_scored(tiny, tmp_path, capsys):
+    """Its rows as they stand there, five of each, over five real clips."""
+    block = (REPO / "README.md").read_text().split("```\nmine/benchmark.json")[1].split("```")[0]
+    content, *lines = re.split(r"\n(?=mine/)", block.strip())
+    root = tmp_path / "mine"
+    (root / "Kitchen" / "videos").mkdir(parents=True)
+    (root / "benchmark.json").write_text(content)
+    for line in lines[:3]:
+        path, row = line.split(maxsplit=1)
+        rows = [row.replace("1", str(i)) for i in range(1, 6)]
+        assert rows[0] == row
+        (tmp_path / path).write_text("\n".join(rows))
+    for i in range(1, 6):
+        write_video(root / "Kitchen" / "videos" / f"{i}.mp4", moving_square(12, seed=i))
+    assert lines[3] == "mine/Kitchen/videos/1.mp4" and len(lines) == 4
+
+    assert uvrb.check(root) == []
+    assert capsys.readouterr().out == "Kitchen     5 queries, 5 corpus items, 0 media missing\n"
+    call("--ckpt", tiny, "--uvrb", root, "--out", tmp_path / "out", "--name", "tiny")
+    line, last = capsys.readouterr().out.splitlines()
+    gve = GVE.from_pretrained(tiny)
+    b = uvrb.read(root, "Kitchen")
+    queries = torch.cat([gve.embed([row["item"]], "Find the video.") for row in b.queries])
+    corpus = torch.cat([gve.embed([row["item"]]) for row in b.corpus])
+    score = trec(queries, corpus, [[i] for i in range(5)])["R@1"]
+    words = line.split()
+    assert words[:3] == ["Kitchen", "R@1", f"{score:.3f}".removeprefix("0")]
+    assert line.endswith("(chance .200, ceiling 1.000, 5/5 queries, 5/5 corpus items)")
+    entry = results_of(tmp_path / "out")["datasets"]["Kitchen"]
+    assert entry["score"] == pytest.approx(score) and entry["complete"]
 
 
 def vectors_of(bench, folder, change=lambda rows, vectors: (rows, vectors)):
@@ -678,16 +734,20 @@ def test_a_wrong_folder_of_vectors_is_an_error_that_names_the_line(tmp_path, cha
         next(ev.read_datasets(vectors_of(bench(6, 8), tmp_path, change), [bench(6, 8)]))
 
 
-def test_a_wrong_encoder_is_an_error_and_an_item_it_cannot_embed_is_a_loss(tiny, tmp_path):
+def test_a_wrong_encoder_is_an_error_and_an_item_it_cannot_embed_is_a_loss(tiny, media, tmp_path):
     (tmp_path / "mine.py").write_text(ENCODER.format(repo=str(REPO), ckpt=tiny))
-    rows = bench(3, 2).queries + [{"id": "v", "item": {"video": "a.mp4"}, "where": "q.jsonl:4"}]
+    rows = bench(3, 2).queries
+    for name in ("i.png", "gone.png"):
+        where = f"q.jsonl:{len(rows) + 1}"
+        rows.append({"id": name, "item": {"image": str(media / name)}, "where": where})
     rows[1]["item"] = {"text": "y"}
-    # 4 rows, two equal.
+    # 5 rows, two equal, one whose image is absent.
     with pytest.raises(ValueError, match=r"short: shape \(1, 2\) for 3 items; expected \(3, D\)"):
         ev.function_encoder(f"{tmp_path}/mine.py:short", 8)(rows, None, "")
     vectors, failed = ev.function_encoder(f"{tmp_path}/mine.py:half", 2)(rows, None, "")
-    assert set(failed) == {0, 1, 2} and failed[1].startswith("q.jsonl:2: ")
-    assert vectors[3].tolist() == [1, 0]
+    assert set(failed) == {0, 1, 2, 4} and failed[1].startswith("q.jsonl:2: ")
+    assert failed[4] == f"q.jsonl:5: {media / 'gone.png'} does not exist"
+    assert vectors[3].tolist() == [1, 0] and vectors.isfinite().all(1).tolist() == 3 * [0] + [1, 0]
 
     with pytest.raises(ValueError, match="has no function 'nothing'"):
         ev.function_encoder(f"{tmp_path}/mine.py:nothing", 8)
@@ -698,19 +758,185 @@ def test_a_wrong_encoder_is_an_error_and_an_item_it_cannot_embed_is_a_loss(tiny,
             ev.function_encoder(spec, 8)
 
 
+def encoder_of(folder, text, name="embed", size=8):
+    """An encoder from a file of its own in `folder`."""
+    folder.mkdir(exist_ok=True)
+    (folder / "mine.py").write_text(text)
+    return ev.function_encoder(f"{folder}/mine.py:{name}", size)
+
+
+UNITS = {  # a function's result as people write it, three rows of the unit matrix
+    "array": "np.eye(3)",
+    "float16": "np.eye(3, dtype=np.float16)",
+    "bf16 with gradients": "torch.eye(3, dtype=torch.bfloat16, requires_grad=True)",
+    "integers": "torch.eye(3, dtype=torch.int64)",
+    "list of lists": "np.eye(3).tolist()",
+    "list of arrays": "list(np.eye(3, dtype=np.float32))",
+    "list of tensors": "list(torch.eye(3, requires_grad=True))",
+    "tuple of bf16": "tuple(torch.eye(3).bfloat16())",
+}
+
+
+@pytest.mark.parametrize("kind", UNITS)
+def test_an_encoder_may_return_what_people_return(tmp_path, kind):
+    text = f"import numpy as np, torch\ndef embed(items, instruction):\n    return {UNITS[kind]}\n"
+    rows = bench(3, 2).queries
+    for i, row in enumerate(rows):
+        row["item"] = {"text": str(i)}
+    vectors, failed = encoder_of(tmp_path, text)(rows, None, "")
+    assert vectors.dtype == torch.float32 and vectors.tolist() == np.eye(3).tolist()
+    assert not failed and not vectors.requires_grad
+
+
+WRONG_RESULTS = {  # an expression for two items: words of the error
+    "None": "returns a NoneType; expected a tensor, an array or a list of rows, floats (2, D)",
+    "{'vectors': np.eye(2)}": "returns a dict; expected a tensor",
+    "['a', 'b']": "returns a list; expected a tensor",
+    "[[1.0, 0.0], [1.0]]": "returns a list; expected a tensor",
+    "np.ones(2)": "shape (2,) for 2 items; expected (2, D)",
+    "np.ones((2, 1, 3))": "shape (2, 1, 3) for 2 items; expected (2, D)",
+    "np.ones((3, 3))": "shape (3, 3) for 2 items; expected (2, D)",
+    "np.ones((2, 5 if instruction else 4))": "shape (2, 5) for 2 items; expected (2, 4)",
+    "np.zeros((2, 4))": "vectors of length 0 for 2 of 2 items (q.jsonl:1, q.jsonl:2)",
+    "[[1.0, 2.0], [0.0, 0.0]]": "vectors of length 0 for 1 of 2 items (q.jsonl:2)",
+    "items[0]['audio']": "KeyError: 'audio'",
+}
+
+
+@pytest.mark.parametrize("result", WRONG_RESULTS)
+def test_a_wrong_result_of_an_encoder_is_named(tmp_path, result):
+    text = f"import numpy as np\ndef embed(items, instruction):\n    return {result}\n"
+    rows = bench(2, 2).queries
+    rows[1]["item"] = {"text": "y"}
+    encoder = encoder_of(tmp_path, text)
+    with pytest.raises(ValueError) as error:
+        for instruction in (None, "Find it."):
+            encoder(rows, instruction, "")
+    told = str(error.value)
+    assert told.startswith(f"--encoder {tmp_path}/mine.py:embed: ") and "\n" not in told
+    assert WRONG_RESULTS[result] in told
+
+
+def test_vectors_that_are_all_equal_are_said(tmp_path, capsys):
+    """For any source of vectors; of the queries, of the corpus, whatever their lengths."""
+    b = bench(6, 8)
+    corpus = torch.eye(8)
+    same = torch.full((8, 8), 0.1) * torch.arange(1, 9)[:, None]
+    same[2] = math.nan  # an item without a vector
+    flags = parse_flags(ev.Flags, [])
+    for queries, items, words in (
+        (corpus[:6], same, "all corpus vectors are equal"),
+        (same[:6], same, "all corpus vectors are equal"),
+        (same[:6], corpus, "all query vectors are equal"),
+        (corpus[:6], corpus, ""),
+    ):
+        lost = {2: "lost"} if items is same else {}
+        lost_queries = {2: "lost"} if queries[0, 1] else {}
+        encoded = ev.Encoded(b, queries, items, lost_queries, lost)
+        ev.score_datasets([encoded], "mine", "x", PROTOCOL, flags, tmp_path)
+        text = capsys.readouterr().out
+        assert text.count("vectors are equal") == bool(words) and words in text
+        assert not words or f"chance is .{'143' if items is same else '125'}" in text
+    nearly = torch.ones(3000, 4) + 1e-3 * torch.eye(3000, 4)
+    assert not ev.all_equal(nearly) and ev.all_equal(nearly[100:]) and not ev.all_equal(same[:1])
+
+
+@pytest.mark.timeout(120)  # a pool whose workers cannot start tries for ever
+def test_an_encoders_file_runs_as_python_would_run_it(tmp_path):
+    """Beside it lie modules, one with a name of ours; its main block stays out; its dataclass, its
+    arguments and a pool of new processes are its own."""
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "__init__.py").write_text("two = 2.0\n")
+    (tmp_path / "model.py").write_text("from lib import two\nwidth = 3\n")
+    text = """
+from __future__ import annotations
+import multiprocessing, os, sys
+from dataclasses import dataclass
+from model import two, width
+@dataclass
+class Config:
+    dim: int | None = width
+assert sys.argv == [__file__] and sys.path[0] == os.path.dirname(__file__)
+def worker(text):
+    return [float(len(text)), two, float("torch" in sys.modules)]
+def embed(items, instruction):
+    assert Config().dim == 3
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.map(worker, [item["text"] for item in items])
+if __name__ == "__main__":
+    raise SystemExit("as a program")
+"""
+    ours = sys.modules["model"]
+    vectors, _ = encoder_of(tmp_path, text)(bench(1, 1).queries, None, "")
+    # The worker ran this file alone: eval.py would have brought torch.
+    assert vectors.tolist() == [[1.0, 2.0, 0.0]]
+    assert sys.modules["model"] is not ours and ev.GVE is ours.GVE
+
+
+def test_nothing_scored_is_an_error_with_the_reasons_in_the_log(tmp_path):
+    folder = own_benchmark(tmp_path)
+    text = "def embed(items, instruction):\n    return [[float('nan')] for _ in items]\n"
+    (tmp_path / "mine.py").write_text(text)
+    spec = f"{tmp_path / 'mine.py'}:embed"
+    with pytest.raises(ValueError, match="no query could be scored"):
+        call("--encoder", spec, "--uvrb", folder, "--out", tmp_path / "out")
+    events = (tmp_path / "out" / "log.jsonl").read_text().splitlines()
+    assert [len(json.loads(event)["failed"]) for event in events] == [7, 16]
+
+
+def test_vectors_that_embed_wrote_are_read_from_two_folders(tmp_path):
+    """queries/ and corpus/, whose lines have no kind but a line number and perhaps an error."""
+    b = bench(3, 4)
+    vectors = np.eye(4, dtype=np.float32)
+    for name, rows, made in (("queries", b.queries, vectors[:3]), ("corpus", b.corpus, vectors)):
+        lines = [{"id": row["id"], "line": i + 1} for i, row in enumerate(rows)]
+        if name == "corpus":
+            made = made.copy()
+            made[3] = math.nan
+            lines[3]["error"] = "no such file"
+        write_vectors(tmp_path / "MSRVTT", name, lines, made)
+    encoded = next(ev.read_datasets(tmp_path, [b]))
+    entry = ev.score(encoded)
+    assert (entry["n"], entry["corpus"], entry["score"]) == (3, 3, 1.0)
+    assert set(encoded.lost_corpus) == {3} and not encoded.lost_queries
+
+    np.save(tmp_path / "MSRVTT" / "corpus" / "vectors.npy", np.ones((4, 5), np.float32))
+    with pytest.raises(ValueError, match=r"corpus/vectors.npy: .* expected floats \(4, 4\)"):
+        next(ev.read_datasets(tmp_path, [b]))
+    (tmp_path / "MSRVTT" / "corpus" / "vectors.npy").write_bytes(b"PK, no array")
+    with pytest.raises(ValueError, match="corpus/vectors.npy: no array of numbers"):
+        next(ev.read_datasets(tmp_path, [b]))
+    with pytest.raises(OSError, match="gone/MSRVTT: no vectors.npy"):
+        next(ev.read_datasets("gone", [b]))
+
+
 def test_frames_and_tokens_vary_one_at_a_time(evaluated, tiny, media, tmp_path, capsys):
+    """MS-TI under the name of MS-TV as well: then CMP is complete, and Figure 12 has a curve."""
     folder, out, _ = evaluated
-    common = ("--ckpt", tiny, "--uvrb", folder, "--root", media, "--datasets", "MSRVTT")
-    common += ("--name", "tiny", "--out", tmp_path)
+    shutil.copytree(folder.parent / "videos", tmp_path / "videos")
+    for name in ("MS-TI", "MS-TV"):
+        shutil.copytree(folder / "MS-TI", tmp_path / "uvrb" / name)
+    sizes = {name: {"queries": 4, "corpus": 7} for name in ("MS-TI", "MS-TV")}
+    benchmark = {"name": "tiny-UVRB", "datasets": sizes}
+    (tmp_path / "uvrb" / "benchmark.json").write_text(json.dumps(benchmark))
+
+    common = ("--ckpt", tiny, "--uvrb", tmp_path / "uvrb", "--root", media)
+    common += ("--name", "tiny", "--out", tmp_path / "out")
     with pytest.raises(ValueError, match="--frames and --max-tokens"):
         call("--frames", 8, 16, "--max-tokens", 200, 400, *common)
     call("--frames", 4, 8, *common)
-    four, eight = [results_of(tmp_path / f"{frames}x200") for frames in (4, 8)]
+    four, eight = [results_of(tmp_path / "out" / f"{frames}x200") for frames in (4, 8)]
     assert (four["protocol"]["frames"], eight["protocol"]["frames"]) == (4, 8)
     assert eight["model"] == "tiny 8x200"
-    assert eight["datasets"]["MSRVTT"] == results_of(out)["datasets"]["MSRVTT"]
-    assert "Figure 12: tiny-UVRB" in capsys.readouterr().out
-    assert (tmp_path / "figure12.png").is_file() and not (tmp_path / "figure13.png").exists()
+    assert eight["datasets"]["MS-TI"] == results_of(out)["datasets"]["MS-TI"]
+
+    text = capsys.readouterr().out
+    assert "Table 1: tiny-UVRB" in text and "Table 2: tiny-UVRB" in text
+    rows = [line.split() for line in text.split("Figure 12: ")[1].splitlines()]
+    assert ["model", "score", "4", "8"] in rows
+    assert [row[1] for row in rows if row[:1] == [tiny]] == ["CMP"]
+    assert (tmp_path / "out/figure12.png").is_file()
+    assert not (tmp_path / "out/figure13.png").exists()
 
 
 @pytest.mark.skipif(
@@ -751,7 +977,9 @@ def test_zero_shot_classification_is_video_to_label_retrieval(tiny, tmp_path, ca
     text = capsys.readouterr().out
     assert "Table 11" in text and "Table 1:" not in text
     rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line.split()}
-    assert rows["tiny"] == ["-", "-", f"{accuracy:.3f}".replace("0.", "."), "-", "-", "-"]
+    # Table 11 has UCF101's column alone, the published rows as well.
+    assert rows["model"] == ["UCF101"] and len(rows) > 6
+    assert rows["tiny"] == [f"{accuracy:.3f}".replace("0.", ".")]
 
 
 def test_a_fingerprint_is_of_the_weights(tiny, tmp_path):
@@ -783,7 +1011,9 @@ def test_missing_and_damaged_media_are_named_and_never_averaged(tiny, media, tmp
     c2v = result["datasets"]["LoVR-C2V"]
     assert (c2v["n"], c2v["expected"], c2v["complete"]) == (5, 7, False)
     assert result["abilities"]["VIS"] is None
-    assert "* MSRVTT: 3/5 queries, 5/7 videos; it enters no average" in capsys.readouterr().out
+    assert "3/5 queries, 5/7 corpus items)" in capsys.readouterr().out
+    note = "* MSRVTT: 3/5 queries, 5/7 corpus items; it enters no average"
+    assert note in (out / "table1.txt").read_text()
 
     failed = {}
     for line in (out / "log.jsonl").open():

@@ -32,7 +32,12 @@ compiled = pytest.mark.skipif(
     infonce.INTERPRET or infonce.triton is None, reason="needs Triton, not interpreted"
 )
 IMPLS = [pytest.param("torch", id="twin"), pytest.param("triton", marks=triton_runs)]
-MASKS = {"none": (), "ids": ("ids",), "margin": ("margin",), "both": ("ids", "margin")}
+MASKS = {
+    "none": (),
+    "ids": ("ids",),
+    "margin": ("margin",),
+    "all": ("ids", "queries", "margin"),
+}
 SLACK = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-3}
 
 
@@ -79,6 +84,8 @@ def batch(N, M, D, seed=0, masks=(), shared=False, ignored=False):
         kw["target"] = target
     if "ids" in masks:
         kw["ids"] = torch.randint(0, 2 * M // 3 + 1, (M,), generator=g) - 5
+    if "queries" in masks:
+        kw["q_ids"] = torch.randint(0, 2 * N // 3 + 1, (N,), generator=g) - 5
     if "margin" in masks:
         s = q @ d.T
         over = (s - s.gather(1, target.clamp(min=0)[:, None])).flatten().sort().values
@@ -224,7 +231,7 @@ def test_interpreter_passes_the_triton_tests():
 
 
 def test_twin_passes_gradcheck():
-    q, d, kw = batch(7, 12, 6, 3, MASKS["both"], shared=True, ignored=True)
+    q, d, kw = batch(7, 12, 6, 3, MASKS["all"], shared=True, ignored=True)
     q.requires_grad_()
     d.requires_grad_()
     scale = torch.tensor(7.0, dtype=torch.float64, requires_grad=True)
@@ -235,6 +242,94 @@ def test_twin_passes_gradcheck():
             return info_nce(q, d, scale, **options)
 
         assert torch.autograd.gradcheck(loss, (q, d, scale))
+
+
+def loss_over_pairs(q, d, scale, *, target, ids, q_ids, margin, symmetric):
+    """The losses (N,), written as sums over pairs."""
+    cosines = q @ d.T
+    asker = {}  # {column: the query of the first row whose positive it is}
+    for query, column in zip(q_ids.tolist(), target.tolist(), strict=True):
+        asker.setdefault(column, query)
+
+    def is_negative(i, j):
+        if target[i] < 0 or ids[j] == ids[target[i]] or asker.get(j) == int(q_ids[i]):
+            return False
+        return cosines[i, j].detach() <= cosines[i, target[i]].detach() + margin
+
+    losses = []
+    for i, column in enumerate(target.tolist()):
+        if column < 0:
+            losses.append(0 * cosines[i, 0])
+            continue
+        forward = [cosines[i, j] for j in range(len(d)) if is_negative(i, j)]
+        reverse = [cosines[k, column] for k in range(len(q)) if is_negative(k, column)]
+        own = cosines[i, column]
+        parts = []
+        for negatives in (forward, reverse):
+            logits = scale * torch.stack([own, *negatives])
+            parts.append(logits.logsumexp(0) - logits[0])
+        losses.append(sum(parts) / 2 if symmetric else parts[0])
+    return torch.stack(losses)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("shared", [True, False])
+def test_definition_equals_a_loop_over_pairs(shared, symmetric):
+    """Queries have several answers, contents several queries; some are hard negatives."""
+    q, d, kw = batch(13, 21, 6, 5, MASKS["all"], shared, ignored=True)
+    kw["ids"] = kw["ids"] % 7
+    kw["q_ids"] = kw["q_ids"] % 7
+    # Two rows that are alike in all but the answer, on purpose
+    q[[2, 9]] = q[[1, 3]]
+    by_vectors = q.unique(dim=0, return_inverse=True)[1]
+    for q_ids in (kw.pop("q_ids"), None):
+        known = by_vectors if q_ids is None else q_ids
+        options = dict(kw, symmetric=symmetric)
+        expected = evaluate(loss_over_pairs, q, d, 5.0, torch.float64, q_ids=known, **options)
+        options |= dict(q_ids=q_ids, reduction="none")
+        for form in (info_nce_ref, info_nce):
+            ours = evaluate(form, q, d, 5.0, torch.float64, **options)
+            for a, b in zip(ours, expected, strict=True):
+                torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_answers_of_many_queries_cross_blocks_and_tiles(impl):
+    """120 rows of 9 queries and 150 candidates of 40 contents, in several blocks and tiles."""
+    q, d, _ = batch(120, 150, 16, 7)
+    g = seeded(8)
+    kw = dict(
+        ids=torch.randint(0, 40, (150,), generator=g),
+        q_ids=torch.randint(0, 9, (120,), generator=g),
+        reduction="none",
+    )
+    exact = evaluate(info_nce_ref, q, d, 33.3, torch.float64, **kw)
+    for a, b in zip(run(impl, q, d, **kw), exact, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", SLACK, ids=str)
+def test_rows_are_one_query_if_and_only_if_all_bits_are_equal(dtype):
+    g = seeded(0)
+    signs = torch.randint(0, 2, (3000, 14), generator=g) * 2.0 - 1  # many repeat
+    rows = torch.cat([signs, torch.eye(14), -torch.eye(14), torch.zeros(2, 14)]).to(dtype)
+    rows[-1] *= -1  # -0 is 0
+    hashes = infonce._hash_rows(rows)
+    expected = rows.unique(dim=0, return_inverse=True)[1]
+    same = hashes.unique(return_inverse=True)[1]
+    pairs = torch.stack([expected, same], 1).unique(dim=0)
+    assert len(pairs) == len(expected.unique()) == len(hashes.unique())
+    assert torch.equal(hashes[5:9], infonce._hash_rows(rows[5:9].T.contiguous().T))
+
+
+def test_without_ids_equal_queries_stay_different():
+    q, d, _ = batch(6, 9, 8)
+    q[1] = q[0]
+    numbered = dict(ids=torch.arange(9), q_ids=torch.arange(6))
+    plain = evaluate(info_nce, q, d, 33.3, torch.float64)
+    assert identical(plain, evaluate(info_nce, q, d, 33.3, torch.float64, **numbered))
+    merged = evaluate(info_nce, q, d, 33.3, torch.float64, ids=torch.arange(9))
+    assert merged[0] < plain[0]
 
 
 def test_definition_on_paper():
@@ -275,7 +370,7 @@ def test_definition_on_paper():
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_same_inputs_give_the_same_bits(impl):
-    q, d, kw = batch(59, 83, 20, 1, MASKS["both"], shared=True)
+    q, d, kw = batch(59, 83, 20, 1, MASKS["all"], shared=True)
     assert identical(run(impl, q, d, **kw), run(impl, q, d, **kw))
 
 
@@ -382,7 +477,7 @@ class Watch(TorchDispatchMode):
 
 
 def test_memory_is_bounded_and_the_host_never_waits():
-    q, d, kw = batch(300, 500, 16, 0, MASKS["both"])
+    q, d, kw = batch(300, 500, 16, 0, MASKS["all"])
     kw["target"] = None
     with Watch() as watch:
         evaluate(info_nce, q, d, 33.3, torch.float32, impl="torch", **kw)
@@ -436,13 +531,16 @@ def random_block(n, m, D, dtype, device):
     col_lse = LogSum(per_column() + 1, per_column() + 1)
     col_weight = per_column()
 
+    # Each row's query is another. Every other column is the positive of a row.
     columns = torch.arange(m).int().to(device)
     positive_id = (torch.arange(n) % m).int().to(device)
+    query_id = torch.arange(n).int().to(device)
+    asker_id = torch.where(columns % 2 == 0, columns, -1)
     lse = dict(
         q=q,
         d=d,
         scale=torch.tensor(33.3, device=device),
-        masks=Masks(positive_id, threshold, columns),
+        masks=Masks(positive_id, query_id, threshold, columns, asker_id),
     )
     grad = lse | dict(
         target=torch.arange(n).int().to(device),
@@ -509,7 +607,7 @@ def test_infcl_a_nothing_outside_is_read_or_written(impl, n, m, D, monkeypatch):
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("D", [48, 96, 384])
 def test_infcl_b_any_D_not_powers_of_two(impl, D):
-    q, d, kw = batch(13, 31, D, 2, MASKS["both"])
+    q, d, kw = batch(13, 31, D, 2, MASKS["all"])
     kw |= dict(impl=impl, device=device_of(impl))
     assert_as_good_as_plain(q, d, 33.3, torch.float32, f"D {D}", **kw)
 
@@ -572,6 +670,7 @@ def rank_main(rank, folder):
         )
         for negatives, ids in itertools.product((True, False), repeat=2):
             common = dict(rank=rank, world=world, negatives=negatives, ids=ids)
+            common["queries"] = negatives == ids
             assert_shares_add_up(**common)
             assert_shares_add_up(**common, margin=0.1)
             assert_shares_add_up(**common, margin=0.1, symmetric=False)
@@ -585,7 +684,14 @@ def rank_main(rank, folder):
 
 
 def assert_shares_add_up(
-    rank, world, dtype=torch.float64, negatives=True, ids=True, margin=None, symmetric=True
+    rank,
+    world,
+    dtype=torch.float64,
+    negatives=True,
+    ids=True,
+    queries=True,
+    margin=None,
+    symmetric=True,
 ):
     """Shares and gradients sum over the ranks to one process, for q, p, n and a learnable scale."""
     rows = list(ROWS[:world])
@@ -599,6 +705,8 @@ def assert_shares_add_up(
     scale = torch.tensor(33.3, dtype=dtype)
     p_ids = torch.randint(0, 9, (len(q),), generator=g)
     n_ids = torch.randint(0, 9, (len(n),), generator=g)
+    q_ids = torch.randint(0, 6, (len(q),), generator=g)
+    q[-1] = q[0]  # one query, also where no q_ids say so
 
     # One process
     whole = {"q": q, "p": p, "n": n, "scale": scale}
@@ -608,6 +716,7 @@ def assert_shares_add_up(
         torch.cat([whole["p"], whole["n"]]),
         whole["scale"],
         ids=torch.cat([p_ids, n_ids]) if ids else None,
+        q_ids=q_ids if queries else None,
         **options,
     )
     loss.backward()
@@ -626,6 +735,7 @@ def assert_shares_add_up(
         n=local["n"] if negatives else None,
         p_ids=mine(p_ids, rows) if ids else None,
         n_ids=mine(n_ids, more) if ids and negatives else None,
+        q_ids=mine(q_ids, rows) if queries else None,
         **options,
     )
     share.backward()
@@ -685,7 +795,7 @@ def compile_kernel(kernel, tile, tma, arch):
     from triton.backends.compiler import GPUTarget
 
     constants = {name: tile[name] for name in ("BM", "BN", "BK", "WIDTH")} | {"TMA": tma}
-    integers = {"positive_id_ptr", "candidate_id_ptr", "target_ptr"}
+    integers = {f"{name}_ptr" for name in Masks._fields if name != "threshold"} | {"target_ptr"}
     multiples_of_16 = {"stride_q", "stride_d", "stride_grad", "D"}
     signature, values, attributes = {}, {}, {}
     for at, name in enumerate(kernel.arg_names):
@@ -734,6 +844,7 @@ def bad(**changes):
     ("ids", bad(ids=torch.arange(3))),
     ("ids", bad(ids=torch.arange(4, dtype=torch.int32))),
     ("ids", bad(ids=torch.arange(4, device="meta"))),
+    ("q_ids", bad(q_ids=torch.arange(4))),
     ("d", bad(d=torch.eye(4, 6, device="meta"))),
     ("d", bad(d=torch.eye(4, 6, dtype=torch.float16))),
     ("d", bad(d=torch.eye(4, 5))),
@@ -763,6 +874,7 @@ def test_bad_input_names_the_argument(argument, call):
     ("p", dict(p=torch.eye(3, 5))),
     ("n", dict(n=torch.eye(3, 6).double())),
     ("p_ids", dict(p_ids=torch.arange(2))),
+    ("q_ids", dict(q_ids=torch.arange(2))),
     ("n_ids", dict(n=torch.eye(3, 6), p_ids=torch.arange(3))),
     ("n_ids", dict(n=torch.eye(3, 6), n_ids=torch.arange(3))),
     ("q", dict(q=torch.ones(0, 6), p=torch.ones(0, 6))),

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import types
 from pathlib import Path
 
@@ -21,9 +22,11 @@ from transformers import (
     Qwen2_5_VLProcessor,
 )
 
+import data
 import model
+import train
 from data import Collator
-from model import GVE, last_token_pool, mean_pool, mrope_positions
+from model import GVE, fingerprint_weights, last_token_pool, mean_pool, mrope_positions
 from support.cache import FeatureStore
 
 
@@ -72,7 +75,7 @@ def assert_close(ours, theirs, most):
 
 # Inputs and hidden states
 
-# The frames that decord must deliver: 8 uniform ones of 16, of 20 and of frames 4..11; seconds.
+# The frames that decord is to give: 8 uniform ones of 16, of 20 and of frames 4..11; seconds.
 INDICES = {
     "a.mp4": ([0, 2, 4, 6, 9, 11, 13, 15], 2.0),
     "wide.mp4": ([0, 3, 5, 8, 11, 14, 16, 19], 4.0),
@@ -144,7 +147,7 @@ def test_inputs_and_hidden_states_equal_transformers(tiny, gve, media, kind, ins
     batch = {**ours, "second_per_grid_ts": torch.tensor(seconds)}
     backbone = Qwen2_5_VLModel.from_pretrained(tiny).eval()
     with torch.no_grad():
-        hidden = backbone(**theirs, position_ids=gve.positions(batch)).last_hidden_state
+        hidden = backbone(**theirs, position_ids=gve.position_ids(batch)).last_hidden_state
         vectors = gve(batch)
     expected = []
     for row, mask in zip(hidden, theirs["attention_mask"], strict=True):
@@ -321,6 +324,41 @@ def test_embed_takes_a_list_and_no_items_have_no_vectors(gve):
     with pytest.raises(ValueError, match="a list of items, not one item"):
         gve.embed({"text": "a red ball"})
     assert gve.embed([]).shape == (0, gve.dim)
+
+
+def test_embed_takes_pathlib_paths_and_repairs_half_an_emoji(gve, media):
+    paths = [{"video": media / "a.mp4"}, {"image": {"video": media / "a.mp4", "time": 1}}]
+    strings = [
+        {"video": str(media / "a.mp4")},
+        {"image": {"video": str(media / "a.mp4"), "time": 1}},
+    ]
+    assert torch.equal(gve.embed(paths), gve.embed(strings))
+    halves = [{"text": "half \ud83d emoji"}, {"text": "whole \ud83d\ude00"}]
+    whole = [{"text": "half \ufffd emoji"}, {"text": "whole \U0001f600"}]
+    assert torch.equal(gve.embed(halves), gve.embed(whole))
+
+
+def test_embed_loses_no_more_than_the_clips_that_are_damaged_or_crash_their_decoder(
+    gve, media, monkeypatch
+):
+    open_clip = data.open_clip
+
+    def deadly(video, frames):
+        if "b.mp4" in str(video):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return open_clip(video, frames)
+
+    monkeypatch.setattr(data, "open_clip", deadly)
+    items = [{"video": str(media / f"{name}.mp4")} for name in ("a", "b", "gone", "c")]
+    failed = {}
+    vectors = gve.embed(items, workers=1, failed=failed)
+    assert sorted(failed) == [1, 2]
+    assert "b.mp4" in failed[1] and "crashed" in failed[1]
+    assert "gone.mp4: no such" in failed[2]
+    assert vectors[[1, 2]].isnan().all()
+    assert_close(vectors[[0, 3]], gve.embed([items[0], items[3]]), 1e-6)
+    with pytest.raises(ValueError, match="item 1: .*gone.mp4"):
+        gve.embed([items[0], items[2]])
 
 
 def test_in_bfloat16_lora_computes_in_bfloat16_over_float32_weights(tiny, media):
@@ -626,6 +664,158 @@ def test_the_dropout_asked_for_holds_on_an_adapter_that_is_trained_on(tiny, tmp_
 # Saving and loading
 
 
+@pytest.mark.parametrize(
+    "content, arguments, expected",
+    [
+        (None, {}, (128, "mrope")),  # a released checkpoint
+        ({"pooling": "last_token"}, {}, (4, "mrope")),  # one of ours that is older than the rule
+        ({"min_tokens": 50, "positions": "1d"}, {}, (50, "1d")),
+        (
+            {"min_tokens": 50, "positions": "1d"},
+            {"min_tokens": 9, "positions": "mrope"},
+            (9, "mrope"),
+        ),
+    ],
+)
+def test_min_tokens_and_positions_are_the_argument_s_else_gve_json_s(
+    tiny, tmp_path, content, arguments, expected
+):
+    folder = shutil.copytree(tiny, tmp_path / "base")
+    (folder / "gve.json").unlink()
+    if content:
+        (folder / "gve.json").write_text(json.dumps(content))
+    gve = GVE.from_pretrained(folder, lora=True, **arguments)
+    assert (gve.min_tokens, gve.positions) == expected
+
+    # Saving keeps them, for other programs as well; a bare adapter takes those of its base.
+    gve.save_pretrained(tmp_path / "out")
+    saved = json.loads((tmp_path / "out" / "gve.json").read_text())
+    assert (saved["min_tokens"], saved["positions"]) == expected
+    processor = Qwen2_5_VLProcessor.from_pretrained(tmp_path / "out")
+    assert processor.video_processor.size["shortest_edge"] == expected[0] * 28 * 28
+    assert processor.image_processor.size["shortest_edge"] == 4 * 28 * 28
+    (tmp_path / "out" / "gve.json").unlink()
+    bare = GVE.from_pretrained(tmp_path / "out")
+    if not arguments:
+        assert (bare.min_tokens, bare.positions) == expected
+
+
+def test_unknown_positions_are_an_error_that_names_the_accepted_ones(tiny):
+    with pytest.raises(ValueError, match="positions '2d' is unknown; accepted: mrope, 1d"):
+        GVE.from_pretrained(tiny, positions="2d")
+
+
+@pytest.mark.parametrize(
+    "size, least, tokens",  # per temporal grid, as counted beside the released code
+    [((320, 240), 128, 140), ((320, 240), 4, 99), ((224, 224), 128, 144), ((224, 224), 4, 64)],
+)
+def test_small_frames_are_enlarged_to_min_tokens_and_images_are_not(
+    tiny, tmp_path, size, least, tokens
+):
+    (tmp_path / "frames").mkdir()
+    for i in range(2):
+        Image.new("RGB", size).save(tmp_path / "frames" / f"{i}.png")
+    Image.new("RGB", (56, 84)).save(tmp_path / "i.png")
+    gve = GVE.from_pretrained(tiny, min_tokens=least)
+    item = {"video": str(tmp_path / "frames"), "image": str(tmp_path / "i.png")}
+    batch = gve.collator()([item])
+    assert (batch["mm_token_type_ids"] == 2).sum() == 4 * tokens
+    assert (batch["mm_token_type_ids"] == 1).sum() == 2 * 3
+
+
+def test_stored_features_are_those_of_their_min_tokens(gve, media, tmp_path):
+    files = set()
+    for least in (4, 5):
+        collate = Collator(gve.processor, min_tokens=least, store=FeatureStore(tmp_path))
+        files.add(collate.prepare({"video": str(media / "a.mp4")})["video_file"])
+    assert len(files) == 2
+    with pytest.raises(ValueError, match="max_tokens 100 .at least min_tokens, 128"):
+        Collator(gve.processor, max_tokens=100, min_tokens=128)
+
+
+@pytest.mark.parametrize("preset, least", [("mini", 4), ("gve-3b", 128), ("gve-7b", 128)])
+def test_training_s_flags_reach_the_model_and_its_collator(tiny, preset, least):
+    words = ["--preset", preset, "--base", tiny, "--features", "", "--positions", "1d"]
+    flags = train.parse_flags(train.Flags, words, presets=train.PRESETS)
+    gve, _, collate = train.build_model(flags, 0, torch.device("cpu"))
+    assert (gve.min_tokens, gve.positions) == (least, "1d")
+    assert collate.min_tokens == {"image": 4, "video": least}
+
+
+def test_1d_positions_equal_transformers_forward_with_a_plain_arange(tiny, media):
+    gve = GVE.from_pretrained(tiny, positions="1d")
+    backbone = Qwen2_5_VLModel.from_pretrained(tiny).eval()
+    for item in all_items(media):
+        theirs, _ = by_transformers(tiny, [item], None)
+        length = theirs["input_ids"].shape[1]
+        with torch.no_grad():
+            # Of two dimensions, transformers takes positions for all three axes.
+            hidden = backbone(**theirs, position_ids=torch.arange(length)[None]).last_hidden_state
+        expected = torch.nn.functional.normalize(hidden[:, -1], dim=-1)
+        assert_close(gve.embed([item]), expected, 1e-5)
+
+    # Padding and the rest of the batch do not matter, and the switch does.
+    items = all_items(media)
+    one_by_one = torch.cat([gve.embed([item]) for item in items])
+    assert_close(gve.embed(items), one_by_one, 1e-5)
+    with_video = items_of(media)["video"]
+    assert (gve.embed(with_video) - GVE.from_pretrained(tiny).embed(with_video)).abs().max() > 1e-3
+
+
+def name_base(adapter, base):
+    """Let an adapter name another base."""
+    file = adapter / "adapter_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "base_model_name_or_path": str(base)}))
+
+
+def test_an_adapter_on_its_own_merged_base_is_refused(lora, tmp_path):
+    lora.save_pretrained(tmp_path / "adapter")
+    lora.save_pretrained(tmp_path / "merged", merge=True)
+    with pytest.warns(UserWarning, match="merged holds other weights than"):
+        twice = GVE.from_pretrained(tmp_path / "adapter", base=tmp_path / "merged")
+    assert "merged holds other weights" in twice.wrong_base  # the programs refuse it
+
+    name_base(tmp_path / "adapter", tmp_path / "merged")
+    with pytest.raises(ValueError, match="adapter: .*merged holds other weights than"):
+        GVE.from_pretrained(tmp_path / "adapter")
+    # An adapter made before there were fingerprints loads as ever.
+    info = json.loads((tmp_path / "adapter" / "gve.json").read_text())
+    info.pop("base_fingerprint")
+    (tmp_path / "adapter" / "gve.json").write_text(json.dumps(info))
+    GVE.from_pretrained(tmp_path / "adapter")
+
+
+def test_a_moved_base_is_found_by_the_argument_in_any_layout_and_precision(lora, tiny, tmp_path):
+    lora.save_pretrained(tmp_path / "adapter")
+    name_base(tmp_path / "adapter", "/old/machine/base")
+    with pytest.raises(ValueError, match="adapter: the base .*'/old/machine/base'.*--base"):
+        GVE.from_pretrained(tmp_path / "adapter")
+
+    # The same weights in other files: several shards of the headless class.
+    moved = tmp_path / "moved"
+    half = GVE.from_pretrained(tiny, dtype="bfloat16")
+    shutil.copytree(tiny, moved, ignore=shutil.ignore_patterns("*.safetensors"))
+    half.core.save_pretrained(moved, max_shard_size="100KB")
+    assert len(list(moved.glob("*.safetensors"))) > 1
+    again = GVE.from_pretrained(tmp_path / "adapter", base=moved)
+    assert again.wrong_base == ""
+
+
+@pytest.mark.parametrize(
+    "base, message",
+    [
+        ("base/that/moved", "adapter: the base of this adapter is not here: 'base/that/moved'"),
+        ("no-such/model", "adapter: the base of this adapter: no-such/model: no such folder, and"),
+    ],
+)
+def test_a_missing_base_is_told_from_a_missing_adapter(lora, tmp_path, base, message):
+    lora.save_pretrained(tmp_path / "adapter")
+    name_base(tmp_path / "adapter", base)
+    with pytest.raises(ValueError, match=message):
+        GVE.from_pretrained(tmp_path / "adapter")
+
+
 @pytest.mark.parametrize("merge", [False, True])
 def test_saved_folder_gives_the_same_vectors(lora, media, tmp_path, merge):
     items = all_items(media)
@@ -751,7 +941,7 @@ def test_incomplete_folders_give_one_clear_error(tiny, tmp_path, missing, messag
     [
         ("./nowhere", "./nowhere: neither a checkpoint folder nor a hub id"),
         ("a/b/c", "a/b/c: neither a checkpoint folder nor a hub id"),
-        ("owner/name", "owner/name .a hub id, for there is no such folder.: "),
+        ("owner/name", "owner/name: no such folder, and the hub gives no config.json"),
     ],
 )
 def test_a_path_without_a_checkpoint_is_named(path, message):
@@ -794,7 +984,7 @@ def test_a_store_gives_the_same_vectors_and_decodes_nothing_twice(
         raise AssertionError("decoded again")
 
     with monkeypatch.context() as patch:
-        patch.setattr("data.load_video", closed)
+        patch.setattr("data.open_clip", closed)
         patch.setattr("data.load_image", closed)
         patch.setattr(gve.core.visual, "forward", closed)
         assert torch.equal(embed_with_store(gve, stored, items), plain), "all from the store"
@@ -830,3 +1020,18 @@ def test_a_store_sees_changed_files_by_their_times_and_replaces_damaged_ones(gve
     assert torch.equal(vectors, gve.embed(items)), "a damaged file is made anew"
     whole = [f for f in (tmp_path / "store").rglob("*.safetensors") if f.stat().st_size > 40]
     assert len(whole) == 2
+
+
+def test_a_fingerprint_tells_models_apart():
+    def weights():
+        torch.manual_seed(0)
+        return {"a": torch.randn(100, 100), "b": torch.randn(3)}
+
+    before = fingerprint_weights(weights())
+    assert fingerprint_weights(weights()) == before
+    shifted, renamed, reshaped = weights(), weights(), weights()
+    shifted["a"] += 1e-3
+    renamed["c"] = renamed.pop("b")
+    reshaped["a"] = reshaped["a"].reshape(50, 200)
+    for other in (shifted, renamed, reshaped):
+        assert fingerprint_weights(other) != before

@@ -1,5 +1,6 @@
 """The instruments of the mini world: rankers that should fail, studies, and the reports on them."""
 
+import dataclasses
 import importlib
 import math
 import random
@@ -57,19 +58,19 @@ def tiny_gve(tiny, monkeypatch):
 
 def test_frames_are_taken_away_and_given_back(tiny_gve, clips, monkeypatch):
     items = [{"video": path} for path in clips]
-    load = data.load_video
+    open_clip = data.open_clip
     whole = tiny_gve.embed(items)
     still = ablate.still(items, None)
     shuffled = ablate.shuffled(items, None)
-    assert data.load_video is load and torch.equal(tiny_gve.embed(items), whole)
+    assert data.open_clip is open_clip and torch.equal(tiny_gve.embed(items), whole)
     assert not torch.allclose(shuffled, whole, atol=1e-4)
     assert torch.allclose(ablate.shuffled(items[::-1], None).flip(0), shuffled, atol=1e-5)
 
     def middle_frame(video, frames=8):
-        pixels, seconds = load(video)
-        return np.stack([pixels[4]] * 8), seconds
+        clip = open_clip(video)
+        return dataclasses.replace(clip, pixels=np.stack([clip.pixels[4]] * 8))
 
-    monkeypatch.setattr(data, "load_video", middle_frame)
+    monkeypatch.setattr(data, "open_clip", middle_frame)
     assert torch.allclose(tiny_gve.embed(items), still, atol=1e-5)
     assert not torch.allclose(still, whole, atol=1e-4)
 
@@ -122,7 +123,7 @@ def test_defects_do_what_they_say(monkeypatch):
     assert pool(hidden, left).tolist() == [[4, 5]]
     assert pool(hidden, right).tolist() == [[2, 3]]
     study.one_dimensional()
-    assert model.GVE.positions(None, {"attention_mask": left}).tolist() == [[[0, 0, 1, 2]]] * 3
+    assert model.GVE.position_ids(None, {"attention_mask": left}).tolist() == [[[0, 0, 1, 2]]] * 3
 
 
 def test_a_script_runs_with_the_defect_in_it(tmp_path, monkeypatch):

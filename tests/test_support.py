@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -11,10 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import byte_tokenizer, full_disk
+from safetensors.torch import save_file
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from support import files, ranks  # noqa: E402
+from support import checkpoint, files, ranks  # noqa: E402
+from support.cache import FeatureStore  # noqa: E402
 from support.flags import flag, parse_flags  # noqa: E402
 
 # files.py
@@ -37,6 +41,132 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, mode, old, new):
         file.write(new)
     assert path.read_bytes() == b"new"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def write_lines(folder):
+    files.write_jsonl(folder / "rows.jsonl", [{"text": "x" * 9000}])
+
+
+def write_tensors(folder):
+    save_file({"x": torch.zeros(9000)}, folder / "x.safetensors")
+
+
+def write_tokenizer(folder):
+    byte_tokenizer().save_pretrained(folder)
+
+
+@pytest.mark.parametrize("write", [write_lines, write_tensors, write_tokenizer])
+def test_a_full_disk_is_named_with_its_path_and_leaves_what_was_there(tmp_path, write):
+    """Python, safetensors and tokenizers each raise an error of their own."""
+    out = tmp_path / "out"
+    with files.whole_folder(out) as staging:
+        (staging / "rows.jsonl").write_text("old")
+        (staging / "x.safetensors").write_text("old")
+    (out / "other").write_text("stays")
+
+    with pytest.raises(OSError, match=r"File too large: '.*/out"), full_disk(5000):
+        with files.whole_folder(out) as staging:
+            write(staging)
+    assert sorted(os.listdir(tmp_path)) == ["out"]
+    assert sorted(os.listdir(out)) == ["other", "rows.jsonl", "x.safetensors"]
+    assert (out / "rows.jsonl").read_text() == "old"
+
+    with files.whole_folder(out) as staging:
+        write(staging)
+    assert (out / "other").read_text() == "stays"
+    assert sorted(os.listdir(tmp_path)) == ["out"]
+
+    with pytest.raises(OSError, match=r"File too large: '.*/a.bin'"), full_disk(5000):
+        with files.whole_file(tmp_path / "a.bin", "wb") as file:
+            file.write(b"x" * 9000)
+    assert sorted(os.listdir(tmp_path)) == ["out"]
+
+
+def test_errors_that_are_not_the_disks_keep_their_type(tmp_path):
+    with pytest.raises(KeyError), files.whole_folder(tmp_path / "out"):
+        raise KeyError("x")
+    with pytest.raises(FileNotFoundError, match="'/no/such/file'"):
+        with files.whole_file(tmp_path / "a"):
+            open("/no/such/file")
+    assert os.listdir(tmp_path) == []
+
+
+def test_half_an_emoji_is_written_to_json_lines_and_comes_back(tmp_path):
+    rows = [{"text": "half \ud83d", "path": "latin \udce9.mp4"}, {"text": "一 \U0001f600"}]
+    files.write_jsonl(tmp_path / "rows.jsonl", rows)
+    assert files.load_jsonl(tmp_path / "rows.jsonl") == rows
+    assert "一 \U0001f600" in (tmp_path / "rows.jsonl").read_text()
+
+
+def test_a_feature_store_that_cannot_be_written_says_so_once_and_keeps_no_more(tmp_path, capsys):
+    store = FeatureStore(tmp_path / "features")
+
+    def keep(key, width):
+        file, found = store.find(key)
+        assert found is None
+        batch = {
+            "image_file": [file],
+            "image_grid_thw": torch.ones(1, 3, dtype=torch.int64),
+            "image_features": [torch.ones(4, width)],
+        }
+        store.keep(batch)
+        return store.find(key)[1]
+
+    assert keep("a", 8)["image_features"].shape == (4, 8)
+    with full_disk(2000):
+        assert keep("b", 800) is None
+        assert keep("c", 800) is None
+    said = capsys.readouterr().err
+    assert said.count("warning: no further features are kept in") == 1
+    assert str(tmp_path / "features") in said and "File too large" in said
+    assert store.find("a")[1] is not None
+    assert not list(tmp_path.rglob("*.part"))
+
+    # One that cannot even be looked at holds nothing.
+    (tmp_path / "file").write_text("")
+    store = FeatureStore(tmp_path / "file" / "features")
+    assert keep("a", 8) is None
+
+
+# checkpoint.py
+
+
+def test_a_signal_to_stop_is_noted_and_nohup_is_heeded(monkeypatch):
+    monkeypatch.setattr(checkpoint, "received_signals", [])
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        checkpoint.install_signal_handlers()
+        for number in numbers:
+            signal.raise_signal(number)
+        assert checkpoint.received_signals == list(numbers)
+
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+        checkpoint.install_signal_handlers()
+        signal.raise_signal(signal.SIGHUP)
+        assert checkpoint.received_signals == list(numbers)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_a_run_whose_terminal_is_gone_can_still_speak_and_save(tmp_path):
+    pid, terminal = pty.fork()
+    if pid == 0:
+        try:
+            checkpoint.install_signal_handlers()
+            os.write(1, b"ready")
+            while not checkpoint.received_signals:
+                time.sleep(0.01)
+            os.write(1, b"stopped")  # an OSError if nobody took care
+            (tmp_path / "saved").write_text("")
+        finally:
+            os._exit(0)
+
+    assert os.read(terminal, 5) == b"ready"
+    os.close(terminal)  # sends SIGHUP
+    os.waitpid(pid, 0)
+    assert (tmp_path / "saved").exists()
 
 
 def test_two_writers_of_one_file_do_not_mix(tmp_path):
@@ -267,7 +397,9 @@ SUM_OVER_RANKS = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
 import torch
-from support.ranks import all_gather_object, join_ranks, leave_ranks, sum_over_ranks
+from support.ranks import (
+    all_gather_object, fail_together, join_ranks, leave_ranks, sum_over_ranks
+)
 rank, world, device = join_ranks("cpu")
 parameters = [torch.zeros(2, 3, requires_grad=True) for _ in range(3)]
 parameters[0].grad = torch.full((2, 3), 1.0 + rank)         # a gradient on both ranks
@@ -276,14 +408,20 @@ if rank == 1:
 sums = {"loss": torch.tensor(0.5 * rank), "rows": torch.tensor(4, dtype=torch.int64)}
 sums = sum_over_ranks(parameters, sums)                     # and on neither
 gradients = [p.grad.unique().tolist() for p in parameters]
-for line in all_gather_object([rank, world, sums, gradients]):
+try:
+    with fail_together():
+        if rank == 1:
+            open("/no/such/file")
+except OSError as error:
+    problem = str(error)
+for line in all_gather_object([rank, world, sums, gradients, problem]):
     if rank == 0:
         print(json.dumps(line), flush=True)
 leave_ranks()
 """
 
 
-def test_gradients_and_scalars_are_summed_over_ranks_also_where_a_gradient_is_missing(tmp_path):
+def test_two_ranks_sum_gradients_also_where_one_is_missing_and_fail_together(tmp_path):
     script = tmp_path / "sum.py"
     script.write_text(SUM_OVER_RANKS)
     torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
@@ -292,13 +430,18 @@ def test_gradients_and_scalars_are_summed_over_ranks_also_where_a_gradient_is_mi
     )
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
-    expected = [{"loss": 0.5, "rows": 8.0}, [[3.0], [5.0], [0.0]]]
+    problem = "[Errno 2] No such file or directory: '/no/such/file'"
+    expected = [{"loss": 0.5, "rows": 8.0}, [[3.0], [5.0], [0.0]], problem]
     assert lines == [[0, 2, *expected], [1, 2, *expected]]
 
 
 def test_a_single_process_is_the_only_rank():
     assert ranks.join_ranks("cpu") == (0, 1, torch.device("cpu"))
     assert ranks.all_gather_object("x") == ["x"]
+    with ranks.fail_together():
+        pass
+    with pytest.raises(ValueError, match="own"), ranks.fail_together():
+        raise ValueError("own")
     p = torch.zeros(2, requires_grad=True)
     q = torch.zeros(3, requires_grad=True)
     p.grad = torch.ones(2)

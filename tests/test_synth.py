@@ -34,9 +34,10 @@ from extras.check_data import check
 from mini import bench, world
 from model import GVE, mrope_positions
 from studies import report
+from support import jobs
 from support.files import load_jsonl
 from support.flags import parse_flags
-from support.jobs import run_sharded
+from support.jobs import print_summary, run_sharded, track
 
 ROOT = Path(__file__).resolve().parent.parent
 FIVE = {
@@ -131,6 +132,9 @@ class Server(http.server.ThreadingHTTPServer):
         self.answer = answer
         self.dies_after = dies_after
         self.served = []
+        self.formats = []  # `response_format` of each request
+        self.json_mode = True
+        self.completion = None  # the reply to every request
         self.lock = threading.Lock()
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -148,6 +152,7 @@ class Server(http.server.ThreadingHTTPServer):
 
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or each reply waits 40 ms
 
     def log_message(self, *args):
         pass
@@ -172,8 +177,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         assert all(url.startswith("data:image/jpeg;base64,/9j/") for url in images)
         with server.lock:
             server.served.append(content[-1]["text"])
+            server.formats.append(body.get("response_format"))
             fault = server.faults.pop(0) if server.faults else ""
             dead = server.dies_after is not None and len(server.served) > server.dies_after
+        if server.completion is not None:
+            return self.send(200, json.dumps(server.completion).encode())
+        if server.formats[-1] and not server.json_mode:
+            return self.send(400, b'{"error": {"message": "response_format is unavailable"}}')
         if fault == "429":
             return self.send(429, b'{"error": "busy"}', Retry_After=0)
         if fault == "500":
@@ -221,8 +231,8 @@ def fit(prompt):
 SIZES = {"frames": 8, "max_tokens": 200, "max_new_tokens": 64}
 
 
-def ask_server(server):
-    quick = {"concurrency": 1, "retries": 2, "backoff": 0.01, "timeout": 1.0}
+def ask_server(server, **more):
+    quick = {"concurrency": 1, "retries": 2, "backoff": 0.01, "timeout": 1.0} | more
     return caption.server_captioner(server.url, "vl", **SIZES, **quick)
 
 
@@ -248,18 +258,18 @@ def requests(media, n=1, kind="video"):
         (["no choices"], "kept", 2),
         (["400"], "failed", 1),
         (["fence"], "kept", 1),
-        (["chatty"], "kept", 2),
+        (["chatty"], "kept", 1),
         (["cut"], "kept", 2),
-        (["chatty"] * 3, "dropped", 3),
+        (["cut"] * 3, "dropped", 3),
     ],
 )
 def test_every_way_a_server_misbehaves_is_tried_again_and_accounted_for(media, faults, fate, calls):
     server = Server(faults)
     (result,) = caption.ask_until_valid(ask_server(server), requests(media), tries=3)
     assert (result.fate, len(server.served)) == (fate, calls), result
-    answers = 0 if fate == "failed" else 1 + sum(fault in ("chatty", "cut") for fault in faults[:2])
+    answers = 0 if fate == "failed" else 1 + sum(fault == "cut" for fault in faults[:2])
     assert result.tokens == [100 * answers, 50 * answers]
-    if faults and faults[0] in ("chatty", "cut"):
+    if faults and faults[0] == "cut":
         assert "refused: not JSON" in server.served[1] and "refused" not in server.served[0]
 
 
@@ -290,7 +300,7 @@ def test_frames_go_out_as_many_jpegs_as_the_captioner_sees_and_a_lost_file_fails
         ({"query": "a b c"}, "schema"),
         ({**FIVE, "rich": 7}, "schema"),
         ([1], "schema"),
-        ("I cannot help with that.", "not JSON"),
+        ("I cannot help with that.", "refusal: I cannot"),
         ({**FIVE, "partial": FIVE["concise"]}, "repetition"),
     ],
 )
@@ -303,6 +313,229 @@ def test_bad_answers_are_refused_with_the_reason(answer, wrong):
         caption.parse_answer(text, want, plain=False)
     good = {style: FIVE[style] for style in want}
     assert caption.parse_answer(json.dumps(good), want, plain=False) == good
+
+
+# Answers as servers give them: content or choice, and the text that is to be kept or the reason
+
+TEXT = "the same square, but it goes the other way round"
+JSON = json.dumps({"query": TEXT})
+DRAFT = json.dumps({"query": "this is a draft and not the answer"})
+SORRY = "I'm sorry, but I can't help with that."
+
+JSON_FORMS = {
+    "bare": (JSON, TEXT),
+    "fence": (f"```json\n{JSON}\n```", TEXT),
+    "prose around a fence": (f"Sure! Here it is:\n```json\n{JSON}\n```\nHope it helps {{:", TEXT),
+    "text after it": (f"{JSON}\n\nLet me know if you need more.", TEXT),
+    "apology before it": (f"I'm sorry for the delay. {JSON}", TEXT),
+    "thinking": (f"<think>A square. Perhaps {DRAFT}?</think>\n{JSON}", TEXT),
+    "thinking whose start is in the template": (f"A square. {DRAFT}\n</think>\n\n{JSON}", TEXT),
+    "thinking of another make": (f"[THINK]{DRAFT}[/THINK]{JSON}", TEXT),
+    "thinking without an end": (f"<think>It is a square.\n{JSON}", TEXT),
+    "thinking in a field": ({"content": JSON, "reasoning_content": f"Perhaps {DRAFT}"}, TEXT),
+    "two objects": (f"{DRAFT}\nBetter:\n{JSON}", TEXT),
+    "object in an object": (f'{{"answer": {JSON}}}', TEXT),
+    "one key more": (json.dumps({"query": TEXT, "notes": ["none"]}), TEXT),
+    "list of words": (
+        json.dumps({"query": ["a square", "the other way"]}),
+        "a square, the other way",
+    ),
+    "parts": ({"content": [{"type": "text", "text": JSON[:9]}, {"text": JSON[9:]}]}, TEXT),
+    "parts that think": (
+        {"content": [{"type": "thinking", "thinking": [DRAFT]}, {"type": "text", "text": JSON}]},
+        TEXT,
+    ),
+    "raw control characters": ('{"query": "the\tother\nway \x07 round"}', "the other way round"),
+    "half an emoji": ('{"query": "the other way \\ud83d round"}', "the other way round"),
+    "whole emoji": ('{"query": "the \\ud83d\\ude00 goes round"}', "the \U0001f600 goes round"),
+    "no finish reason": ({"content": JSON, "finish_reason": None}, TEXT),
+    "cut off": ({"content": JSON[:30], "finish_reason": "length"}, "truncated"),
+    "cut off in circles": ({"content": "and " * 99, "finish_reason": "length"}, "repetition"),
+    "filtered": ({"content": JSON[:30], "finish_reason": "content_filter"}, "filtered"),
+    "refusal": (SORRY, "refusal: I'm sorry"),
+    "refusal in a field": ({"content": None, "refusal": SORRY}, "refusal: I'm sorry"),
+    "refusal in a part": ({"content": [{"type": "refusal", "refusal": SORRY}]}, "refusal"),
+    "refusal in the object": (json.dumps({"query": "I cannot see the video you sent."}), "refusal"),
+    "null": ({"content": None}, "empty"),
+    "absent": ({"role": "assistant"}, "empty"),
+    "thinking alone": (f"<think>Perhaps {DRAFT}</think>", "empty"),
+    "drafts in thinking without an end": (f"<think>Perhaps {DRAFT}? No,", "thinking"),
+    "half an object": (JSON[:30], "not JSON"),
+    "a number": ('{"query": 7}', "schema"),
+    "another key": ('{"caption": "the other way round"}', "schema"),
+    "circles": ('{"query": "goes and goes and goes and goes and goes"}', "repetition"),
+}
+PLAIN_FORMS = {
+    "bare": (TEXT, TEXT),
+    "quotes": (f"\u201c{TEXT}\u201d\n", TEXT),
+    "preamble": (f"Sure! Here is a concise caption of the video:\n\n{TEXT}", TEXT),
+    "label": (f"**Caption:** {TEXT}", TEXT),
+    "farewell": (f"{TEXT}.\n\nLet me know if you want another one!", f"{TEXT}."),
+    "fence": (f"```\n{TEXT}\n```", TEXT),
+    "thinking": (f"<think>{SORRY}</think>{TEXT}", TEXT),
+    "thinking whose start is in the template": (f"A square.\n</think>\n{TEXT}", TEXT),
+    "box": (f"<|begin_of_box|>{TEXT}<|end_of_box|>", TEXT),
+    "JSON unasked": (json.dumps({"caption": TEXT}), TEXT),
+    "parts": ({"content": [{"type": "text", "text": TEXT}]}, TEXT),
+    "control characters": (TEXT.replace(" ", "\x1b\n"), TEXT),
+    "thinking without an end": (f"<think>{TEXT}", "thinking"),
+    "cut off": ({"content": TEXT, "finish_reason": "length"}, "truncated"),
+    "refusal": (SORRY.replace("'", "\u2019"), "refusal"),
+    "refusal of another make": ("Unfortunately, I am not able to view videos.", "refusal"),
+    "no video seen": ("It seems that no video was provided.", "refusal"),
+    "as an AI": ("As an AI language model, I have no eyes.", "refusal"),
+    "JSON of many texts": (json.dumps({"a": TEXT, "b": TEXT}), "schema"),
+    "and and": ("and and and and", "repetition"),
+    "instead instead": ("instead instead", "repetition"),
+    "exclamations": ("a square !!!!!!!!!!!!!!!!!!!!", "repetition"),
+    "one word": ("square", "length"),
+    "null": ({"content": None}, "empty"),
+}
+
+
+def test_one_rule_says_which_answers_of_a_server_are_usable():
+    """The right ones are kept after one call, the wrong ones are dropped with the reason."""
+    forms = [(form, False, name) for name, form in JSON_FORMS.items()]
+    forms += [(form, True, name) for name, form in PLAIN_FORMS.items()]
+    assert len(forms) > 50
+    server = Server()
+    ask = ask_server(server, workers=0)
+    usages = [None, {}, [], "unknown", {"prompt_tokens": None, "completion_tokens": "many"}]
+    for (answer, expected), plain, name in forms:
+        choice = dict(answer) if isinstance(answer, dict) else {"content": answer}
+        finish = choice.pop("finish_reason", "stop")
+        server.completion = {
+            "choices": [{"message": choice, "finish_reason": finish}],
+            "usage": usages[len(server.served) % len(usages)],
+        }
+        request = {"media": [], "prompt": "x", "want": {"query": (2, 50)}, "plain": plain}
+        (result,) = caption.ask_until_valid(ask, [request], tries=1)
+        if result.fate == "kept":
+            assert result.texts == {"query": expected}, name
+        else:
+            assert result.fate == "dropped" and result.why.startswith(expected), (name, result)
+    assert len(server.served) == len(forms)
+
+
+@pytest.mark.parametrize(
+    "completion",
+    [
+        {},
+        {"choices": None},
+        {"choices": [{"message": None}]},
+        {"choices": [{"message": {"content": [{"text": 3}]}}]},
+        {"choices": [{"message": {"content": "half a"}, "finish_reason": "error"}]},
+        {"error": {"message": "overloaded"}},
+    ],
+)
+def test_a_reply_that_is_no_completion_is_asked_for_again_and_shows_the_server_s_words(completion):
+    server = Server()
+    server.completion = completion
+    request = {"media": [], "prompt": "x", "want": {"query": (2, 50)}, "plain": True}
+    (result,) = caption.ask_until_valid(ask_server(server), [request], tries=3)
+    assert (result.fate, len(server.served)) == ("failed", 3)
+    assert result.why == f"HTTP 200 without a completion: {json.dumps(completion)}"
+
+
+def test_json_mode_is_used_until_the_server_refuses_it_and_then_never_again(capsys):
+    server = Server()
+    server.json_mode = False
+    ask = ask_server(server)
+    asked = caption.make_requests("TI2V", [], "full", random.Random(0)) * 3
+    results = caption.ask_until_valid(ask, asked, tries=1)
+    assert [result.fate for result in results] == ["kept"] * 3
+    assert len(server.served) == 4 and server.formats[1:] == [None] * 3
+    assert server.formats[0]["json_schema"]["schema"]["required"] == ["query"]
+    assert capsys.readouterr().out.count("no JSON mode") == 1
+
+    # Where it is known, every answer in JSON is asked for so, and plain ones are not.
+    server = Server()
+    plain = {**asked[0], "plain": True}
+    list(ask_server(server)([asked[0], plain]))
+    assert [bool(format) for format in server.formats] == [True, False]
+
+
+@pytest.mark.parametrize(
+    "header, least, most",
+    [
+        ("2", 2, 2),
+        ("in 5 seconds", 4, 5),
+        ("yesterday", 0, 0),
+        ("next year", 30, 30),
+        ("1e9", 30, 30),
+        ("inf", 30, 30),
+        ("-5", 0, 0),
+        ("nan", 0, 0),
+        ("soon", 0, 0),
+        ("", 0, 0),
+    ],
+)
+def test_retry_after_is_heeded_within_bounds(header, least, most):
+    days = {"in 5 seconds": 5 / 86400, "yesterday": -1, "next year": 365}
+    if header in days:
+        moment = time.time() + days[header] * 86400
+        header = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(moment))
+    assert least <= caption.retry_after(header) <= most
+
+
+def test_no_reply_is_asked_for_twice_whenever_the_run_ends(tmp_path):
+    """The n-th of equal requests gets the n-th reply, also after half a line."""
+    asked = []
+
+    def ask(requests):
+        for request in requests:
+            asked.append(request["prompt"])
+            if request["prompt"] == "lost":
+                yield caption.Reply(None, "HTTP 500", 0, 0)
+            elif len(asked) > 4:
+                raise OSError("the machine goes down")
+            else:
+                yield caption.Reply(f"{len(asked)} \ud83d", None, 1, 2, "stop")
+
+    requests = [{"media": [], "prompt": prompt} for prompt in ("a", "b", "lost", "a", "b")]
+    path = tmp_path / "part.answers"
+    replies = caption.keep_replies(ask, path, "m")(requests)
+    for k in range(2):
+        next(replies)
+        assert path.read_text().count('"reply"') == k + 1  # before anything else is done with it
+    with pytest.raises(OSError, match="goes down"):
+        list(replies)
+    with open(path, "a") as file:
+        file.write('\n{"key": "half of a li')
+    asked.clear()
+    replies = list(caption.keep_replies(ask, path, "m")(requests))
+    assert asked == ["lost", "b"]
+    assert [reply.text for reply in replies] == [
+        "1 \ud83d",
+        "2 \ud83d",
+        None,
+        "4 \ud83d",
+        "2 \ud83d",
+    ]
+    assert replies[0] == ("1 \ud83d", None, 1, 2, "stop")
+    asked.clear()
+    list(caption.keep_replies(ask, path, "another")(requests[:2]))
+    assert asked == ["a", "b"]
+
+
+def test_texts_that_go_round_are_told_from_captions():
+    for text in (
+        "one " * 30,
+        "The round " + "and goes " * 8,
+        "a square goes to the" + " left to the" * 4,
+        "A ring goes goes and goes goes right.",
+        "A ring spins ....................",
+    ):
+        assert caption.goes_round(text), text
+    for text in (
+        "Round and round and round the ring goes on a meadow, over and over and over again.",
+        "It walks up and down and up and down, left, right, left, right, left, right.",
+        "A far far away town had had its day when a ring rolled down that road.",
+        "red car, blue car, red bus, blue bus, red road, blue road, red sky, blue sky",
+        "no no no, says a sign... and the dog runs on",
+    ):
+        assert not caption.goes_round(text), text
+        assert not caption.REFUSAL.search(text), text
 
 
 def test_full_prompts_state_the_paper_s_numbers_and_the_profile_is_30_60_10():
@@ -336,6 +569,8 @@ def test_texts_that_describe_nothing_are_named_and_captions_pass():
         scene = world.sample_scene(rng, test=False)
         for form in (*world.VIDEO_STYLES.values(), *world.FRAME_STYLES.values()):
             assert caption.useless_text(text := form(scene, rng)[0]) is None, text
+            got = caption.parse_answer(text, {"rich": (2, 300)}, plain=True)
+            assert got == {"rich": text}
 
 
 # Whole runs
@@ -379,7 +614,7 @@ def test_a_captioner_that_always_refuses_ends_with_everything_dropped(raw, tmp_p
     printed = run(*where, "--captioner", server.name, ok=False)
     count = accounted(tmp_path, "2-captions")
     assert count["kept"] == count["failed"] == 0 < count["dropped"]
-    assert f"dropped {count['dropped']} (not JSON)" in printed
+    assert f"dropped {count['dropped']} (refusal)" in printed
     assert "not one pair was made" in printed
     assert len(server.served) == 2 * count["dropped"]
 
@@ -578,7 +813,7 @@ def test_a_video_that_cannot_be_embedded_is_dropped_with_the_reason(
     clips, tmp_path, monkeypatch, text
 ):
     """With and without a caption: no NaN in the pool, no consistency that nobody measured."""
-    spoil(monkeypatch, data, "load_video")
+    spoil(monkeypatch, data, "open_clip")
     lines = [{"id": path.name, "video": str(path), "text": text} for path in clips.iterdir()]
     captions = clips / "captions.jsonl"
     captions.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -600,14 +835,14 @@ def test_a_shot_that_cannot_be_embedded_drops_its_video(tmp_path, monkeypatch):
     scenes = [np.kron(scene, np.ones((12, 12, 1))).astype(np.uint8) for scene in noise]
     frames = [np.roll(scenes[i // 16], 2 * i, axis=1) for i in range(32)]
     write_video(tmp_path / "film.mp4", np.stack(frames), fps=8)
-    load = data.load_video
+    load = data.open_clip
 
     def broken(video, frames):
         if isinstance(video, dict):
             raise data.MediaError("no such window")
         return load(video, frames)
 
-    monkeypatch.setattr(data, "load_video", broken)
+    monkeypatch.setattr(data, "open_clip", broken)
     row = {"id": "film", "video": "film.mp4", "text": "Tiles of all colours pan to the right."}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
     words = ["--videos", tmp_path / "rows.jsonl", "--out", tmp_path / "out", "--stages", 1]
@@ -761,6 +996,75 @@ def test_odd_folders_ids_and_files(tmp_path, media):
     assert list(check(tmp_path / "out" / "uvrd" / "mixture.json", [tmp_path])) == []
 
 
+def test_names_and_captions_that_no_file_can_hold_cost_their_row_or_half_an_emoji(tmp_path):
+    """An archive from a Latin-1 machine; half an emoji as JSON escapes it."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for i, name in enumerate([b"a.mp4", b"caf\xe9.mp4"]):
+        path = os.path.join(os.fsencode(folder), name)
+        write_video(folder / "new.mp4", moving_square(16, seed=i))
+        os.rename(folder / "new.mp4", path)
+    words = ["--prober", "mini/prober", "--stages", 1]
+    printed = run(*words, "--videos", folder, "--out", tmp_path / "1")
+    rows = {row["id"]: row for row in load_jsonl(tmp_path / "1" / "pool.jsonl")}
+    assert rows["a.mp4"]["fate"] == "kept"
+    assert rows["caf\\udce9.mp4"]["why"].startswith("file name: ")
+    assert "dropped caf\\udce9.mp4: file name: " in printed
+
+    line = {"video": "a.mp4", "text": "A white square \ud83d goes \ud83d\ude00 right."}
+    (folder / "rows.jsonl").write_text(json.dumps(line))
+    flags = synth.Flags(videos=str(folder / "rows.jsonl"))
+    (row,) = synth.list_videos(flags)
+    assert row["text"] == "A white square  goes \U0001f600 right."
+    assert json.dumps(row, ensure_ascii=False).encode()
+
+
+def test_pairs_that_are_drawn_again_count_once_and_sources_of_one_pair_are_named(tmp_path, capsys):
+    def pair(task, name, query):
+        return {"id": name, "task": task, "query": query, "positive": {"video": str(tmp_path)}}
+
+    frame = {"image": {"video": str(tmp_path / "a.mp4"), "time": 1.0}}
+    rows = [pair("I2V", f"a {k}", frame) for k in range(18)]
+    rows += [pair("T2V", f"b {k}", {"text": f"text {k}"}) for k in range(2)]
+    flags = synth.Flags(out=str(tmp_path))
+    assert synth.write_uvrd(rows, flags) == 3
+    assert len(load_jsonl(tmp_path / "uvrd" / "i2v.jsonl")) == 1
+    printed = capsys.readouterr().out
+    assert "I2V: 1 pairs" in printed and "(17 draws gave a pair again)" in printed
+    assert "T2V: 2 pairs, 2 samples in the mixture\n" in printed
+    assert "warning: only one pair in I2V:" in printed
+
+
+def test_the_summary_names_the_first_rows_of_each_reason(tmp_path, capsys):
+    rows = [{"id": f"v{k}", "fate": "dropped", "why": f"duplicate: of w{k}"} for k in range(5)]
+    rows += [{"id": "s", "fate": "dropped", "why": "static: 0 < 1"}, {"id": "k", "fate": "kept"}]
+    (tmp_path / "log.jsonl").write_text("")
+    print_summary(tmp_path, "1-pool", rows)
+    head, *names = capsys.readouterr().out.splitlines()
+    assert head.startswith("1-pool: kept 1 of 7, dropped 5 (duplicate), dropped 1 (static); 0 s")
+    assert names == [
+        "    dropped v0: duplicate: of w0",
+        "    dropped v1: duplicate: of w1",
+        "    dropped v2: duplicate: of w2",
+        "    dropped: 2 more (duplicate)",
+        "    dropped s: static: 0 < 1",
+    ]
+
+
+def test_a_long_loop_speaks_up_while_one_thing_takes_its_time(monkeypatch, capfd):
+    monkeypatch.setattr(jobs, "SILENCE", 0.1)
+
+    def slow():
+        yield 1
+        time.sleep(0.35)
+        yield 2
+
+    assert list(track(slow(), 2, "clips")) == [1, 2]
+    first, *_ = lines = capfd.readouterr().err.splitlines()
+    assert len(lines) >= 2
+    assert re.fullmatch(r"    clips: 0 s so far, 1 of 2, [\d.]+ a second, about \d s left", first)
+
+
 def test_where_nothing_can_be_used_the_run_fails_and_has_said_why(tmp_path, media):
     (tmp_path / "in").mkdir()
     # Outside the folder, and no --root
@@ -799,6 +1103,8 @@ def test_wrong_flags_and_places_are_one_line(raw, tmp_path):
     where = ["--videos", raw / "captions.jsonl"]
     assert "Not a directory" in run(*where, "--out", tmp_path / "file" / "out", ok=False)
     assert "wanted TASK=NUMBER" in run(*where, "--shares", "T2W=1", ok=False)
+    with pytest.raises(ValueError, match="captioner http://a:b: Invalid port"):
+        caption.open_captioner("openai:http://a:b#m", device="cpu", concurrency=1, **SIZES)
     with pytest.raises(ValueError, match="wanted mini, hf:MODEL or openai:URL#MODEL"):
         caption.open_captioner("opneai:x", device="cpu", concurrency=1, **SIZES)
 
@@ -897,6 +1203,24 @@ def llava(folder):
     return folder
 
 
+def test_answers_stop_at_the_length_that_their_words_need(media, tmp_path):
+    """A random model never stops by itself: two tokens for each of 3 words, and 16 around them."""
+    ask = caption.transformers_captioner(
+        write_tiny(tmp_path), device="cpu", **SIZES | {"max_new_tokens": None}, workers=0
+    )
+    item = {"image": str(media / "i.png")}
+    request = {"media": [item], "prompt": "x", "want": {"query": (2, 3)}, "plain": True}
+    asked = []
+
+    def counted(requests):
+        asked.extend(requests)
+        return ask(requests)
+
+    (result,) = caption.ask_until_valid(counted, [request], tries=3)
+    assert result.fate == "dropped" and result.tokens[1] == 22
+    assert len(asked) == 1  # what reached its limit would reach it again
+
+
 @pytest.mark.parametrize("make", [write_tiny, llava])
 def test_nonsense_of_a_random_model_is_refused_and_counted(make, media, tmp_path):
     sizes = SIZES | {"max_new_tokens": 8}
@@ -906,8 +1230,8 @@ def test_nonsense_of_a_random_model_is_refused_and_counted(make, media, tmp_path
     results = caption.ask_until_valid(ask, asked, tries=2)
     assert [result.fate for result in results] == ["dropped"] * 5 + ["failed"]
     for result in results[:5]:
-        assert "not JSON" in result.why
-        assert result.tokens[0] > 100 and 0 < result.tokens[1] <= 16
+        assert result.why.split(":")[0] in ("truncated", "repetition")  # its limit is eight tokens
+        assert result.tokens[0] > 100 and 0 < result.tokens[1] <= 8
 
 
 def test_the_mini_captioner_says_what_the_base_says(raw):

@@ -166,7 +166,7 @@ def test_results_of_another_benchmark_stand_without_published_scores(capsys, tmp
         plot(name, title, table, tmp_path / "figure.png")  # each can be drawn
 
     for name in ("Figure 7", "Figure 8"):
-        with pytest.raises(ValueError, match=f"{name}: nothing to show.*UVRB's, not mini-UVRB's"):
+        with pytest.raises(ValueError, match=f"{name}: nothing to show.* on mini-UVRB have no"):
             tables.show([name], results[:2], tmp_path, "nowhere")
     del results[0]["protocol"]["pairs"]
     with pytest.raises(ValueError, match="Figure 6: nothing to show"):
@@ -204,7 +204,52 @@ def test_datasets_of_a_folders_own_are_columns_of_table_1_and_enter_no_average(
     # A result that has nothing but its own.
     alone = make_result(benchmark, "z", own)
     tables.show(["Table 1"], [alone], tmp_path, "nowhere")
-    assert rows_of(capsys.readouterr().out)["z"] == ["-"] * 17 + [".900", ".800*"]
+    rows = rows_of(capsys.readouterr().out)
+    assert rows["model"] == ["MyVideos", "MyShots"] and rows["z"] == [".900", ".800*"]
+    assert "GVE-7B" not in rows
+    assert tables.with_numbers(EVERY, [alone]) == ["Table 1"]
+
+
+EVERY = ["Table 1", "Table 2", "Table 11", "Figure 12", "Figure 13"]
+
+
+@pytest.mark.parametrize("benchmark", ["UVRB", "mine"])
+def test_a_few_of_the_16_show_their_columns_alone(tmp_path, capsys, benchmark):
+    """The published rows of these datasets and no other's, if they are UVRB's."""
+    datasets = {name: entry(0.3) for name in ("MSRVTT-I2V", "LoVR-C2V")}
+    datasets["DiDeMo"] = entry(0.2, complete=False)
+    result = make_result(benchmark, "x", datasets)
+    assert tables.with_numbers(EVERY, [result])[:2] == ["Table 1", "Table 2"]
+    tables.show(["Table 1", "Table 2"], [result], tmp_path, "nowhere")
+    one, two = map(rows_of, capsys.readouterr().out.split("Table 2: "))
+    assert one["model"] == ["DiDeMo", "MSRVTT-I2V", "LoVR-C2V"] and two["model"] == ["VIS"]
+    assert one["x"] == [".200*", ".300", ".300"] and two["x"] == [".300"]
+    assert one["chance"] == ["-", ".005", ".005"]
+
+    theirs = tables.published()
+    assert ("GVE-7B" in one) == ("GVE-7B" in two) == (benchmark == "UVRB")
+    if benchmark == "UVRB":
+        cells = theirs["table1"]["GVE-7B"]
+        shown = [f"{cells[name]:.3f}"[1:] for name in one["model"]]
+        assert one["GVE-7B"] == shown and len(theirs["table1"].keys() & one.keys()) == 16
+
+    # One dataset with some of its media: no table but Table 1, and no row of dashes.
+    result = make_result(benchmark, "x", {"DiDeMo": datasets["DiDeMo"]})
+    assert tables.with_numbers(EVERY, [result]) == ["Table 1"]
+    tables.show(["Table 1"], [result], tmp_path, "nowhere")
+    text = capsys.readouterr().out
+    assert " -" not in text and "chance" not in text
+    assert "not scored: 15 of UVRB's 16 datasets" in text
+    with pytest.raises(ValueError, match="Table 2: nothing to show"):
+        tables.show(["Table 2"], [result], tmp_path, "nowhere")
+    assert not tables.figure_2(theirs, [result]).yours
+
+
+def test_a_file_that_is_no_results_json_is_named(tmp_path):
+    for content, words in (("{", "x.json: not JSON"), ('{"model": "x"}', "it has no benchmark")):
+        (tmp_path / "x.json").write_text(content)
+        with pytest.raises(ValueError, match=words):
+            call("--results", tmp_path / "x.json", "--out", tmp_path)
 
 
 def test_bootstrap_intervals_are_two_rows_below_the_result():
@@ -225,7 +270,7 @@ def test_results_option_prints_existing_results_side_by_side(tmp_path, capsys):
     lines = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.split()]
     lines = lines[lines.index("model") :]
     assert lines.index("other") - lines.index("random") == 1
-    assert lines.count("chance") == lines.count("ceiling") == 2
+    assert lines.count("chance") == lines.count("ceiling") == 1  # no ability is complete
 
 
 def test_results_of_two_benchmarks_do_not_share_a_table(tmp_path):
@@ -381,6 +426,21 @@ def test_table_4_counts_the_data(capsys, tmp_path):
         ["MS-TI", "4", "3", "1.5", "3.0"],
         ["LoVR-C2V", "7", "7", "1.5", "-"],
     ]
+
+    # Your own datasets are counted as well; one whose corpus is text has no seconds.
+    (folder / "Labels").mkdir()
+    for file, row in (
+        ("queries", {"id": "q", "text": "three words here"}),
+        ("corpus", {"id": "c", "text": "a label"}),
+        ("instances", {"qid": "q", "pos": ["c"]}),
+    ):
+        (folder / "Labels" / f"{file}.jsonl").write_text(json.dumps(row) + "\n")
+    content = json.loads((folder / "benchmark.json").read_text())
+    own = {"queries": 1, "corpus": 1, "task": "TXT", "metric": "R@1", "prompt": "Find it."}
+    content["datasets"]["Labels"] = own
+    (folder / "benchmark.json").write_text(json.dumps(content))
+    row = tables.measured(folder, [])[-1]
+    assert list(row.values()) == ["Labels", 1, 1, "-", 3.0]
 
     (tmp_path / "videos" / "3.mp4").write_bytes(b"no video")
     row = tables.measured(folder, [])[0]

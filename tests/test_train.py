@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import full_disk
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
@@ -81,7 +82,7 @@ def record(out):
     number, doomed_rank, last_step = os.environ.get("FATE", "never never never").split()
     delay = float(os.environ.get("SLOW", 0))
     sum_over_ranks = train.sum_over_ranks
-    load_video = data.load_video
+    open_clip = data.open_clip
     losses = []
     gradients = []
 
@@ -96,10 +97,10 @@ def record(out):
 
     def load_slowly(video, frames):
         time.sleep(delay)
-        return load_video(video, frames)
+        return open_clip(video, frames)
 
     train.sum_over_ranks = record_sums
-    data.load_video = load_slowly
+    data.open_clip = load_slowly
     train.install_signal_handlers()
     go(*sys.argv[2:])
     if rank == "0":
@@ -210,9 +211,23 @@ def test_the_run_held_the_uneven_cases(one_and_many):
     assert ("t2v", 3) in rows, rows  # hard negatives in a short batch
 
 
-def test_the_same_run_twice_is_bit_identical_with_dropout(tiny, mixture, tmp_path):
+def test_the_same_run_twice_is_bit_identical_with_dropout(tiny, mixture, tmp_path, capsys):
     same = "--steps 4 --schedule uniform"
-    go(*flags_for(tiny, mixture, tmp_path / "a", same))
+    go(*flags_for(tiny, mixture, tmp_path / "a", same, "--log-every 2"))
+
+    # Where there is no terminal, a line now and then stands for the bar.
+    said = capsys.readouterr().err
+    logged = events(load_jsonl(tmp_path / "a" / "log.jsonl"), "step")
+    assert [line["step"] for line in logged] == [2, 4]
+    told = re.findall(
+        r"^step (\d)/4: loss (.*), source (\w+), (\S+) steps/s, (\S+) left$", said, re.M
+    )
+    assert [words[:3] for words in told] == [
+        (str(line["step"]), f"{line['loss']:.3f}", line["source"]) for line in logged
+    ]
+    assert told[1][4] == "00:00"
+    assert "\rtrain" not in said and "it/s]" not in said.split("step 2/4")[1]
+
     go(*flags_for(tiny, mixture, tmp_path / "b", same))
     assert_same_weights(tmp_path / "a", tmp_path / "b")
 
@@ -310,6 +325,177 @@ def test_wrong_values_are_named(tiny, mixture, tmp_path, words, message):
         words = [*flags_for(tiny, mixture, tmp_path), *words]
     with pytest.raises(ValueError, match=message):
         go(*words)
+
+
+REFUSED = {
+    "epochs": (0, -1),
+    "steps": (-1,),
+    "sigma_max": (0, -1, "nan"),
+    "probe_pairs": (0,),
+    "batch_scale": (0, -1, "inf"),
+    "micro_batch": (0,),
+    "micro_tokens": (-1,),
+    "lr": (0, -1, "nan"),
+    "warmup": (-0.1, 1.1),
+    "weight_decay": (-1,),
+    "clip": (-1, "nan"),
+    "dropout": (-0.1, 1),
+    "temperature": (0, -0.03, "nan"),
+    "margin": ("nan",),
+    "frames": (0, 7, -2),
+    "max_tokens": (0,),
+    "max_length": (0,),
+    "workers": (-1,),
+    "save_every": (-1,),
+    "keep": (0, -1),
+    "log_every": (0,),
+    "seed": (-1,),
+    "base": ("",),
+    "out": ("",),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_number_that_no_run_can_have_is_refused_at_once_with_what_is_accepted(name):
+    flag_name = "--" + name.replace("_", "-")
+    for value in REFUSED[name]:
+        with pytest.raises(ValueError, match=rf"^{flag_name} \S+ \(accepted: ") as refused:
+            parse(f"{flag_name}={value}")
+        assert str(refused.value).count("accepted") == 1
+
+
+def test_all_wrong_flags_are_named_in_one_line_and_the_limits_themselves_are_accepted():
+    with pytest.raises(ValueError, match="--keep 0 .accepted: at least 1., --lr -1.0 .accepted"):
+        parse("--keep=0", "--lr=-1")
+    words = "--epochs=1 --steps=0 --warmup=0 --dropout=0 --clip=0 --margin=-1 --frames=2 --seed=0"
+    parse(*words.split(), "--keep=1", "--log-every=1", "--workers=0", "--warmup=1")
+
+
+def source_of(folder, rows, **more):
+    """Write a training file of rows -> its data.Source."""
+    path = folder / f"{more.get('name', 'rows')}.jsonl"
+    write_jsonl(path, rows)
+    return data.Source(**{"name": "rows", "task": "T2T", "path": str(path), **more})
+
+
+def look_at(sources, *words):
+    """Return the warnings of a look at sources; words: flags."""
+    flags = parse("--data=nowhere", *words)
+    sampler = train.Sampler(sources, flags.batch_scale, flags.seed)
+    return train.check_sources(sources, sampler, flags)
+
+
+def text_row(query, positive, *negatives):
+    row = {"query": {"text": query}, "positive": {"text": positive}}
+    return row | {"negatives": [{"text": text} for text in negatives]}
+
+
+def test_media_outside_the_allowed_folders_are_counted_and_the_flag_is_named(media, tmp_path):
+    rows = []
+    for i in range(300):
+        clip = str(media / f"{'abcd'[i % 4]}.mp4")
+        rows.append({"query": {"text": f"q{i}"}, "positive": {"video": clip, "text": str(i)}})
+    source = source_of(tmp_path, rows, name="clips")
+    message = "source clips: 100 of 100 rows looked at name media outside .*--root.*clips.jsonl:1: "
+    with pytest.raises(ValueError, match=message) as raised:
+        look_at([source])
+    assert str(media / "a.mp4") in str(raised.value)  # the file, and the folders that are allowed
+    assert str(tmp_path) in str(raised.value)
+    assert look_at([source], "--root", media) == []
+
+    # A few are replaced, with a word; other troubles are named as what they are.
+    rows = [text_row(f"q{i}", f"p{i}") for i in range(40)]
+    rows[3]["positive"] = {"video": str(media / "a.mp4")}
+    (warning,) = look_at([source_of(tmp_path, rows, name="few")])
+    assert warning.startswith("source few: 1 of 40 name media outside the allowed folders")
+    gone = [{"query": {"text": "a"}, "positive": {"video": "gone.mp4"}}] * 3
+    with pytest.raises(ValueError, match="source gone: none of 3 can be used.*does not exist"):
+        look_at([source_of(tmp_path, gone, name="gone")])
+
+
+@pytest.mark.parametrize(
+    "rows, more, flags, message",
+    [
+        ([("a", "b")], {}, [], "source rows: a pass over it is one row"),
+        ([("a", "b"), ("c", "d")], {"samples": 1}, [], "one row"),
+        ([("a", "b"), ("c", "d")], {"batch_size": 1}, [], "global batch of 1"),
+        ([("a", "b"), ("c", "d")], {"batch_size": 2}, ["--batch-scale=.5"], "global batch of 1"),
+        ([("a", "b"), ("c", " B ")], {}, [], "2 of 2 have the same query or the same positive"),
+        ([("a", "b"), ("a", "c")], {}, [], "2 of 2 have the same query or the same positive"),
+        # Its hard negatives are not used.
+        ([("a", "b", "x")], {"negatives": 0}, [], "one row"),
+    ],
+)
+def test_a_source_whose_loss_would_always_be_0_is_refused_by_name(
+    tmp_path, rows, more, flags, message
+):
+    source = source_of(tmp_path, [text_row(*row) for row in rows], **more)
+    with pytest.raises(ValueError, match=message):
+        look_at([source], *flags)
+
+
+def test_hard_negatives_make_up_for_few_rows_and_a_weak_source_is_warned_of(tmp_path):
+    one = source_of(tmp_path, [text_row("a", "b", "x")], negatives=1, batch_size=1)
+    assert look_at([one]) == []
+    rows = [text_row("a", "b"), text_row("c", "d")]
+    assert look_at([source_of(tmp_path, rows, negatives=1, batch_size=1)], "--remine") == []
+
+    repeated = [text_row(f"q{i}", f"p{i % 4}") for i in range(500)]
+    (warning,) = look_at([source_of(tmp_path, repeated, batch_size=8)])
+    assert warning.startswith("source rows: 4 different pairs for a global batch of 8")
+    assert look_at([source_of(tmp_path, repeated, batch_size=4)]) == []
+    many = [text_row(f"q{i}", f"p{i}") for i in range(300)]
+    assert look_at([source_of(tmp_path, many, batch_size=256)]) == []
+
+
+def test_a_log_on_a_full_disk_is_named_and_a_shortened_one_goes_on_from_whole_lines(
+    tmp_path, capsys
+):
+    log = train.RunLog(tmp_path, rank=0)
+    log.event("start", x="y" * 3000)
+    with pytest.raises(OSError, match="File too large: '.*/log.jsonl'"), full_disk(4000):
+        log.event("step", x="y" * 3000)
+    length = len((tmp_path / "log.jsonl").read_text().splitlines()[0]) + 1
+
+    # A state knows the length at which it was saved.
+    train.RunLog(tmp_path, 0, length).event("resume")
+    names = [line["event"] for line in load_jsonl(tmp_path / "log.jsonl")]
+    assert names == ["start", "resume"]
+    (tmp_path / "log.jsonl").write_text('{"event": "start"}\n{"event": "st')
+    train.RunLog(tmp_path, 0, length).event("resume")
+    names = [line["event"] for line in load_jsonl(tmp_path / "log.jsonl")]
+    assert names == ["start", "resume"]
+    assert "log.jsonl has lost lines" in capsys.readouterr().out
+    (tmp_path / "log.jsonl").unlink()
+    train.RunLog(tmp_path, 0, length).event("resume")
+    assert [line["event"] for line in load_jsonl(tmp_path / "log.jsonl")] == ["resume"]
+    train.RunLog(tmp_path, 0).event("start")
+    assert [line["event"] for line in load_jsonl(tmp_path / "log.jsonl")] == ["start"]
+
+
+def test_ranks_that_read_different_files_are_told_which(tiny, mixture, tmp_path, monkeypatch):
+    def gather(facts):
+        other = json.loads(json.dumps(facts))
+        other["ti2v"]["rows"] = 99
+        return [facts, other]
+
+    monkeypatch.setattr(train, "all_gather_object", gather)
+    message = "rank 0 and rank 1 read different data: source ti2v: rows 5 -> 99$"
+    with pytest.raises(ValueError, match=message):
+        go(*flags_for(tiny, mixture, tmp_path / "out"))
+
+
+def test_hard_negatives_of_an_epoch_that_are_gone_are_named(mixture, tmp_path):
+    sources = train.load_mixture(mixture)
+    path = tmp_path / "mined-1.jsonl"
+    with pytest.raises(ValueError, match="mined-1.jsonl: .* 3 sources; the file has 0"):
+        train.read_mined(sources, path)
+    write_jsonl(path, [{}, {}])
+    with pytest.raises(ValueError, match="the file has 2"):
+        train.read_mined(sources, path)
+    write_jsonl(path, [{}, {4: [{"text": "x"}]}, {}])
+    train.read_mined(sources, path)
+    assert [source.mined for source in sources] == [{}, {4: [{"text": "x"}]}, {}]
 
 
 def test_the_command_ends_with_one_line_for_a_wrong_flag_or_value():
@@ -460,7 +646,7 @@ def test_clips_that_crash_or_hang_their_decoder_are_replaced_as_well(
     harm = {3: "crash.mp4", 7: "hang.mp4", 8: "hang.mp4"}  # row number: clip
     for name in ("crash.mp4", "hang.mp4"):
         shutil.copy(media / "a.mp4", tmp_path / name)
-    load = data.load_video
+    load = data.open_clip
 
     def load_or_harm(video, frames):
         if "crash.mp4" in str(video):
@@ -469,7 +655,7 @@ def test_clips_that_crash_or_hang_their_decoder_are_replaced_as_well(
             ctypes.PyDLL(None).sleep(1000)  # holds the interpreter's lock
         return load(video, frames)
 
-    monkeypatch.setattr(data, "load_video", load_or_harm)
+    monkeypatch.setattr(data, "open_clip", load_or_harm)
     monkeypatch.setitem(train.TrainLoader.__init__.__kwdefaults__, "seconds", 3)
 
     # The rows with the harmful clips, and the same rows replaced by hand.

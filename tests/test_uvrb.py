@@ -366,7 +366,7 @@ def test_sizes_are_table_4s_unless_benchmark_json_says_otherwise(tmp_path):
     assert uvrb.benchmark(tmp_path).name == "UVRB"
     assert uvrb.read(tmp_path, "MSRVTT").expected == (1000, 1000)
     (problem,) = uvrb.check(tmp_path)
-    assert "2 queries, 2 videos; UVRB has 1000 and 1000" in problem
+    assert "2 queries, 2 corpus items; UVRB has 1000 and 1000" in problem
     for queries, corpus, problems in ((2, 2, 0), (3, 2, 1), (2, 3, 1)):
         declare(tmp_path, {"MSRVTT": (queries, corpus)}, "mini-UVRB")
         assert uvrb.benchmark(tmp_path).name == "mini-UVRB"
@@ -383,7 +383,7 @@ def test_benchmark_json_defines_datasets_of_its_own(tmp_path, capsys):
         {"qid": "q1", "pos": ["c1"], "neg": ["c0"]},
     ]
     rows = write(tmp_path, "MyVideos", instances=instances)
-    with pytest.raises(ValueError, match="unknown dataset 'MyVideos'"):
+    with pytest.raises(ValueError, match="MyVideos is none of UVRB's datasets; define it in"):
         uvrb.read(tmp_path, "MyVideos")
     declare(tmp_path, {"MyVideos": OWN})
     bench = uvrb.read(tmp_path, "MyVideos")
@@ -392,12 +392,12 @@ def test_benchmark_json_defines_datasets_of_its_own(tmp_path, capsys):
     assert bench.expected == (2, None) and bench.pools == [[0, 1], [0, 1]]
 
     assert uvrb.check(tmp_path) == []
-    assert "MyVideos    2 queries, 2 videos, pools of 2-2" in capsys.readouterr().out
+    assert "MyVideos    2 queries, 2 corpus items, pools of 2-2" in capsys.readouterr().out
     declare(tmp_path, {"MyVideos": OWN | {"task": "VIS", "domain": "S", "queries": 3}})
     bench = uvrb.read(tmp_path, "MyVideos")
     assert (bench.dataset.domain, bench.expected) == ("S", (3, 2))
     (problem,) = uvrb.check(tmp_path)
-    assert problem.startswith(f"{rows}: 2 queries, 2 videos; mine has 3 and 2")
+    assert problem.startswith(f"{rows}: 2 queries, 2 corpus items; mine has 3 and 2")
 
 
 @pytest.mark.parametrize(
@@ -408,7 +408,8 @@ def test_benchmark_json_defines_datasets_of_its_own(tmp_path, capsys):
         ("MyVideos", {"domain": "FG"}, "MyVideos: domain 'FG'; accepted: CG, S, T, PR, LC"),
         ("MyVideos", {"metric": ["R@1"]}, "accepted: R@1"),
         ("MyVideos", {"prompt": None}, "prompt must be a string, got None"),
-        ("MyVideos", {"queries": "many"}, "many"),
+        ("MyVideos", {"queries": "many"}, "MyVideos: queries 'many'; accepted: a number"),
+        ("MyVideos", {"corpus": -1}, "MyVideos: corpus -1; accepted: a number"),
         ("../other", {}, "'../other' is not the name of a folder"),
         ("..", {}, "'..' is not the name of a folder"),
         ("MSRVTT", {}, "MSRVTT is UVRB's: its metric, prompt, task cannot be changed"),
@@ -419,23 +420,29 @@ def test_a_wrong_definition_is_named_with_the_accepted_values(tmp_path, name, ch
     with pytest.raises(ValueError, match="benchmark.json: ") as error:
         uvrb.benchmark(tmp_path)
     assert reason in str(error.value)
+    # One short line: no list of all 21 names.
+    told = str(error.value).replace(str(tmp_path), "")
+    assert "\n" not in told and len(told) < 120, told
 
 
 @pytest.mark.parametrize("key", ["task", "metric", "prompt", "queries", "corpus"])
 def test_a_definition_without_a_key_names_the_key(tmp_path, key):
     declare(tmp_path, {"MyVideos": {k: v for k, v in OWN.items() if k != key}})
-    with pytest.raises(ValueError, match=f"benchmark.json: .*{key}"):
+    with pytest.raises(ValueError, match=f"benchmark.json: MyVideos .* needs {key}, too$"):
         uvrb.benchmark(tmp_path)
 
 
 @pytest.mark.parametrize(
     "text, reason",
     [
-        ("{", "JSONDecodeError"),
+        ("{", "not JSON: "),
         ('{"name": "x"}', "datasets"),
         ('{"name": "x", "datasets": {"MSR-VTT": {"queries": 1, "corpus": 1}}}', "MSR-VTT"),
         ('{"name": "x", "datasets": {"MSRVTT": {"queries": 1}}}', "corpus"),
-        ("[]", "TypeError"),
+        ("[]", "expected a JSON object, got list"),
+        ('{"name": 3, "datasets": {}}', '"name" must be a string, got 3'),
+        ('{"name": "x", "datasets": ["MSRVTT"]}', '"datasets" must be {DS: {"queries": int'),
+        ('{"name": "x", "datasets": {"MSRVTT": 5}}', "MSRVTT must be an object"),
         ('{"name": "x", "datasets": {}}', "no sizes for MSRVTT"),
     ],
 )
@@ -453,3 +460,90 @@ def test_an_unknown_or_absent_dataset_is_an_error_with_the_accepted_names(tmp_pa
         uvrb.read(tmp_path, "MSR-VTT")
     with pytest.raises(FileNotFoundError, match="DiDeMo/jsonl/queries.jsonl"):
         uvrb.read(tmp_path, "DiDeMo")
+
+
+# What a newcomer's own folder meets
+
+
+def test_an_own_dataset_without_benchmark_json_is_told_the_line_to_write(tmp_path, capsys):
+    """That line, written as told, makes the folder good."""
+    write(tmp_path, "Kitchen")
+    (told,) = uvrb.check(tmp_path)
+    assert uvrb.find(tmp_path) == ([], [told])
+    assert told in capsys.readouterr().out and "\n" not in told and "DiDeMo" not in told
+    path, _, content = told.partition("define it in ")[2].partition(": ")
+    Path(path).write_text(content)
+    assert uvrb.check(tmp_path) == []
+    assert capsys.readouterr().out == "Kitchen     2 queries, 2 corpus items, 0 media missing\n"
+
+    # A second dataset: its entry alone is told, and the first one is found as before.
+    write(tmp_path, "Garden")
+    names, (told,) = uvrb.find(tmp_path)
+    assert names == ["Kitchen"] and uvrb.check(tmp_path) == [told]
+    entry = json.loads("{" + told.partition(f"{path}: ")[2] + "}")
+    content = json.loads(content)
+    content["datasets"] |= entry
+    Path(path).write_text(json.dumps(content))
+    assert uvrb.check(tmp_path) == [] and uvrb.find(tmp_path)[0] == ["Kitchen", "Garden"]
+
+
+def test_a_folder_that_is_not_where_it_should_be_is_named(tmp_path):
+    rows = write(tmp_path, "Kitchen")
+    folder = rows.parent
+    (told,) = uvrb.check(folder)
+    assert told == f"{folder} is a dataset: give the folder that holds it, {tmp_path}"
+    declare(tmp_path, {"Kitchen": OWN, "Garden": OWN, "Attic": OWN})
+    _, (told,) = uvrb.find(tmp_path)
+    assert told.endswith("declares Garden, Attic, but there is no Garden/jsonl/queries.jsonl")
+
+
+def test_a_videos_folder_that_leads_elsewhere_is_explained_once(tmp_path, capsys):
+    """One line for all rows, and its --root makes them good."""
+    far = tmp_path / "disk" / "clips"
+    far.mkdir(parents=True)
+    count = 7
+    corpus = []
+    for i in range(count):
+        (far / f"{i}.mp4").write_bytes(b"")
+        corpus.append({"id": f"c{i}", "video": f"{i}.mp4"})
+    root = tmp_path / "home" / "uvrb"
+    rows = write(root, corpus=corpus, videos=())
+    (rows.parent / "videos").rmdir()
+    (rows.parent / "videos").symlink_to(far)
+    declare(root, {"MSRVTT": (2, count)})
+
+    (told,) = uvrb.check(root)
+    where = f"{rows / 'corpus.jsonl'}:1: '0.mp4' leaves the allowed roots"
+    assert told.startswith(where) and "so do 6 more media of MSRVTT" in told
+    assert str(root) in told and told.endswith(f"add --root {far}")
+    assert "0 media missing, 7 outside the allowed roots" in capsys.readouterr().out
+    with pytest.raises(ValueError) as error:
+        uvrb.read(root, "MSRVTT")
+    assert str(error.value) == told
+    assert uvrb.check(root, [far]) == []
+
+
+def test_check_lists_the_first_few_and_counts_the_rest(tmp_path, capsys):
+    corpus = [{"id": f"c{i}", "video": f"gone{i}.mp4"} for i in range(30)]
+    write(tmp_path, corpus=corpus)
+    declare(tmp_path, {"MSRVTT": (2, 30)})
+    assert len(uvrb.check(tmp_path, show=3)) == 30
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("2 queries, 30 corpus items, 30 media missing") and len(lines) == 5
+    assert "'gone2.mp4'" in lines[3] and lines[4].strip().startswith("... and 27 more")
+
+
+def test_a_media_path_that_is_no_path_is_a_missing_medium(tmp_path):
+    """A caption in the video's place is longer than any file's name may be."""
+    corpus = [{"id": "c0", "video": "a man walks " * 400}, {"id": "c1", "video": "b.mp4"}]
+    write(tmp_path, corpus=corpus)
+    (missing,) = uvrb.read(tmp_path, "MSRVTT").missing
+    assert "corpus.jsonl:1: missing media: no 'a man walks" in missing
+
+
+def test_a_file_that_begins_with_a_byte_order_mark_is_read(tmp_path):
+    rows = write(tmp_path, "Kitchen")
+    declare(tmp_path, {"Kitchen": OWN | {"task": "TXT", "metric": "R@1"}})
+    for path in (rows / "queries.jsonl", tmp_path / "benchmark.json"):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert [row["id"] for row in uvrb.read(tmp_path, "Kitchen").queries] == ["q0", "q1"]
