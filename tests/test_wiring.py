@@ -13,6 +13,7 @@ import json
 import math
 import random
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -566,6 +567,25 @@ def test_a_run_that_stops_and_resumes_is_the_loop_by_hand(world, by_hand, tmp_pa
     assert states() == ["step-00000008", "step-00000009"]
 
 
+def test_a_run_resumes_on_its_own_data_and_base_alone(world, plain_run, tmp_path):
+    out, _ = plain_run
+    data = tmp_path / "data"
+    shutil.copytree(world.folder / "data", data)
+    shutil.copytree(world.folder / "pictures", tmp_path / "pictures")
+    shutil.copy(world.folder / "mixture.json", tmp_path)
+    moved = ["--data", data, "--mixture", tmp_path / "mixture.json", "--resume", "auto"]
+    moved += ["--root", tmp_path / "pictures"]
+    words = words_of(world, PLAIN, out)
+
+    train.main(parse(*words, *moved))  # a finished run, whose folders have moved
+    with pytest.raises(ValueError, match="base"):
+        train.main(parse(*words, *moved, "--base", world.prober))
+    lines = (data / "words.jsonl").read_text()
+    (data / "words.jsonl").write_text(lines.replace("violet", "indigo"))
+    with pytest.raises(ValueError, match="source words"):
+        train.main(parse(*words, *moved))
+
+
 def test_gve_json_holds_the_run(world, plain_run, by_hand):
     out, flags = plain_run
     info = json.loads((out / "gve.json").read_text())
@@ -665,6 +685,7 @@ def test_train_hands_on_the_flags_that_change_no_number(world, tmp_path, monkeyp
     monkeypatch.setitem(train.LOSSES, "another", train.contrastive_loss)
     short = dataclasses.replace(PLAIN, steps=3, epochs=1)
     limits = ["--micro-batch", "5", "--micro-tokens", "999", "--workers", "1"]
+    limits += ["--min-tokens", "5", "--positions", "1d"]
     words = words_of(world, short, tmp_path, *limits, "--checkpointing", "--log-every", "2")
     flags = parse(*words)
     flags.loss = "another"
@@ -677,6 +698,7 @@ def test_train_hands_on_the_flags_that_change_no_number(world, tmp_path, monkeyp
     assert len(watch.calls["contrastive_loss"]) == 3
     loaded = models.values("from_pretrained", "path", "dtype")
     assert loaded == [(world.base, "float64"), (world.prober, "float64")]
+    assert models.values("from_pretrained", "min_tokens", "positions")[0] == (5, "1d")
     assert gve.core.language_model.is_gradient_checkpointing
     steps = events(load_jsonl(tmp_path / "log.jsonl"), "step")
     assert [line["step"] for line in steps] == [2, 3]
@@ -747,7 +769,7 @@ def test_eval_hands_on_its_flags(world, benchmark, tmp_path, monkeypatch):
     words = ["--ckpt", world.base, "--uvrb", benchmark, "--out", tmp_path, "--device", "cpu"]
     words += ["--root", *roots, "--datasets", "MSRVTT", "MS-TI", "--prompt-style", "system"]
     words += "--name mine --frames 4 --max-tokens 6 --batch-tokens 333 --workers 1".split()
-    words += "--bootstrap 20 --rankings".split()
+    words += "--bootstrap 20 --rankings --min-tokens 5 --positions 1d --base other".split()
     evaluate.main(parse_flags(evaluate.Flags, [*map(str, words)]))
 
     # The corpora together and without a prompt, then each dataset's queries with its own.
@@ -764,6 +786,8 @@ def test_eval_hands_on_its_flags(world, benchmark, tmp_path, monkeypatch):
     }
     loaded = models.values("from_pretrained", "path", "device", "prompt_style")
     assert loaded == [(world.base, torch.device("cpu"), "system")]
+    settings = models.values("from_pretrained", "base", "min_tokens", "positions")
+    assert settings == [("other", 5, "1d")]
     assert watch.values("join_ranks", "device") == [("cpu",)]
     assert watch.values("score", "bootstrap") == [(20,)] * 2
 
@@ -772,6 +796,7 @@ def test_eval_hands_on_its_flags(world, benchmark, tmp_path, monkeypatch):
     assert (results["benchmark"], results["model"]) == ("mine", "mine")
     protocol = results["protocol"]
     assert (protocol["frames"], protocol["max_tokens"], protocol["batch_tokens"]) == (4, 6, 333)
+    assert (protocol["min_tokens"], protocol["positions"]) == (5, "1d")
     assert {"MSRVTT", "MS-TI"} <= results["ci95"].keys()
     chance = (1 / 3 + 3 / 2) / 4  # a pool of three, three of two
     assert results["datasets"]["MS-TI"]["chance"] == pytest.approx(chance)
@@ -796,6 +821,10 @@ def embed(items, instruction):
     return [[1.0, len(items[0].get("text", ""))]] * len(items)
 """
     (tmp_path / "own.py").write_text(code)
+    monkeypatch.setattr(sys, "path", list(sys.path))  # the file runs as a program of its own
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+    for name in ("__main__", "__mp_main__"):
+        monkeypatch.setitem(sys.modules, name, sys.modules["__main__"])
     roots = [world.folder / "data" / "clips", world.folder / "pictures"]
     words = ["--encoder", f"{tmp_path}/own.py:embed", "--uvrb", benchmark, "--root", *roots]
     words += ["--datasets", "MS-TI", "--batch-size", "3", "--out", tmp_path / "out"]
@@ -814,6 +843,7 @@ def test_embed_hands_on_its_flags(world, tmp_path, monkeypatch):
     words = [path, "--ckpt", world.base, "--out", tmp_path / "out", "--root", picture.parent]
     words += ["--instruction", "Find it.", "--prompt-style", "system", "--device", "cpu"]
     words += "--frames 4 --max-tokens 6 --batch-tokens 333 --workers 1 --seconds 50".split()
+    words += "--min-tokens 5 --positions 1d --base other".split()
     embed.main(parse_flags(embed.Flags, [*map(str, words)]))
 
     keys = "instruction frames max_tokens batch_tokens workers seconds".split()
@@ -823,6 +853,8 @@ def test_embed_hands_on_its_flags(world, tmp_path, monkeypatch):
     assert cache.folder == tmp_path / "out" / "cache"
     loaded = models.values("from_pretrained", "path", "device", "prompt_style")
     assert loaded == [(world.base, torch.device("cpu"), "system")]
+    settings = models.values("from_pretrained", "base", "min_tokens", "positions")
+    assert settings == [("other", 5, "1d")]
     assert watch.values("join_ranks", "device") == [("cpu",)]
     assert [row["id"] for row in load_jsonl(tmp_path / "out" / "items.jsonl")] == ["0", "b"]
 
