@@ -30,6 +30,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import caption  # noqa: E402
+import data  # noqa: E402
 import embed  # noqa: E402
 import eval as evaluate  # noqa: E402
 import model  # noqa: E402
@@ -890,7 +891,8 @@ def fake_captioner(requests):
 
 
 def test_synth_hands_on_its_flags(world, tmp_path, monkeypatch, capsys):
-    names = ("encode", "run_sharded", "make_requests", "DecoderPool", "print_dry_run")
+    names = ["encode", "run_sharded", "make_requests", "DecoderPool", "print_dry_run"]
+    names.append("keep_replies")
     monkeypatch.setattr(synth, "encode", fake_vectors)
     opened = []
 
@@ -936,6 +938,12 @@ def test_synth_hands_on_its_flags(world, tmp_path, monkeypatch, capsys):
     run("--stages", "2")
     assert not (tmp_path / "out" / "3-pairs").exists()
     run()
+
+    assert set(synth.TABLE7) == {"T2T", "T2I", "T2V", "I2V", "V2V", "TI2V", "TV2V"}
+    assert {name for (name,) in watch.values("keep_replies", "captioner")} == {
+        "openai:http://there:1/v1#m 77"
+    }
+    assert "were tuned on mini" not in capsys.readouterr().out  # they dropped nothing
 
     # Models and limits
     keys = "device concurrency frames max_tokens max_new_tokens workers seconds".split()
@@ -1104,6 +1112,10 @@ def test_tables_show_ones_own_numbers_in_their_places():
     assert sizes == [("runs/a", 1234), ("runs/b", None)]
     assert tables.kind_of({"name": "x", "task": "I2V"}) == "video"
 
+    assert tables.with_numbers(["Table 1", "Table 11", "Figure 12"], [a]) == [
+        "Table 1",
+        "Figure 12",
+    ]
     (mine,) = tables.score_table("Table 2", paper, [a]).yours
     assert mine["AVG"] == pytest.approx(a["AVG-A"])
     assert a["AVG-A"] != pytest.approx(a["AVG-D"])
@@ -1212,6 +1224,21 @@ def test_an_interval_leaves_out_a_fortieth_on_either_side():
     draws = {"MSRVTT": [i / 1000 for i in range(1001)]}
     bounds = evaluate.intervals(draws, {"MSRVTT": 0.5})
     assert bounds == {"MSRVTT": pytest.approx([0.025, 0.975])}
+
+
+def test_paths_may_be_pathlib_s_and_kinds_are_encoded_one_after_the_other():
+    items = [
+        {"video": {"path": Path("a.mp4"), "start": 1}},
+        {"image": Path("a.png"), "text": "x"},
+        {"text": "long"},
+        {"text": ""},
+    ]
+    plain = [data.with_plain_paths(item) for item in items]
+    assert plain[:2] == [
+        {"video": {"path": "a.mp4", "start": 1}},
+        {"image": "a.png", "text": "x"},
+    ]
+    assert sorted(plain, key=embed.kind_and_length) == plain[::-1]
 
 
 def test_a_clip_has_at_most_its_tokens(world):
@@ -1350,6 +1377,8 @@ def test_captioner_media_are_as_large_as_allowed_and_threads_keep_the_order():
     assert small.shape[0] == 2
     assert 0.7 * 8 < small.shape[1] * small.shape[2] / 28**2 <= 8
     assert caption.shrink(frames, 50) is frames
+    shown = caption.Shown("video", frames, 4.0)
+    assert caption.video_metadata(shown) == {"fps": 0.5, "total_num_frames": 2, "duration": 4.0}
     done = caption.map_in_threads(lambda x: 2 * x, range(9), 3, 4)
     assert list(done) == [0, 2, 4, 6, 8, 10, 12, 14, 16]
 
