@@ -1241,6 +1241,17 @@ def test_paths_may_be_pathlib_s_and_kinds_are_encoded_one_after_the_other():
     assert sorted(plain, key=embed.kind_and_length) == plain[::-1]
 
 
+def test_a_base_is_found_from_here_from_its_adapter_and_in_this_repository(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in (tmp_path / "here", tmp_path / "adapter" / "inside"):
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+    found = [
+        model.find_base(tmp_path / "adapter", base) for base in ("here", "inside", "mini/base")
+    ]
+    assert found == ["here", str(tmp_path / "adapter" / "inside"), str(ROOT / "mini" / "base")]
+
+
 def test_a_clip_has_at_most_its_tokens(world):
     gve = GVE.from_pretrained(world.base)
     clip = str(world.folder / "data" / "clips" / "0.mp4")  # 3 x 4 tokens a frame
