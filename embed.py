@@ -24,13 +24,11 @@ import dataclasses
 import json
 import os
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from data import resolve, with_plain_paths
 from model import GVE, decode_and_embed
@@ -38,6 +36,7 @@ from support.cache import NoCache, VectorCache, item_key, write_array
 from support.files import read_jsonl, whole_file
 from support.flags import flag, parse_flags
 from support.media import IMAGE_SUFFIXES
+from support.progress import report_progress
 from support.ranks import all_gather_object, join_ranks, leave_ranks
 
 MOST_SHOWN = 10  # reasons that are printed; items.jsonl has all of them
@@ -124,11 +123,11 @@ def encode(
         failed=failed,
         tally=own_tally,
     )
-    with Progress(len(todo), desc, quiet=desc is None or rank > 0) as progress:
+    with report_progress(len(todo), desc, quiet=desc is None) as advance:
         for batch, made in batches:
             vectors[batch] = made
             cache.add([{"key": keys[i], "item": items[i]} for i in batch], made)
-            progress.update(len(batch))
+            advance(len(batch))
     gve.train(was_training)
     cache.flush()
 
@@ -153,35 +152,6 @@ def encode(
 def kind_and_length(item):
     """Return a sort key: texts, images, videos, both; short texts before long ones."""
     return "video" in item, "image" in item, len(item.get("text") or "")
-
-
-class Progress:
-    """A progress bar on a terminal; elsewhere, in a log file say, a plain line every 30 seconds."""
-
-    def __init__(self, total, desc, quiet=False):
-        self.total = total
-        self.desc = desc
-        self.quiet = quiet or sys.stderr.isatty()
-        # tqdm's None: no bar where stderr is no terminal.
-        self.bar = tqdm(total=total, desc=desc, disable=True if quiet else None, leave=False)
-        self.done = 0
-        self.started = self.said = time.monotonic()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.bar.close()
-
-    def update(self, n):
-        self.bar.update(n)
-        self.done += n
-        now = time.monotonic()
-        if self.quiet or now - self.said < 30:
-            return
-        rate = self.done / (now - self.started)
-        print(f"{self.desc}: {self.done} of {self.total}, {rate:.1f}/s", file=sys.stderr)
-        self.said = now
 
 
 def top_k(queries, corpus, k, *, block=16384, query_block=1024):

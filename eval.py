@@ -37,7 +37,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from tqdm import tqdm
 
 import uvrb
 from data import PATH_KEY
@@ -46,6 +45,7 @@ from model import GVE
 from support.cache import VectorCache
 from support.files import hash_files, read_jsonl, write_json, write_jsonl
 from support.flags import flag, parse_flags
+from support.progress import track
 from support.ranks import join_ranks, leave_ranks
 from tables import cell, print_published, read_results, show, with_numbers
 
@@ -480,7 +480,8 @@ def function_encoder(spec, size):
             places[i] = place_of[key]
 
         parts = []
-        for start in tqdm(range(0, len(distinct), size), desc, leave=False, disable=None):
+        starts = range(0, len(distinct), size)
+        for start in track(starts, len(starts), f"{desc}, in batches of {size}"):
             batch = distinct[start : start + size]
             part = call_encoder(spec, function, batch, instruction, dim)
             dim = part.shape[1]

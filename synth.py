@@ -23,7 +23,6 @@ Legend: N videos in the pool, D embedding dim, n sampled frames of a video.
 """
 
 import collections
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -56,8 +55,9 @@ from model import GVE
 from support.decoders import DecoderPool, Failed
 from support.files import file_lock, load_jsonl, read_jsonl, whole_file, write_json, write_jsonl
 from support.flags import flag, parse_flags
-from support.jobs import print_summary, report_progress, run_sharded, track
+from support.jobs import print_summary, run_sharded
 from support.media import read_frames
+from support.progress import track
 
 # Quality control. The paper gives no thresholds; these were tuned on the mini world (NOTES.md).
 SCRIPT = "LATIN"  # captions are in this script: first word of its letters' Unicode names
@@ -187,17 +187,15 @@ class Prober:
     def embed(self, items):
         """Embed items -> (vectors (n, D) float32, {index: reason}); vectors that failed are 0."""
         has_media = any("video" in item or "image" in item for item in items)
-        gve = self.gve
-        progress = report_progress(None, f"vectors of {len(items)} items")
-        with progress if has_media else contextlib.nullcontext():
-            vectors, failed = encode(
-                gve,
-                items,
-                frames=self.flags.frames,
-                max_tokens=self.flags.max_tokens,
-                workers=self.flags.workers,
-                seconds=self.flags.seconds,
-            )
+        vectors, failed = encode(
+            self.gve,
+            items,
+            frames=self.flags.frames,
+            max_tokens=self.flags.max_tokens,
+            workers=self.flags.workers,
+            seconds=self.flags.seconds,
+            desc="vectors" if has_media else None,
+        )
         # A NaN would be neither above nor below any threshold.
         for i in vectors.isnan().any(1).nonzero().flatten().tolist():
             failed.setdefault(i, "the embedder returned NaN")

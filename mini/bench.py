@@ -29,10 +29,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from mini import world
 from support.files import whole_file, write_json
+from support.progress import track
 from uvrb import DATASETS
 
 SEED = 42
@@ -623,7 +623,7 @@ def render_all(out, videos, label, workers=None):
     (out / "videos").mkdir(parents=True, exist_ok=True)
     jobs = [(out / path_of(video, "."), video) for video in videos]
     with multiprocessing.get_context("fork").Pool(workers) as pool:
-        for _ in tqdm(pool.imap_unordered(render, jobs, 16), label, len(jobs)):
+        for _ in track(pool.imap_unordered(render, jobs, 16), len(jobs), label):
             pass
 
 

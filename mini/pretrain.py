@@ -56,6 +56,7 @@ from mini import bench, world
 from model import mrope_positions
 from support.commands import run
 from support.files import write_json
+from support.progress import track
 
 BASE = Path("mini/base")
 PROBER = Path("mini/prober")
@@ -270,7 +271,8 @@ def rendered(pool):
         cache.parent.mkdir(parents=True, exist_ok=True)
         scenes = [practice.scene for practice in pool]
         with multiprocessing.Pool() as workers:
-            clips = list(tqdm(workers.imap(through_codec, scenes, 64), "rendering", len(pool)))
+            rendered = workers.imap(through_codec, scenes, 64)
+            clips = list(track(rendered, len(pool), "rendering"))
         np.save(cache, np.stack(clips))
     return np.load(cache)
 
@@ -604,7 +606,7 @@ def learn_to_see(model, clips, pool, rng, steps, batch_size=192, lr=2e-3):
     grid = torch.tensor([[1, SIDE, SIDE]] * batch_size)
 
     log = []
-    bar = tqdm(range(steps), "seeing")
+    bar = tqdm(range(steps), "seeing", disable=None)
     for step in bar:
         scenes = np.array([rng.randrange(len(pool)) for _ in range(batch_size)])
         f = np.array([rng.randrange(world.FRAMES - 3) for _ in range(batch_size)])
@@ -652,7 +654,7 @@ def learn_to_describe(model, clips, pool, collate, rng, steps, lr, easy=0.2, bat
     simple = [i for i, practice in enumerate(pool) if len(practice.scene["objects"]) < 3]
 
     losses = {}  # {task: losses since the last line of the log}
-    bar = tqdm(range(steps), "describing")
+    bar = tqdm(range(steps), "describing", disable=None)
     for step in bar:
         warmup = min(1, (step + 1) / 100)
         decay = 0.02 + 0.49 * (1 + math.cos(math.pi * step / steps))

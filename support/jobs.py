@@ -2,27 +2,22 @@
 
     rows_by_part = run_sharded("runs/synth", "1-pool", parts, do)
     print_summary("runs/synth", "1-pool", rows)
-    for result in track(results, total, "videos"): ...      # progress, inside of do
 
 A part is a list of jobs, dicts with an "id". do(p, jobs) returns one row per job, with its "id" and
 "fate": "kept", "dropped" (with the reason under "why") or "failed" (the next run tries again).
 """
 
 import collections
-import contextlib
 import json
 import os
 import re
 import sys
-import threading
 import time
 from pathlib import Path
 
-from tqdm import tqdm
-
 from support.files import file_lock, load_jsonl, write_jsonl
+from support.progress import report_progress
 
-SILENCE = 10.0  # seconds after which a loop without a terminal says how far it is
 NAMED = 3  # rows that are named for each reason why rows were dropped
 
 
@@ -103,58 +98,6 @@ def do_part(out, stage, p, paths, jobs, do):
     fates = collections.Counter(row["fate"] for row in new.values())
     with open(Path(out) / "log.jsonl", "a") as file:
         file.write(json.dumps(event | fates) + "\n")
-
-
-def track(things, total, label):
-    """Yield things, telling on stderr how many of `total` there were, at which rate, until when."""
-    with report_progress(total, label) as advance:
-        for thing in things:
-            yield thing
-            advance()
-
-
-@contextlib.contextmanager
-def report_progress(total, label):
-    """Yield advance(), to be called `total` times: a bar on a terminal, elsewhere a line at times.
-
-    total None: nobody knows. A thread of its own writes the lines, so that one slow thing is not
-    taken for a run that hangs.
-    """
-    on_terminal = sys.stderr.isatty()
-    is_first = os.environ.get("RANK", "0") == "0"
-    bar = tqdm(total=total, desc=label, leave=False, disable=not (on_terminal and is_first))
-    began = time.time()
-    done = 0
-    has_ended = threading.Event()
-
-    def advance():
-        nonlocal done
-        done += 1
-        bar.update()
-
-    def speak():
-        while not has_ended.wait(1 if on_terminal else SILENCE):
-            seconds = time.time() - began
-            line = f"    {label}: {seconds:.0f} s so far"
-            if total is not None:
-                line += f", {done} of {total}"
-            if done:
-                line += f", {done / seconds:.2g} a second"
-                line += f", about {seconds / done * (total - done):.0f} s left"
-            if on_terminal:
-                bar.refresh()  # the time goes on
-            elif is_first:
-                # Past sys.stderr, whose lock a process that is forked meanwhile would inherit.
-                os.write(2, f"{line}\n".encode())
-
-    thread = threading.Thread(target=speak, daemon=True)
-    thread.start()
-    try:
-        yield advance
-    finally:
-        has_ended.set()
-        thread.join()
-        bar.close()
 
 
 def rows_by_id(rows):

@@ -778,17 +778,6 @@ def test_a_file_that_is_no_json_lines_is_told_so(tmp_path, content, message):
         embed.list_rows(tmp_path / "i.jsonl")
 
 
-def test_without_a_terminal_progress_is_a_line_now_and_then(monkeypatch, capsys):
-    now = [0.0]
-    monkeypatch.setattr(embed.time, "monotonic", lambda: now[0])
-    with embed.Progress(100, "encode") as progress:
-        for _ in range(7):
-            now[0] += 10
-            progress.update(5)
-    lines = ["encode: 15 of 100, 0.5/s", "encode: 30 of 100, 0.5/s"]
-    assert capsys.readouterr().err.splitlines() == lines
-
-
 # Large inputs, kills of the whole evaluation
 
 

@@ -34,10 +34,11 @@ from extras.check_data import check
 from mini import bench, world
 from model import GVE, mrope_positions
 from studies import report
-from support import jobs
+from support import progress
 from support.files import load_jsonl
 from support.flags import parse_flags
-from support.jobs import print_summary, run_sharded, track
+from support.jobs import print_summary, run_sharded
+from support.progress import track
 
 ROOT = Path(__file__).resolve().parent.parent
 FIVE = {
@@ -1052,7 +1053,7 @@ def test_the_summary_names_the_first_rows_of_each_reason(tmp_path, capsys):
 
 
 def test_a_long_loop_speaks_up_while_one_thing_takes_its_time(monkeypatch, capfd):
-    monkeypatch.setattr(jobs, "SILENCE", 0.1)
+    monkeypatch.setattr(progress, "SILENCE", 0.1)
 
     def slow():
         yield 1
