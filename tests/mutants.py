@@ -1110,7 +1110,7 @@ LIST = r"""
 - return [i for i, row in enumerate(rows) if row["fate"] == "kept"]
 + return list(range(len(rows)))
 
-@ synth.py: test_synth::cuts_clips
+@ synth.py: test_wiring::synth_draws
 - return rng.sample(clips, min(len(clips), CLIPS))
 + return clips[:1]
 

@@ -1352,6 +1352,18 @@ def test_synth_draws_frames_and_clips_and_joins_answers():
     assert set(counts) == {1, 2}
     assert np.mean(counts) == pytest.approx(1.5, abs=0.1)
 
+    # Two clips of three shots, each inside its own.
+    times = np.arange(120) / 4
+    sample = synth.Sample(None, times, np.full(120, 0.25), 120, 30.0, [84, 112])
+    spans = set()
+    for seed in range(20):
+        clips = synth.draw_clips(sample, [(0, 40), (40, 80), (80, 120)], random.Random(seed))
+        assert len(clips) == 2
+        for start, end in clips:
+            assert start // 10 == (end - 1e-6) // 10
+            spans.add(start // 10)
+    assert spans == {0, 1, 2}
+
     # The middle of the longest shot first; no second frame that looks like one chosen.
     film = torch.cat([torch.zeros(4, 3, 32, 32), torch.full((6, 3, 32, 32), 100.0)])
     assert synth.choose_key_frames(film, [(0, 4), (4, 10)]) == [7, 2]
