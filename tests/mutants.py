@@ -1390,19 +1390,19 @@ LIST = r"""
 - computed = sum(own)
 + computed = printed
 
-@ tables.py: test_tables::any_cell
+@ tables.py: test_wiring::the_paper_s_gains
 - yield Check(where, label, score, y[model][the_model], computed)
 + yield Check(where, label, score, y[model][the_model], y[model][the_model])
 
-@ tables.py: test_tables::any_cell
+@ tables.py: test_wiring::the_paper_s_gains
 - yield Check("section 5.2", label, column, printed[kind], gain)
 + yield Check("section 5.2", label, column, printed[kind], printed[kind])
 
-@ tables.py: test_tables::any_cell
+@ tables.py: test_wiring::the_paper_s_gains
 - yield Check("text", f"{where}, {row}", name, claimed, shown, tolerance=0.0101)
 + yield Check("text", f"{where}, {row}", name, claimed, shown, tolerance=1)
 
-@ tables.py: test_tables::tables_6_to_8
+@ tables.py: test_wiring::the_paper_s_gains
 - return table_6_or_7(name, paper)
 + return table_6_or_7("Table 6", paper)
 
@@ -1519,12 +1519,12 @@ LIST = r"""
 + if True:
 
 @ support/media.py: test_media::jumps_give
-- if frames is None or first > last + SKIP:
-+ if True:
+- last = first - 1
++ last = first
 
-@ support/media.py: test_media::frames_and_lengths_of_the_usual
-- if frame is None or frame.pts != promise.stamps[last]:
-+ if frame is None:
+@ support/media.py: test_media::jumps_give
+- leading = leading and frame.pts is not None and frame.pts < first
++ leading = False
 
 @ support/media.py: test_media::a_file_cut
 - return f"{path}: damaged: {n} of {whole} frames decode" if n < whole else ""

@@ -1148,9 +1148,20 @@ def test_the_paper_s_gains_and_its_sum_of_all_pairs_are_recomputed():
     paper = tables.published()
     checks = [check for check in tables.recompute(paper) if check.where == "section 5.2"]
     assert len(checks) > 4
+    assert tables.build("Table 7", paper, [], None, ()).published == paper["table7_uvrd"]
+    known, _ = tables.disagreements(paper)
+
+    # One fault in each kind of published value that follows from others.
     paper["table8_totals"]["all"]["3B"] += 10**6
+    paper["figure12_frames"]["values"]["CG"]["GVE-3B"][0] += 0.1
+    paper["figure6_data_scaling"]["gain_per_decade"]["AVG-D"]["GVE-3B"]["relative"] = 0.5
+    where, row, name, _ = paper["claims"][0]
+    paper["claims"][0][3] += 0.5
     wrong, _ = tables.disagreements(paper)
-    assert ("Table 8", "all", "3B") in wrong
+    new = wrong.keys() - known.keys()
+    gain = ("section 5.2", "GVE-3B AVG-D", "relative gain per decade")
+    claim = ("text", f"{where}, {row}", name)
+    assert {("Table 8", "all", "3B"), ("Figure 12", "GVE-3B at 8", "CG"), gain, claim} <= new
 
 
 def test_a_table_in_four_styles():
@@ -1460,6 +1471,15 @@ def test_the_kernel_s_table_has_every_size_and_equal_losses(tmp_path, monkeypatc
         assert losses == pytest.approx([losses[0]] * 3, rel=2e-2)
     assert len(watch.calls["run_method"]) == 2 * 3 * (1 + 2)
     assert watch.calls["run_method"][0]["q"].dtype == torch.bfloat16
+
+    q, d = (x.detach() for x in bench.random_batch(8, 4, torch.float32))
+    d = torch.nn.functional.normalize(d + d[:1], dim=1)  # the two directions differ
+    logits = q @ d.T / 0.03
+    target = torch.arange(8)
+    both = [torch.nn.functional.cross_entropy(x, target) for x in (logits, logits.T)]
+    assert both[0] != pytest.approx(both[1], rel=1e-2)
+    for loss in (bench.plain(torch.float32), bench.definition, bench.ours_torch):
+        assert float(loss(q, d)) == pytest.approx(float(sum(both)) / 2, rel=1e-5)
 
     slow = bench.Result(100, 1000, "plain", matmul=16e9, seconds=0.01, loss=1.0)
     assert slow.row().split("|")[5:8] == [" 0 ", " 0.01 ", " 50% "]
