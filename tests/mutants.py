@@ -1590,7 +1590,7 @@ LIST = r"""
 + margin=margin,
 + symmetric=flags.symmetric,
 
-@ train.py: test_wiring::a_run_is_the_loop
+@ train.py: test_wiring::train_hands_on
 - **curve_sums(q, p, n, p_ids, n_ids, q_ids),
 + **curve_sums(q, p, n, p_ids, n_ids),
 
@@ -1634,7 +1634,7 @@ LIST = r"""
 - hashes.append(hash_rows(corpus[some.numpy()]))
 + hashes.append(hash_some_columns(corpus[some.numpy()]))
 
-@ embed.py: test_ties::top_k_ranks
+@ embed.py: test_wiring::equal_values
 - first = torch.empty_like(places).scatter_reduce_(0, number, places, "amin", include_self=False)
 + first = torch.empty_like(places).scatter_reduce_(0, number, places, "amax", include_self=False)
 
@@ -1715,10 +1715,10 @@ LIST = r"""
 + prompt_style=prompt_style or "system",
 
 @ model.py: test_model::1d_positions
-- return ((mask.cumsum(1) - 1) * mask).expand(3, -1, -1)
-+ return (mask.cumsum(1) * mask).expand(3, -1, -1)
+- if self.positions == "1d":
++ if False:
 
-@ model.py: test_embed::the_commands_base
+@ model.py: test_wiring::a_clip_has
 - min_tokens=self.min_tokens,
 - prompt_style=self.prompt_style,
 + prompt_style=self.prompt_style,
@@ -1736,7 +1736,7 @@ LIST = r"""
 - is_full = width * (len(batch) + 1) > batch_tokens or len(batch) == batch_size
 + is_full = width * len(batch) > batch_tokens or len(batch) == batch_size
 
-@ model.py: test_embed::a_folder_s_media
+@ model.py: test_wiring::a_clip_has
 - tally[sample["decoder"]] += 1
 + tally[sample["decoder"]] = 1
 
