@@ -598,6 +598,11 @@ def test_gve_json_holds_the_run(world, plain_run, by_hand):
     for source, drawn in zip(world.sources, by_hand["drawn"], strict=True):
         data = info["data"][source.name]
         assert (data["rows"], data["drawn"]) == (len(source.rows), drawn)
+    (start,) = events(load_jsonl(out / "log.jsonl"), "start")
+    for source in world.sources:
+        task, level = TASKS[source.name]
+        facts = {"task": task, "level": level, "samples": source.samples}
+        assert start["sources"][source.name] == {**facts, "rows": len(source.rows)}
     for key in ("loss", "lr", "grad_norm"):
         assert info["metrics"][key] == near(by_hand["steps"][-1][key])
 
