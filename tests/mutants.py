@@ -258,12 +258,6 @@ LIST = r"""
 + sigma_t = sigma(epoch, flags.epochs)
 
 @ train.py: test_wiring::a_run_is_the_loop
-- prober = gve
-- if start is None:
-+ prober = prober if epoch else gve
-+ if start is None:
-
-@ train.py: test_wiring::a_run_is_the_loop
 - if epoch == 0 and flags.prober and (needs_relevance or flags.remine):
 + if flags.prober and (needs_relevance or flags.remine):
 
@@ -2101,8 +2095,7 @@ def functions_of(file):
 
     def walk(node, prefix):
         for child in ast.iter_child_nodes(node):
-            is_function = isinstance(child, ast.FunctionDef)
-            if is_function:
+            if isinstance(child, ast.FunctionDef):
                 found.append((prefix + child.name, child))
             elif isinstance(child, ast.ClassDef):
                 walk(child, f"{prefix}{child.name}.")
@@ -2112,7 +2105,7 @@ def functions_of(file):
 
 
 def test_ids(mutant, root=ROOT):
-    """Return the full ids of a mutant's tests. Raises ValueError unless each is one test."""
+    """Return the full ids of a mutant's tests. Raises ValueError if one is not there."""
     ids = []
     for file, beginning in mutant.tests:
         text = (root / "tests" / file).read_text()
