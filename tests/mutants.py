@@ -132,7 +132,7 @@ LIST = r"""
 + false = scores > positive
 
 @ train.py: test_wiring::a_run_with_every_setting
-- best, which = scores.masked_fill(same | false, -torch.inf).topk(k)
+- best, which = scores.masked_fill(right | false, -torch.inf).topk(k)
 + best, which = scores.masked_fill(false, -torch.inf).topk(k)
 
 @ train.py: test_wiring::a_run_is_the_loop
@@ -154,8 +154,8 @@ LIST = r"""
 + device = prober.device
 
 @ train.py: test_wiring::a_run_with_every_setting
-- mined[row] = [pairs[i][1] for i in negatives if i >= 0]
-+ mined[row] = [pairs[i][1] for i in negatives[1:] if i >= 0]
+- mined[row] = [pairs[i][2] for i in negatives if i >= 0]
++ mined[row] = [pairs[i][2] for i in negatives[1:] if i >= 0]
 
 @ train.py: test_wiring::a_run_with_every_setting
 - if other == k and source.negatives:
@@ -180,7 +180,7 @@ LIST = r"""
 + pass
 
 @ train.py: test_wiring::a_run_is_the_loop
-- hardest = scores.masked_fill(ids == p_ids[:, None], -1).amax(1)
+- hardest = scores.masked_fill(answers, -1).amax(1)
 + hardest = scores.amax(1)
 
 @ train.py: test_wiring::a_run_is_the_loop
@@ -258,12 +258,6 @@ LIST = r"""
 + sigma_t = sigma(epoch, flags.epochs)
 
 @ train.py: test_wiring::a_run_is_the_loop
-- prober = gve
-- if start is None:
-+ prober = prober if epoch else gve
-+ if start is None:
-
-@ train.py: test_wiring::a_run_is_the_loop
 - if epoch == 0 and flags.prober and (needs_relevance or flags.remine):
 + if flags.prober and (needs_relevance or flags.remine):
 
@@ -296,8 +290,9 @@ LIST = r"""
 + n_ids = torch.arange(len(n)) - len(n)
 
 @ train.py: test_wiring::a_run_is_the_loop
-- q, p, n, p_ids, n_ids, tau=tau, margin=margin, symmetric=flags.symmetric
-+ q, p, n, p_ids, n_ids, tau=tau, symmetric=flags.symmetric
+- tau=tau,
+- margin=margin,
++ tau=tau,
 
 @ train.py: test_wiring::a_run_is_the_loop
 - margin = None if flags.margin < 0 else flags.margin
@@ -342,8 +337,8 @@ LIST = r"""
 + save_state(out / "state", optimizer, rng, facts, 1)
 
 @ train.py: test_train::a_checkpoint_names
-- data[name] = {"rows": facts["rows"], "drawn": drawn}
-+ data[name] = {"rows": facts["rows"], "drawn": sampler.drawn[len(data)]}
+- data[sources[k].name] = {"rows": len(sources[k]), "drawn": drawn}
++ data[sources[k].name] = {"rows": len(sources[k]), "drawn": sampler.drawn[k]}
 
 @ train.py: test_wiring::gve_json
 - gve.save_pretrained(out, info=info)
@@ -354,30 +349,26 @@ LIST = r"""
 + "epoch_start": None,
 
 @ support/checkpoint.py: test_wiring::a_run_that_stops
-- MAY_CHANGE = {"resume", "keep", "save_every"}  # flags that a resumed run may set anew
-+ MAY_CHANGE = {"resume", "keep", "save_every", "lr"}
-
-@ support/checkpoint.py: test_wiring::a_run_that_stops
 - optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
 + pass
 
 # data.py
 
 @ data.py: test_data::wrong_items
-- or not numbers.keys() <= NUMBER_KEYS[kind]
-+ or not numbers.keys()
+- or not spec.keys() <= {path_key} | NUMBER_KEYS[kind]
++ or not spec.keys()
 
 @ data.py: test_data::a_sibling_folder
 - if not any(os.path.commonpath([path, root]) == root for root in allowed):
 + if not any(path.startswith(root) for root in allowed):
 
 @ data.py: test_data::content_ids
-- for kind in ("image", "video"):
+- for kind, path_key in PATH_KEY.items():
 - media = item.get(kind)
-- content.append(sorted(media.items()) if isinstance(media, dict) else media)
-+ for kind in ("image",):
+- if not isinstance(media, dict):
++ for kind, path_key in [("image", "video")]:
 +     media = item.get(kind)
-+     content.append(sorted(media.items()) if isinstance(media, dict) else media)
++     if not isinstance(media, dict):
 
 @ data.py: test_wiring::the_prompt_letter
 - lead = f"{instruction}\n"
@@ -457,14 +448,6 @@ LIST = r"""
 - with torch.autocast(position_ids.device.type, torch.bfloat16, enabled=is_bfloat16):
 + with torch.autocast(position_ids.device.type, torch.bfloat16, enabled=False):
 
-@ model.py: test_model::a_checkpoint_is_loaded
-- pooling = pooling or info.get("pooling", "last_token")
-+ pooling = pooling or "last_token"
-
-@ model.py: test_released::the_prompt_style
-- prompt_style=prompt_style or info.get("prompt_style", "system"),
-+ prompt_style=prompt_style or "system",
-
 @ model.py: test_embed::vectors_are_those
 - tokens_per_second=self.geometry.tokens_per_second,
 + tokens_per_second=4,
@@ -489,9 +472,9 @@ LIST = r"""
 - full.model.load_state_dict(backbone.state_dict())
 + pass
 
-@ model.py: test_model::adapter_without
-- if (root / base / "config.json").is_file():
-+ if True:
+@ model.py: test_wiring::a_base_is_found
+- for root in (Path(), Path(adapter), Path(__file__).resolve().parent):
++ for root in (Path(), Path(__file__).resolve().parent):
 
 @ model.py: test_released::every_layout
 - shards = sorted(set(index["weight_map"].values()))
@@ -533,15 +516,7 @@ LIST = r"""
 - "instruction": instruction,
 + "instruction": None,
 
-@ embed.py: test_embed::the_commands_prompt
-- prompt_style=gve.prompt_style,
-+ prompt_style="system",
-
-@ embed.py: test_embed::batches_hold
-- if batch and width * (len(batch) + 1) > batch_tokens:
-+ if batch and width * len(batch) > batch_tokens:
-
-@ embed.py: test_embed::batches_hold
+@ model.py: test_embed::batches_hold
 - width = len(sample["ids"])
 - batch[i] = sample
 + width = 0
@@ -636,8 +611,8 @@ LIST = r"""
 + frames=frames,
 
 @ eval.py: test_wiring::a_function_of
-- for start in range(0, len(items), size):
-+ for start in range(0, len(items), 32):
+- batch = distinct[start : start + size]
++ batch = distinct[start : start + 32]
 
 @ eval.py: test_wiring::eval_hands
 - corpora, lost = encode_rows(rows, None, "corpora")
@@ -692,8 +667,8 @@ LIST = r"""
 + model = Path(scored).name
 
 @ eval.py: test_wiring::eval_hands
-- show(shown, results, out, flags.uvrb, flags.root)
-+ show(shown, results, out, flags.uvrb)
+- show(with_numbers(names, results), results, out, flags.uvrb, flags.root, brief=True)
++ show(with_numbers(names, results), results, out, flags.uvrb, brief=True)
 
 # synth.py
 
@@ -706,7 +681,7 @@ LIST = r"""
 + self.negatives_per_pair = read_task_numbers([], per_pair, int)
 
 @ synth.py: test_wiring::synth_hands
-- return GVE.from_pretrained(self.flags.prober, device=self.flags.device)
+- return GVE.from_pretrained(name, device=self.flags.device)
 + return GVE.from_pretrained("mini/prober", device=self.flags.device)
 
 @ synth.py: test_wiring::synth_hands
@@ -790,16 +765,12 @@ LIST = r"""
 + entry = {"path": name, "samples": samples}
 
 @ synth.py: test_wiring::synth_hands
-- samples = round(share * made["T2V"]) or len(lines)
+- samples = round(share * made["T2V"]) or len(pairs[task])
 + samples = 1
 
 @ synth.py: test_synth::another_flag
 - if begun.get(key) != now.get(key):
 + if key == "videos" and begun.get(key) != now.get(key):
-
-@ synth.py: test_wiring::synth_hands
-- max_new_tokens=flags.max_new_tokens,
-+ max_new_tokens=64,
 
 @ synth.py: test_wiring::synth_hands
 - concurrency=flags.concurrency,
@@ -848,10 +819,6 @@ LIST = r"""
 + pixels, seconds = load_video(item["video"], 2)
 
 @ caption.py: test_synth::every_way
-- if response.status_code not in (408, 409, 429) and response.status_code < 500:
-+ if response.status_code < 500:
-
-@ caption.py: test_synth::every_way
 - answer.tokens = [answer.tokens[0] + reply.tokens_read, answer.tokens[1] + reply.tokens_written]
 + answer.tokens = [reply.tokens_read, reply.tokens_written]
 
@@ -886,8 +853,8 @@ LIST = r"""
 + datasets[key] = declared.get(key, dataset)
 
 @ uvrb.py: test_uvrb::benchmark_json_defines
-- return Dataset(name, entry["task"], domain, entry["metric"], None, None, entry["prompt"])
-+ return Dataset(name, entry["task"], domain, "R@1", None, None, entry["prompt"])
+- return Dataset(name, entry["task"], domain, entry["metric"], *sizes.values(), entry["prompt"])
++ return Dataset(name, entry["task"], domain, "R@1", *sizes.values(), entry["prompt"])
 
 @ uvrb.py: test_uvrb::each_bad_row
 - if key in first:
@@ -906,8 +873,8 @@ LIST = r"""
 + bad += problems
 
 @ uvrb.py: test_wiring::uvrb_hands
-- bad = check(flags.dir, flags.root, flags.decode)
-+ bad = check(flags.dir, flags.root)
+- bad = check(flags.dir, flags.root, flags.decode, flags.show)
++ bad = check(flags.dir, flags.root, flags.decode)
 
 @ uvrb.py: test_wiring::uvrb_hands
 - sys.exit(1 if bad else 0)
@@ -929,7 +896,7 @@ LIST = r"""
 + elif entry["n"]:
 +     incomplete[dataset] = cell(entry["score"])
 
-@ tables.py: test_tables::tables_6_to_8
+@ tables.py: test_wiring::tables_show_ones
 - return "video" if "V" in row["task"] else "image"
 + return "image" if "I" in row["task"] else "video"
 
@@ -941,7 +908,7 @@ LIST = r"""
 - return pearson(mean_ranks(x), mean_ranks(y))
 + return pearson(np.argsort(x), np.argsort(y))
 
-@ tables.py: test_tables::table_4
+@ tables.py: test_wiring::table_4_counts
 - candidates = int(np.median([len(pool) for pool in bench.pools]))
 + candidates = max(len(pool) for pool in bench.pools)
 
@@ -955,7 +922,7 @@ LIST = r"""
 
 # kernels/
 
-@ kernels/infonce.py: test_infonce::definition_on_paper
+@ kernels/infonce.py: test_infonce::twin_equals
 - dropped |= cosines > cosines.gather(1, target[:, None]).detach() + margin
 + dropped |= cosines > cosines.gather(1, target[:, None]).detach() - margin
 
@@ -971,7 +938,7 @@ LIST = r"""
 - full_lse = row_lse.including(LogSum(positive, torch.zeros_like(positive)), scale)
 + full_lse = row_lse
 
-@ kernels/infonce.py: test_infonce::small_upstream
+@ kernels/infonce.py: test_infonce::interpreter_passes
 - factor = torch.ldexp(torch.ones_like(scale), largest.frexp().exponent)
 + factor = torch.ones_like(scale)
 
@@ -996,8 +963,8 @@ LIST = r"""
 + loss = losses.mean(0)
 
 @ kernels/windows.py: test_model::windows_of_one
-- cu_seq_lens_q.windows.append(starts[lengths == n][:, None] + offsets)  # (W, n)
-+ cu_seq_lens_q.windows.append(starts[lengths >= n][:, None] + offsets)
+- scale=scaling,
++ scale=1.0,
 
 @ kernels/windows.py: test_model::inputs_and_hidden
 - return F.linear(patches.to(weight.dtype), weight)
@@ -1040,40 +1007,44 @@ LIST = r"""
 + key = [kind, media, *protocol]
 
 @ data.py: test_model::inputs_and_hidden
-- seconds_per_grid = processor.temporal_patch_size * seconds / self.frames
-+ seconds_per_grid = seconds / self.frames
+- seconds_per_grid = processor.temporal_patch_size * clip.seconds / self.frames
++ seconds_per_grid = clip.seconds / self.frames
 
-@ data.py: test_wiring::a_run_is_the_loop
+@ data.py: test_wiring::a_clip_has
 - "longest_edge": self.max_tokens[kind] * pixels_per_token,
 + "longest_edge": 200 * pixels_per_token,
 
-@ data.py: test_data::a_row_whose
+@ data.py: test_wiring::a_row_is_named
 - return self.sources[k].where(row)
 + return self.sources[k].where(0)
 
-@ embed.py: test_embed::the_commands_prompt
+@ model.py: test_embed::the_commands_prompt
 - lambda i: collate.prepare(items[i], instruction),
 + lambda i: collate.prepare(items[i]),
 
 @ eval.py: test_eval::any_model
-- queries, lost_queries = file.pick("query", bench.queries, bench.name)
-+ queries, lost_queries = file.pick("corpus", bench.queries, bench.name)
+- queries, lost_queries = query_file.pick("query", bench.queries, bench.name)
++ queries, lost_queries = query_file.pick("corpus", bench.queries, bench.name)
 
-@ eval.py: test_wiring::eval_hands
+@ eval.py: test_wiring::a_protocol
 - pairs += min(source["rows"], source["drawn"])
 + pairs += source["drawn"]
 
 @ model.py: test_model::inputs_and_hidden
-- if kind == "image":
-+ if kind == "video":
+- return core.get_video_features(pixels, grids).pooler_output
++ return core.get_video_features(pixels.flip(0), grids).pooler_output
 
 @ model.py: test_model::lora_sits
 - return {name: p for name, p in self.named_parameters() if p.requires_grad}
 + return dict(self.named_parameters())
 
 @ model.py: test_embed::the_commands_prompt
-- batch = collate(items[first : first + batch_size], instruction)
-+ batch = collate(items[first : first + batch_size])
+- items,
+- instruction,
+- range(len(items)),
++ items,
++ None,
++ range(len(items)),
 
 @ model.py: test_model::a_path_without
 - return f"{path} (a hub id, for there is no such folder)"
@@ -1125,7 +1096,7 @@ LIST = r"""
 - numbers[task] = kind(number)
 + numbers[task] = 1
 
-@ synth.py: test_synth::odd_folders
+@ synth.py: test_wiring::synth_drops
 - row["why"] = why
 + pass
 
@@ -1133,11 +1104,11 @@ LIST = r"""
 - return [i for i, row in enumerate(rows) if row["fate"] == "kept"]
 + return list(range(len(rows)))
 
-@ synth.py: test_synth::cuts_clips
+@ synth.py: test_wiring::synth_draws
 - return rng.sample(clips, min(len(clips), CLIPS))
 + return clips[:1]
 
-@ synth.py: test_synth::odd_folders
+@ synth.py: test_wiring::synth_measures
 - ("static", row["motion"], flags.min_motion),
 + ("static", row["motion"], 0),
 
@@ -1162,8 +1133,8 @@ LIST = r"""
 + alike = others[n][agreement[n] >= least].tolist()
 
 @ synth.py: test_wiring::synth_drops
-- first = min((kept[m] for m in alike), default=i)  # the earliest stays
-+ first = max((kept[m] for m in alike), default=i)
+- first = min(alike, default=n)  # the earliest stays
++ first = max(alike, default=n)
 
 @ synth.py: test_wiring::synth_drops
 - down = tiny.diff(dim=1) > 0
@@ -1185,7 +1156,7 @@ LIST = r"""
 - worst = min(answers, key=lambda answer: ("failed", "dropped", "kept").index(answer.fate))
 + worst = answers[0]
 
-@ synth.py: test_synth::mini_makes
+@ synth.py: test_wiring::synth_hands
 - row["reference"] = self.reference
 + pass
 
@@ -1217,10 +1188,6 @@ LIST = r"""
 - if not least <= n <= most:
 + if not n <= most:
 
-@ caption.py: test_synth::every_way
-- pending = [i for i in pending if answers[i].fate == "dropped"]
-+ pending = []
-
 @ caption.py: test_wiring::captioner_media
 - scale = math.sqrt(max_tokens * TOKEN_SIDE**2 / (height * width))
 + scale = max_tokens * TOKEN_SIDE**2 / (height * width)
@@ -1228,10 +1195,6 @@ LIST = r"""
 @ caption.py: test_synth::frames_go_out
 - shown = load_media(request["media"], frames, max_tokens)
 + shown = load_media(request["media"], 4, max_tokens)
-
-@ caption.py: test_synth::every_way
-- tokens_read=usage.get("prompt_tokens", 0),
-+ tokens_read=usage.get("completion_tokens", 0),
 
 @ caption.py: test_synth::frames_go_out
 - for frame in one.pixels:
@@ -1245,7 +1208,7 @@ LIST = r"""
 + while waiting:
 +     yield waiting.pop().result()
 
-@ caption.py: test_synth::the_mini_captioner
+@ caption.py: test_wiring::a_captioner_answers
 - processor.tokenizer.padding_side = "left"
 + processor.tokenizer.padding_side = "right"
 
@@ -1261,7 +1224,7 @@ LIST = r"""
 - every = (self.published, self.yours, self.bounds, self.mixed)
 + every = (self.published, self.yours, self.mixed)
 
-@ tables.py: test_tables::score_tables_show
+@ tables.py: test_wiring::a_table_in_four
 - lines.append([cell(row.get(column)) for column in columns])
 + lines.append([cell(value) for value in row.values()])
 
@@ -1301,7 +1264,7 @@ LIST = r"""
 - return [name for name in names if name not in uvrb.DATASETS and name not in uvrb.ZERO_SHOT]
 + return [name for name in names if name in uvrb.ZERO_SHOT]
 
-@ tables.py: test_tables::score_tables_show
+@ tables.py: test_wiring::tables_show_ones
 - values = {**values, "AVG": values.get(AVERAGES[name])}
 + values = {**values, "AVG": values.get("AVG-D")}
 
@@ -1313,15 +1276,15 @@ LIST = r"""
 - columns = ("queries", "corpus", "duration_s", "words")
 + columns = ("queries", "corpus", "words")
 
-@ tables.py: test_tables::published_rows
+@ tables.py: test_wiring::tables_show_ones
 - rows.append({"dataset": name, **{column: values[column] for column in columns}})
 + rows.append({"dataset": name, **{column: values[column] for column in columns[1:]}})
 
-@ tables.py: test_tables::every_table
+@ tables.py: test_wiring::tables_show_ones
 - row[column] = getattr(dataset, column) or None
 + row[column] = None
 
-@ tables.py: test_tables::table_4
+@ tables.py: test_wiring::table_4_counts
 - return float(np.mean(values)) if values else None
 + return float(np.max(values)) if values else None
 
@@ -1337,23 +1300,23 @@ LIST = r"""
 - if (kind_of(row) == "UVRD") == synthesised:
 + if kind_of(row) == "UVRD":
 
-@ tables.py: test_tables::tables_6_to_8
+@ tables.py: test_wiring::tables_show_ones
 - row["Tables 6+7, 7B"] = sums[kind]["7B"]
 + row["Tables 6+7, 7B"] = sums[kind]["3B"]
 
-@ tables.py: test_tables::every_table
+@ tables.py: test_wiring::tables_show_ones
 - row[result["model"]] = training.get(setting)
 + row[result["model"]] = None
 
-@ tables.py: test_tables::every_table
+@ tables.py: test_wiring::tables_show_ones
 - "size": protocol.get("parameters"),
 + "size": None,
 
-@ tables.py: test_tables::score_tables_and_curves
+@ tables.py: test_wiring::tables_show_ones
 - return {"AVG-D": result["AVG-D"], "AVG-A": result["AVG-A"], **result["abilities"]}
 + return {"AVG-D": result["AVG-A"], "AVG-A": result["AVG-D"], **result["abilities"]}
 
-@ tables.py: test_tables::published_rows
+@ tables.py: test_wiring::tables_show_ones
 - row = {"model": model, "AVG-D": paper["table1"][model]["AVG"], "AVG-A": cells["AVG"]}
 + row = {"model": model, "AVG-D": cells["AVG"], "AVG-A": cells["AVG"]}
 
@@ -1361,11 +1324,11 @@ LIST = r"""
 - scores = {score: y[model][i] for score, y in block["values"].items()}
 + scores = {score: y[GVE[0]][i] for score, y in block["values"].items()}
 
-@ tables.py: test_tables::score_tables_and_curves
+@ tables.py: test_wiring::tables_show_ones
 - owner = "yours" if curve.setting == "pairs" else protocol["checkpoint"]
 + owner = protocol["checkpoint"]
 
-@ tables.py: test_tables::score_tables_and_curves
+@ tables.py: test_wiring::tables_show_ones
 - if curve.setting == "pairs" and len(known) > 1:
 + if len(known) > 1:
 
@@ -1373,11 +1336,11 @@ LIST = r"""
 - return smaller + equal / 2
 + return smaller
 
-@ tables.py: test_tables::published_errata
+@ tables.py: test_wiring::correlations_with
 - shown_pearson = max(pearson(x, average), 0.03)
 + shown_pearson = pearson(x, average)
 
-@ tables.py: test_tables::correlations_equal
+@ tables.py: test_wiring::correlations_with
 - a, b = (pair, "AVG-A") if name == "Figure 8" else pair.split("-")
 + a, b = (pair, "AVG-D") if name == "Figure 8" else pair.split("-")
 
@@ -1401,7 +1364,7 @@ LIST = r"""
 - picture.suptitle(title)
 + picture.suptitle(name)
 
-@ tables.py: test_tables::any_cell
+@ tables.py: test_wiring::the_paper_s_gains
 - yield from check_gains(paper)
 + pass
 
@@ -1417,23 +1380,23 @@ LIST = r"""
 - yield Check("Table 3", model, name, printed, same[name], tolerance=1e-9)
 + yield Check("Table 3", model, name, printed, same[name], tolerance=1)
 
-@ tables.py: test_tables::any_cell
+@ tables.py: test_wiring::the_paper_s_gains
 - computed = sum(own)
 + computed = printed
 
-@ tables.py: test_tables::any_cell
+@ tables.py: test_wiring::the_paper_s_gains
 - yield Check(where, label, score, y[model][the_model], computed)
 + yield Check(where, label, score, y[model][the_model], y[model][the_model])
 
-@ tables.py: test_tables::any_cell
+@ tables.py: test_wiring::the_paper_s_gains
 - yield Check("section 5.2", label, column, printed[kind], gain)
 + yield Check("section 5.2", label, column, printed[kind], printed[kind])
 
-@ tables.py: test_tables::any_cell
+@ tables.py: test_wiring::the_paper_s_gains
 - yield Check("text", f"{where}, {row}", name, claimed, shown, tolerance=0.0101)
 + yield Check("text", f"{where}, {row}", name, claimed, shown, tolerance=1)
 
-@ tables.py: test_tables::tables_6_to_8
+@ tables.py: test_wiring::the_paper_s_gains
 - return table_6_or_7(name, paper)
 + return table_6_or_7("Table 6", paper)
 
@@ -1474,10 +1437,6 @@ LIST = r"""
 @ kernels/infonce.py: test_infonce::twin_equals
 - return LogSum(self.top[where], self.rest[where])
 + return LogSum(self.top[where], self.rest)
-
-@ kernels/infonce.py: test_infonce::twin_equals
-- return Masks(self.positive_id[rows], self.threshold[rows], self.candidate_id[columns])
-+ return Masks(self.positive_id[rows], self.threshold[rows], self.candidate_id[rows])
 
 @ kernels/infonce.py: test_infonce::twin_equals
 - return Weights(self.row[rows], self.positive[rows], self.column[columns])
@@ -1526,6 +1485,557 @@ LIST = r"""
 @ kernels/bench.py: test_wiring::the_kernel_s_table
 - for _ in range(1 + flags.repeats):
 + for _ in range(2):
+
+# support/media.py: what a player shows, and when
+
+@ support/media.py: test_media::windows_of_a_variable
+- stop = int(np.searchsorted(self.times, end - ROUNDING, side="left"))
++ stop = n
+
+@ support/media.py: test_media::windows_of_a_variable
+- i = int(np.searchsorted(self.times, time + ROUNDING, side="right")) - 1
++ i = int(np.searchsorted(self.times, time + ROUNDING, side="right"))
+
+@ support/media.py: test_media::a_slide
+- return first, stop, float(min(end, self.seconds) - max(start, self.times[first]))
++ return first, stop, float(min(end, self.seconds) - self.times[first])
+
+@ support/media.py: test_media::timestamps_that_start
+- if np.abs(ordered - stamps).max() > MISPLACED:
++ if False:
+
+@ support/media.py: test_media::milliseconds
+- follows = np.abs(times - even).max() <= tolerance
++ follows = np.abs(times - even).max() <= 1e-9
+
+@ support/media.py: test_media::a_cut_with
+- if not packet.is_discard:
++ if True:
+
+@ support/media.py: test_media::jumps_give
+- last = first - 1
++ last = first
+
+@ support/media.py: test_media::jumps_give
+- leading = leading and frame.pts is not None and frame.pts < first
++ leading = False
+
+@ support/media.py: test_media::a_file_cut
+- return f"{path}: damaged: {n} of {whole} frames decode" if n < whole else ""
++ return ""
+
+@ support/media.py: test_media::pixels_that
+- self.aspect = float(stream.sample_aspect_ratio or 1)
++ self.aspect = 1.0
+
+@ support/media.py: test_media::mirrors
+- mirrored_x, mirrored_y = a < 0, d < 0
++ mirrored_x, mirrored_y = d < 0, a < 0
+
+@ support/media.py: test_media::transparent_parts_of_a_video
+- pixels = (pixels[..., :3] * alpha + 255 * (1 - alpha)).round().astype(np.uint8)
++ pixels = (pixels[..., :3] * alpha).round().astype(np.uint8)
+
+@ support/media.py: test_media::frames_in_a_folder
+- return sorted(names, key=numeric)
++ return sorted(names)
+
+@ support/media.py: test_media::frames_in_a_folder
+- if Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."):
++ if Path(name).suffix.lower() in IMAGE_SUFFIXES:
+
+@ support/media.py: test_media::images_stand
+- return ImageOps.exif_transpose(image)
++ return image
+
+@ support/media.py: test_media::transparent_parts_of_an_image
+- white = Image.new("RGBA", image.size, "white")
++ white = Image.new("RGBA", image.size, "black")
+
+@ support/media.py: test_media::deep_images
+- least, most = 0, 65535
++ least, most = 0, 255
+
+@ support/media.py: test_media::numbers_that
+- if not math.isfinite(value) or value < 0:
++ if value < 0:
+
+@ support/media.py: test_media::damaged_images
+- except Exception as error:
+- raise MediaError(f"{image}: not a readable image ({error})") from error
++ except OSError as error:
++     raise MediaError(f"{image}: not a readable image ({error})") from error
+
+# One query with several right answers; equal rows
+
+@ train.py: test_wiring::a_run_is_the_loop
+- q_ids = batch.query.ids.to(device)
++ q_ids = None
+
+@ train.py: test_wiring::a_run_is_the_loop
+- q_ids=q_ids,
+- tau=tau,
++ tau=tau,
+
+@ train.py: test_wiring::a_run_with_every_setting
+- q_ids=q_ids,
+- margin=margin,
+- symmetric=flags.symmetric,
++ margin=margin,
++ symmetric=flags.symmetric,
+
+@ train.py: test_wiring::train_hands_on
+- **curve_sums(q, p, n, p_ids, n_ids, q_ids),
++ **curve_sums(q, p, n, p_ids, n_ids),
+
+@ train.py: test_wiring::a_run_is_the_loop
+- drop[:, : len(all_q)] |= all_q_ids[own][:, None] == all_q_ids
++ pass
+
+@ train.py: test_wiring::a_run_is_the_loop
+- drop |= all_q_ids[own][:, None] == all_q_ids
++ pass
+
+@ train.py: test_loss::shares_and_gradients
+- all_q_ids = number_rows(all_q) if q_ids is None else gather_rows(q_ids)
++ all_q_ids = gather_rows(number_rows(q) if q_ids is None else torch.arange(len(q)))
+
+@ train.py: test_wiring::a_run_with_every_setting
+- found = mine(q.to(device), p.to(device), ids, source.negatives, margin, q_ids=q_ids)
++ found = mine(q.to(device), p.to(device), ids, source.negatives, margin)
+
+@ kernels/infonce.py: test_infonce::twin_equals
+- dropped.logical_or_(masks.query_id[:, None] == masks.asker_id)
++ pass
+
+@ kernels/infonce.py: test_infonce::twin_equals
+- column = target.where(target >= 0, M)  # ignored rows write past the end
++ column = target.clamp(min=0)
+
+@ kernels/infonce.py: test_infonce::twin_equals
+- of_columns = [x[columns] for x in self[3:]]
++ of_columns = [x[rows] for x in self[3:]]
+
+@ embed.py: test_ties::top_k_ranks
+- rank_equal_rows(scores, indices, find_first_equals(corpus, torch.cat(looks)))
++ pass
+
+@ embed.py: test_ties::rows_are_equal
+- values = as_tensor(rows).float().cpu() + 0  # -0 + 0 = 0
++ values = as_tensor(rows).float().cpu()
+
+@ embed.py: test_ties::rows_are_equal
+- hashes.append(hash_rows(corpus[some.numpy()]))
++ hashes.append(hash_some_columns(corpus[some.numpy()]))
+
+@ embed.py: test_wiring::equal_values
+- first = torch.empty_like(places).scatter_reduce_(0, number, places, "amin", include_self=False)
++ first = torch.empty_like(places).scatter_reduce_(0, number, places, "amax", include_self=False)
+
+@ eval.py: test_ties::ranks_put
+- scores[:, repeats] = scores[:, first[repeats]]
++ pass
+
+# Resuming, and data that no run can use
+
+@ train.py: test_checkpoint::resuming_with
+- check_settings(out, resumed["config"], config)
++ pass
+
+@ train.py: test_wiring::a_run_resumes
+- check_data(out, resumed.get("data", {}), data_facts)
++ pass
+
+@ train.py: test_wiring::a_run_resumes
+- if base_hash != resumed.get("base_hash"):
++ if False:
+
+@ support/checkpoint.py: test_wiring::a_run_that_stops
+- "preset",  # only gives other flags their defaults, and they are compared
++ *("preset", "lr"),
+
+@ support/checkpoint.py: test_checkpoint::data_that_changed
+- if not changes and list(before) != list(after):
++ if False:
+
+@ support/checkpoint.py: test_checkpoint::ranks_that_see
+- if (step, digest) != (first_step, first_digest):
++ if False:
+
+@ train.py: test_checkpoint::a_second_run
+- if rank == 0 and not stack.enter_context(file_lock(lock, wait=False)):
++ if False:
+
+@ train.py: test_train::a_source_whose
+- if reason and not hard_negatives:
++ if False:
+
+@ train.py: test_train::media_outside
+- if len(outside) > 0.9 * looked_at:
++ if False:
+
+@ data.py: test_data::content_is_the_same
+- text = unicodedata.normalize("NFC", item.get("text") or "")
++ text = item.get("text") or ""
+
+@ data.py: test_data::other_content
+- content.append([media[path_key], span])
++ content.append([media[path_key]])
+
+@ data.py: test_wiring::a_run_resumes
+- "hash": self.hash,
++ "hash": len(self),
+
+# Checkpoints: least tokens, positions, bases
+
+@ model.py: test_model::min_tokens_and_positions
+- min_tokens = min_tokens or settings.get("min_tokens", least)
++ min_tokens = min_tokens or least
+
+@ model.py: test_model::min_tokens_and_positions
+- least = MIN_TOKENS if settings else RELEASED_MIN_TOKENS
++ least = MIN_TOKENS
+
+@ model.py: test_model::min_tokens_and_positions
+- positions = positions or settings.get("positions", "mrope")
++ positions = positions or "mrope"
+
+@ model.py: test_model::a_checkpoint_is_loaded
+- POOLINGS, pooling or settings.get("pooling", "last_token"), "pooling", path
++ POOLINGS, pooling or "last_token", "pooling", path
+
+@ model.py: test_released::the_prompt_style
+- prompt_style=prompt_style or settings.get("prompt_style", "system"),
++ prompt_style=prompt_style or "system",
+
+@ model.py: test_model::1d_positions
+- if self.positions == "1d":
++ if False:
+
+@ model.py: test_wiring::a_clip_has
+- min_tokens=self.min_tokens,
+- prompt_style=self.prompt_style,
++ prompt_style=self.prompt_style,
+
+@ model.py: test_embed::the_commands_prompt
+- prompt_style=self.prompt_style,
+- **options,
++ **options,
+
+@ model.py: test_model::an_adapter_on
+- if wrong_base and not base:
++ if False:
+
+@ model.py: test_embed::batches_hold
+- is_full = width * (len(batch) + 1) > batch_tokens or len(batch) == batch_size
++ is_full = width * len(batch) > batch_tokens or len(batch) == batch_size
+
+@ model.py: test_wiring::a_clip_has
+- tally[sample["decoder"]] += 1
++ tally[sample["decoder"]] = 1
+
+@ data.py: test_model::small_frames
+- "shortest_edge": self.min_tokens[kind] * pixels_per_token,
++ "shortest_edge": 4 * pixels_per_token,
+
+@ data.py: test_model::stored_features
+- protocol = [self.frames, self.min_tokens, self.max_tokens, self.settings]
++ protocol = [self.frames, self.max_tokens, self.settings]
+
+@ embed.py: test_wiring::embed_hands
+- base=flags.base,
++ base="",
+
+@ embed.py: test_wiring::embed_hands
+- min_tokens=flags.min_tokens,
++ min_tokens=0,
+
+@ embed.py: test_wiring::embed_hands
+- positions=flags.positions,
++ positions="",
+
+@ eval.py: test_wiring::eval_hands
+- base=flags.base,
++ base="",
+
+@ eval.py: test_wiring::eval_hands
+- min_tokens=flags.min_tokens,
++ min_tokens=0,
+
+@ eval.py: test_wiring::eval_hands
+- positions=flags.positions,
++ positions="",
+
+@ eval.py: test_wiring::eval_hands
+- "min_tokens": gve.min_tokens,
++ "min_tokens": 4,
+
+@ train.py: test_wiring::train_hands_on
+- min_tokens=flags.min_tokens,
++ min_tokens=0,
+
+@ train.py: test_wiring::train_hands_on
+- positions=flags.positions,
++ positions="",
+
+# Somebody's encoder, somebody's clips, somebody's server
+
+@ eval.py: test_eval::an_encoders_file
+- sys.path.insert(0, str(path.parent))
+- sys.argv = [str(path)]
++ sys.argv = [str(path)]
+
+@ eval.py: test_eval::an_encoders_file
+- sys.modules["__mp_main__"] = module
++ pass
+
+@ eval.py: test_eval::an_encoder_may
+- if isinstance(result, list | tuple):
++ if isinstance(result, tuple):
+
+@ eval.py: test_eval::a_wrong_result
+- zeros = (vectors == 0).all(1).nonzero().flatten().tolist()
++ zeros = []
+
+@ eval.py: test_eval::vectors_that_are_all
+- return count > 1
++ return False
+
+@ embed.py: test_embed::a_folder_s_media
+- folders[:] = [name for name in folders if not name.startswith(".")]
++ pass
+
+@ embed.py: test_embed::a_folder_s_media
+- return len(failed)
++ return 0
+
+@ caption.py: test_synth::one_rule
+- answer = THINKING_ENDS.split(whole_characters(answer))[-1].strip()
++ answer = whole_characters(answer).strip()
+
+@ caption.py: test_synth::one_rule
+- if end == "content_filter":
++ if False:
+
+@ caption.py: test_synth::one_rule
+- if set(names) <= value.keys():
++ if set(names) == value.keys():
+
+@ caption.py: test_synth::texts_that_go
+- if equal == 3 * size:
++ if equal == 30 * size:
+
+@ caption.py: test_synth::texts_that_go
+- return 5 * doubled > len(words) or bool(re.search(r"(\S)\1{9}", text))
++ return 50 * doubled > len(words) or bool(re.search(r"(\S)\1{9}", text))
+
+@ caption.py: test_synth::one_rule
+- if THINKING_STARTS.search(answer):
++ if False:
+
+@ caption.py: test_synth::one_rule
+- text = ", ".join(text)  # keywords
++ pass
+
+@ caption.py: test_synth::one_rule
+- if message.get("refusal"):
++ if False:
+
+@ caption.py: test_synth::json_mode
+- no_json_mode.set()
++ pass
+
+@ caption.py: test_synth::retry_after
+- return min(max(wait, 0.0), LONGEST_WAIT)
++ return max(wait, 0.0)
+
+@ caption.py: test_synth::no_reply
+- keys = [request_key(request, captioner) for request in requests]
++ keys = [request_key(request, "") + str(id(request)) for request in requests]
+
+@ caption.py: test_synth::answers_stop
+- limit = max_new_tokens or max(map(tokens_for, batch))
++ limit = max_new_tokens or 1024
+
+@ caption.py: test_synth::every_way
+- if answers[i].fate == "dropped" and reply.end != "length":
++ if False:
+
+@ caption.py: test_synth::every_way
+- for key in ("prompt_tokens", "completion_tokens"):
++ for key in ("completion_tokens", "prompt_tokens"):
+
+@ caption.py: test_synth::every_way
+- if status not in (408, 409, 429) and status < 500:
++ if status < 500:
+
+@ synth.py: test_wiring::synth_hands
+- max_new_tokens=flags.max_new_tokens or None,
++ max_new_tokens=None,
+
+@ synth.py: test_synth::pairs_that_are
+- lines.setdefault(pair, {key: relative_media(row[key], folder) for key in keys})
++ lines[len(lines)] = {key: relative_media(row[key], folder) for key in keys}
+
+@ caption.py: test_synth::one_rule
+- return text.encode("utf-16", "surrogatepass").decode("utf-16", "ignore")
++ return text
+
+@ caption.py: test_synth::one_rule
+- return " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", whole_characters(text)).split())
++ return text.strip()
+
+@ caption.py: test_synth::no_reply
+- asked = json.dumps([captioner, request["media"], request["prompt"]])
++ asked = json.dumps([captioner, request["media"]])
+
+@ caption.py: test_synth::answers_stop
+- return sum(2 * most + 16 for _, most in request["want"].values())
++ return 2 * sum(2 * most + 16 for _, most in request["want"].values())
+
+@ caption.py: test_synth::answers_stop
+- is_long = output.shape[1] == max_new_tokens
++ is_long = False
+
+@ caption.py: test_wiring::captioner_media
+- return {"fps": n / video.seconds, "total_num_frames": n, "duration": video.seconds}
++ return {"fps": 24, "total_num_frames": n, "duration": video.seconds}
+
+@ caption.py: test_synth::json_mode
+- "required": names,
++ "required": [],
+
+@ caption.py: test_synth::one_rule
+- elif part.get("type") in ("text", "output_text", "refusal", None):  # not "thinking"
++ elif part.get("type"):
+
+@ data.py: test_wiring::paths_may_be
+- plain[kind] = os.fspath(media)
++ pass
+
+@ data.py: test_wiring::paths_may_be
+- plain[kind] = media | {path_key: os.fspath(media[path_key])}
++ pass
+
+@ embed.py: test_wiring::paths_may_be
+- return "video" in item, "image" in item, len(item.get("text") or "")
++ return len(item.get("text") or "")
+
+@ support/progress.py: test_synth::a_long_loop
+- done += n
++ done = n
+
+@ embed.py: test_ties::top_k_ranks
+- found = sorted(found)[:k]
++ found = found[:k]
+
+@ embed.py: test_wiring::embed_hands
+- labels.append({"id": row.get("id", str(len(rows))), "line": number})
++ labels.append({"id": row.get("id", str(number)), "line": number})
+
+@ embed.py: test_embed::command_writes
+- last = f"{out}: {n - len(failed)} of {n} items embedded, dim {dim}"
++ last = f"{out}: {n} of {n} items embedded, dim {dim}"
+
+@ eval.py: test_eval::a_wrong_encoder
+- if path and not os.path.exists(path):
++ if False:
+
+@ model.py: test_wiring::gve_json
+- with whole_folder(folder) as staging:
++ with whole_folder(str(folder) + "-") as staging:
+
+@ model.py: test_model::min_tokens_and_positions
+- "min_tokens": self.min_tokens,
++ "min_tokens": 4,
+
+@ model.py: test_model::a_path_without
+- return path.count("/") == 1 and not path.startswith((".", "/"))
++ return path.count("/") >= 1
+
+@ model.py: test_model::a_checkpoint_is_loaded
+- if file is None:
+- return {}
++ if True:
++     return {}
+
+@ model.py: test_model::unknown_positions
+- if value not in accepted:
++ if False:
+
+@ model.py: test_model::an_adapter_on
+- if info.get("base_fingerprint") in (None, backbone.fingerprint):
++ if True:
+
+@ model.py: test_model::a_fingerprint
+- digest.update(some.view(torch.uint8).numpy())
++ pass
+
+@ synth.py: test_wiring::synth_hands
+- return {source["task"]: source for source in mixture if source["name"].startswith("UVRD-")}
++ return {source["task"]: source for source in mixture}
+
+@ synth.py: test_synth::names_and_captions
+- if row["video"] != video:
++ if False:
+
+@ synth.py: test_synth::names_and_captions
+- return name.encode("utf-8", "backslashreplace").decode()
++ return name
+
+@ synth.py: test_wiring::synth_hands
+- return keep_replies(ask, path, f"{flags.captioner} {flags.max_new_tokens}")
++ return keep_replies(ask, path, flags.captioner)
+
+@ synth.py: test_wiring::synth_hands
+- if reasons & {"static", "consistency", "duplicate"}:
++ if True:
+
+@ tables.py: test_tables::results_option
+- if absent:
+- raise ValueError(f"{path}: no results.json of eval.py: it has no {', '.join(absent)}")
++ if False:
++     raise ValueError(f"{path}: no results.json of eval.py: it has no {', '.join(absent)}")
+
+@ tables.py: test_tables::score_tables_show
+- if column != "model" and any(row.get(column) is not None for row in rows):
++ if column != "model":
+
+@ tables.py: test_wiring::tables_show_ones
+- return [name for name in names if build(name, paper, results, None, ()).yours]
++ return list(names)
+
+@ tables.py: test_eval::a_folders_own_dataset
+- return name in ("Table 1", "Table 11") and not several and "AVG" not in table.yours[0]
++ return False
+
+@ train.py: test_loss::the_masks
+- return q.detach().unique(dim=0, return_inverse=True)[1]
++ return torch.arange(len(q))
+
+@ train.py: test_wiring::a_run_with_every_setting
+- answers[of_row, torch.searchsorted(contents, ids[known])] = True
++ pass
+
+@ train.py: test_wiring::a_run_that_stops
+- return self.file.tell() if self.file else 0
++ return 0
+
+@ uvrb.py: test_uvrb::a_folder_that_is_not
+- names = [name for name in known if folder_of(root, name)]
++ names = list(known)
+
+@ uvrb.py: test_uvrb::an_own_dataset
+- entry[key] = len(file.read_bytes().splitlines()) if file.is_file() else 0
++ entry[key] = 0
+
+@ uvrb.py: test_uvrb::a_videos_folder
+- if len(self.outside) > 1:
++ if False:
+
+@ uvrb.py: test_uvrb::check_lists
+- for line in lines[:show]:
++ for line in lines:
 """
 
 
@@ -1585,8 +2095,7 @@ def functions_of(file):
 
     def walk(node, prefix):
         for child in ast.iter_child_nodes(node):
-            is_function = isinstance(child, ast.FunctionDef)
-            if is_function:
+            if isinstance(child, ast.FunctionDef):
                 found.append((prefix + child.name, child))
             elif isinstance(child, ast.ClassDef):
                 walk(child, f"{prefix}{child.name}.")
@@ -1596,7 +2105,7 @@ def functions_of(file):
 
 
 def test_ids(mutant, root=ROOT):
-    """Return the full ids of a mutant's tests. Raises ValueError unless each is one test."""
+    """Return the full ids of a mutant's tests. Raises ValueError if one is not there."""
     ids = []
     for file, beginning in mutant.tests:
         text = (root / "tests" / file).read_text()

@@ -6,6 +6,7 @@ and the curves, warm-up and cosine, clipping; AdamW is torch's. Vectors come fro
 item at a time, which tests/test_model.py compares with transformers.
 """
 
+import collections
 import dataclasses
 import functools
 import inspect
@@ -13,6 +14,7 @@ import json
 import math
 import random
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +31,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import caption  # noqa: E402
+import data  # noqa: E402
 import embed  # noqa: E402
 import eval as evaluate  # noqa: E402
 import model  # noqa: E402
@@ -85,10 +88,11 @@ def list_rows(pictures, clips):
     words = [
         ["what rolls", "a red ball", "a blue ball", "one more than is used"],
         ["which way", "to the left", "A red  ball", "and another"],
-        ["where is it", "on the table", "under the table"],
+        ["what COLOUR", "on the table", "under the table"],
         ["what colour", "a Red ball", "green"],  # the first row's answer, in another form
         ["how many", "two of them", "three of them"],
         ["when", "at night", "on the table"],  # another row's answer as hard negative
+        ["What  Colour", "violet", "black"],  # a question of three rows, in three forms
         ["what of it " * 30, "nothing", "something"],  # longer than the limit
     ]
     shown = []
@@ -147,7 +151,7 @@ def world(tmp_path_factory):
 
     pictures, clips = write_media(folder)
     rows = list_rows(pictures, clips)
-    sizes = {"words": (6, 4, 1), "pictures": (5, 4, 1), "clips": (4, 2, 0)}
+    sizes = {"words": (7, 4, 1), "pictures": (5, 4, 1), "clips": (4, 2, 0)}
     sources = []
     mixture = []
     for name, (samples, batch, negatives) in sizes.items():
@@ -221,15 +225,24 @@ class Embedder:
         return torch.cat(vectors) if vectors else torch.zeros(0, self.gve.dim, dtype=torch.float64)
 
 
+def is_right(i, j, q_ids, p_ids, n_ids):
+    """Is candidate j, a positive or a hard negative, right for row i by its content or its query?
+
+    Right are the content of the row's positive, and the positive of a row with the same query.
+    """
+    same_query = j < len(p_ids) and q_ids[j] == q_ids[i]
+    return same_query or [*p_ids, *n_ids][j] == p_ids[i]
+
+
 def loss_by_hand(q, p, n, q_ids, p_ids, n_ids, s):
     """Return the mean over rows of -log of the positive's share, in one or both directions."""
     candidates = torch.cat([p, n])
-    ids = [*p_ids, *n_ids]
-    answers = set(zip(q_ids, p_ids, strict=True))
 
     def is_negative(i, j):
-        too_good = float((q[i] @ candidates[j] - q[i] @ p[i]).detach()) > s.margin
-        return (q_ids[i], ids[j]) not in answers and (s.margin < 0 or not too_good)
+        if is_right(i, j, q_ids, p_ids, n_ids):
+            return False
+        above = float((q[i] @ candidates[j] - q[i] @ p[i]).detach())
+        return s.margin < 0 or above <= s.margin
 
     total = 0
     for i in range(len(q)):
@@ -252,12 +265,11 @@ def loss_by_hand(q, p, n, q_ids, p_ids, n_ids, s):
 def gap_by_hand(q, p, n, q_ids, p_ids, n_ids):
     """Return the mean of a positive's score less that of its hardest negative."""
     candidates = torch.cat([p, n])
-    answers = set(zip(q_ids, p_ids, strict=True))
     gaps = []
     for i in range(len(q)):
         hardest = -1.0
-        for j, number in enumerate([*p_ids, *n_ids]):
-            if (q_ids[i], number) not in answers:
+        for j in range(len(candidates)):
+            if not is_right(i, j, q_ids, p_ids, n_ids):
                 hardest = max(hardest, float(q[i] @ candidates[j]))
         gaps.append(float(q[i] @ p[i]) - hardest)
     return sum(gaps) / len(gaps)
@@ -502,7 +514,7 @@ def test_the_loop_by_hand_meets_every_case_that_the_run_is_to_show(by_hand):
     norms = [step["grad_norm"] for step in steps]
     assert min(norms) < PLAIN.clip < max(norms)
     assert len({step["rows"] for step in steps}) > 2  # short batches
-    for fault in ("ids", "margin", "negatives", "symmetric"):
+    for fault in ("q_ids", "ids", "margin", "negatives", "symmetric"):
         changed = []
         for step, others in zip(steps, by_hand["others"], strict=True):
             changed.append(abs(step["loss"] - others[fault]))
@@ -557,6 +569,25 @@ def test_a_run_that_stops_and_resumes_is_the_loop_by_hand(world, by_hand, tmp_pa
     assert states() == ["step-00000008", "step-00000009"]
 
 
+def test_a_run_resumes_on_its_own_data_and_base_alone(world, plain_run, tmp_path):
+    out, _ = plain_run
+    data = tmp_path / "data"
+    shutil.copytree(world.folder / "data", data)
+    shutil.copytree(world.folder / "pictures", tmp_path / "pictures")
+    shutil.copy(world.folder / "mixture.json", tmp_path)
+    moved = ["--data", data, "--mixture", tmp_path / "mixture.json", "--resume", "auto"]
+    moved += ["--root", tmp_path / "pictures"]
+    words = words_of(world, PLAIN, out)
+
+    train.main(parse(*words, *moved))  # a finished run, whose folders have moved
+    with pytest.raises(ValueError, match="base"):
+        train.main(parse(*words, *moved, "--base", world.prober))
+    lines = (data / "words.jsonl").read_text()
+    (data / "words.jsonl").write_text(lines.replace("violet", "indigo"))
+    with pytest.raises(ValueError, match="source words"):
+        train.main(parse(*words, *moved))
+
+
 def test_gve_json_holds_the_run(world, plain_run, by_hand):
     out, flags = plain_run
     info = json.loads((out / "gve.json").read_text())
@@ -567,6 +598,11 @@ def test_gve_json_holds_the_run(world, plain_run, by_hand):
     for source, drawn in zip(world.sources, by_hand["drawn"], strict=True):
         data = info["data"][source.name]
         assert (data["rows"], data["drawn"]) == (len(source.rows), drawn)
+    (start,) = events(load_jsonl(out / "log.jsonl"), "start")
+    for source in world.sources:
+        task, level = TASKS[source.name]
+        facts = {"task": task, "level": level, "samples": source.samples}
+        assert start["sources"][source.name] == {**facts, "rows": len(source.rows)}
     for key in ("loss", "lr", "grad_norm"):
         assert info["metrics"][key] == near(by_hand["steps"][-1][key])
 
@@ -652,10 +688,12 @@ class Watch:
 
 def test_train_hands_on_the_flags_that_change_no_number(world, tmp_path, monkeypatch):
     watch = Watch(monkeypatch, train, "TrainLoader", "encode", "peak_flops", "contrastive_loss")
+    curves = Watch(monkeypatch, train, "curve_sums")
     models = Watch(monkeypatch, train.GVE, "from_pretrained")
     monkeypatch.setitem(train.LOSSES, "another", train.contrastive_loss)
     short = dataclasses.replace(PLAIN, steps=3, epochs=1)
     limits = ["--micro-batch", "5", "--micro-tokens", "999", "--workers", "1"]
+    limits += ["--min-tokens", "5", "--positions", "1d"]
     words = words_of(world, short, tmp_path, *limits, "--checkpointing", "--log-every", "2")
     flags = parse(*words)
     flags.loss = "another"
@@ -666,8 +704,10 @@ def test_train_hands_on_the_flags_that_change_no_number(world, tmp_path, monkeyp
     assert watch.values("encode", "workers") == [(1,)] * 6
     assert watch.values("peak_flops", "dtype") == [("float64",)]
     assert len(watch.calls["contrastive_loss"]) == 3
+    assert all(len(q) == len(q_ids) for q, q_ids in curves.values("curve_sums", "q", "q_ids"))
     loaded = models.values("from_pretrained", "path", "dtype")
     assert loaded == [(world.base, "float64"), (world.prober, "float64")]
+    assert models.values("from_pretrained", "min_tokens", "positions")[0] == (5, "1d")
     assert gve.core.language_model.is_gradient_checkpointing
     steps = events(load_jsonl(tmp_path / "log.jsonl"), "step")
     assert [line["step"] for line in steps] == [2, 3]
@@ -714,11 +754,11 @@ def benchmark(world, tmp_path_factory):
         queries = []
         instances = []
         for i in range(4):
-            query = {"id": f"q{i}", "text": f"{name} {i}"}
+            query = {"id": f"q{i}", "text": f"{name} {i}" + " more" * (2 * (i == 3))}
             instance = {"qid": f"q{i}", "pos": [f"v{i}"]}
             if name == "MS-TI":
                 query["image"] = str(world.folder / "pictures" / f"{i}.png")
-                instance["neg"] = [f"v{(i + 1) % 4}"]
+                instance["neg"] = [f"v{(i + 1) % 4}"] + ["v3"] * (i == 0)
             queries.append(query)
             instances.append(instance)
         folder = root / name / "jsonl"
@@ -738,7 +778,7 @@ def test_eval_hands_on_its_flags(world, benchmark, tmp_path, monkeypatch):
     words = ["--ckpt", world.base, "--uvrb", benchmark, "--out", tmp_path, "--device", "cpu"]
     words += ["--root", *roots, "--datasets", "MSRVTT", "MS-TI", "--prompt-style", "system"]
     words += "--name mine --frames 4 --max-tokens 6 --batch-tokens 333 --workers 1".split()
-    words += "--bootstrap 20 --rankings".split()
+    words += "--bootstrap 20 --rankings --min-tokens 5 --positions 1d --base other".split()
     evaluate.main(parse_flags(evaluate.Flags, [*map(str, words)]))
 
     # The corpora together and without a prompt, then each dataset's queries with its own.
@@ -746,7 +786,7 @@ def test_eval_hands_on_its_flags(world, benchmark, tmp_path, monkeypatch):
     corpora, msrvtt, ms_ti = [items for (items,) in watch.values("encode", "items")]
     videos = [{"video": str(world.folder / "data" / "clips" / f"{i}.mp4")} for i in range(4)]
     assert corpora == 2 * videos
-    assert [item["text"] for item in msrvtt] == [f"MSRVTT {i}" for i in range(4)]
+    assert [item["text"] for item in msrvtt][:3] == [f"MSRVTT {i}" for i in range(3)]
     assert all(item.keys() == {"text", "image"} for item in ms_ti)
     limits = watch.values("encode", "frames", "max_tokens", "max_length", "batch_tokens", "workers")
     assert limits == [(4, 6, 8192, 333, 1)] * 3
@@ -755,6 +795,8 @@ def test_eval_hands_on_its_flags(world, benchmark, tmp_path, monkeypatch):
     }
     loaded = models.values("from_pretrained", "path", "device", "prompt_style")
     assert loaded == [(world.base, torch.device("cpu"), "system")]
+    settings = models.values("from_pretrained", "base", "min_tokens", "positions")
+    assert settings == [("other", 5, "1d")]
     assert watch.values("join_ranks", "device") == [("cpu",)]
     assert watch.values("score", "bootstrap") == [(20,)] * 2
 
@@ -763,12 +805,14 @@ def test_eval_hands_on_its_flags(world, benchmark, tmp_path, monkeypatch):
     assert (results["benchmark"], results["model"]) == ("mine", "mine")
     protocol = results["protocol"]
     assert (protocol["frames"], protocol["max_tokens"], protocol["batch_tokens"]) == (4, 6, 333)
+    assert (protocol["min_tokens"], protocol["positions"]) == (5, "1d")
     assert {"MSRVTT", "MS-TI"} <= results["ci95"].keys()
-    assert results["datasets"]["MS-TI"]["chance"] == 0.5  # pools of two
-    for name, depth in (("MSRVTT", 4), ("MS-TI", 2)):
+    chance = (1 / 3 + 3 / 2) / 4  # a pool of three, three of two
+    assert results["datasets"]["MS-TI"]["chance"] == pytest.approx(chance)
+    for name, depths in (("MSRVTT", {4}), ("MS-TI", {2, 3})):
         for row in load_jsonl(tmp_path / "rankings" / f"{name}.jsonl"):
             assert row["scores"] == sorted(row["scores"], reverse=True)
-            assert len(row["ranked"]) == depth
+            assert len(row["ranked"]) in depths
     shown = watch.values("show", "results", "folder", "roots")
     assert shown == [([results], str(benchmark), roots)]
     assert watch.calls["show"][0]["names"][0] == "Table 1"
@@ -786,6 +830,10 @@ def embed(items, instruction):
     return [[1.0, len(items[0].get("text", ""))]] * len(items)
 """
     (tmp_path / "own.py").write_text(code)
+    monkeypatch.setattr(sys, "path", list(sys.path))  # the file runs as a program of its own
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+    for name in ("__main__", "__mp_main__"):
+        monkeypatch.setitem(sys.modules, name, sys.modules["__main__"])
     roots = [world.folder / "data" / "clips", world.folder / "pictures"]
     words = ["--encoder", f"{tmp_path}/own.py:embed", "--uvrb", benchmark, "--root", *roots]
     words += ["--datasets", "MS-TI", "--batch-size", "3", "--out", tmp_path / "out"]
@@ -804,6 +852,7 @@ def test_embed_hands_on_its_flags(world, tmp_path, monkeypatch):
     words = [path, "--ckpt", world.base, "--out", tmp_path / "out", "--root", picture.parent]
     words += ["--instruction", "Find it.", "--prompt-style", "system", "--device", "cpu"]
     words += "--frames 4 --max-tokens 6 --batch-tokens 333 --workers 1 --seconds 50".split()
+    words += "--min-tokens 5 --positions 1d --base other".split()
     embed.main(parse_flags(embed.Flags, [*map(str, words)]))
 
     keys = "instruction frames max_tokens batch_tokens workers seconds".split()
@@ -813,6 +862,8 @@ def test_embed_hands_on_its_flags(world, tmp_path, monkeypatch):
     assert cache.folder == tmp_path / "out" / "cache"
     loaded = models.values("from_pretrained", "path", "device", "prompt_style")
     assert loaded == [(world.base, torch.device("cpu"), "system")]
+    settings = models.values("from_pretrained", "base", "min_tokens", "positions")
+    assert settings == [("other", 5, "1d")]
     assert watch.values("join_ranks", "device") == [("cpu",)]
     assert [row["id"] for row in load_jsonl(tmp_path / "out" / "items.jsonl")] == ["0", "b"]
 
@@ -821,9 +872,10 @@ def test_embed_hands_on_its_flags(world, tmp_path, monkeypatch):
 
 
 def number_of(item):
-    """Return the number of the clip that an item shows or tells of."""
-    told = re.search(r"(\d)\.mp4|clip (\d)", json.dumps(item))
-    return int(told[1] or told[2])
+    """Return the number of the clip that an item tells of, else shows."""
+    text = json.dumps(item)
+    told = re.search(r"clip (\d)", text) or re.search(r"(\d)\.mp4", text)
+    return int(told[1])
 
 
 def fake_vectors(gve, items, instruction=None, **options):
@@ -847,7 +899,8 @@ def fake_captioner(requests):
 
 
 def test_synth_hands_on_its_flags(world, tmp_path, monkeypatch, capsys):
-    names = ("encode", "run_sharded", "make_requests", "DecoderPool", "print_dry_run")
+    names = ["encode", "run_sharded", "make_requests", "DecoderPool", "print_dry_run"]
+    names.append("keep_replies")
     monkeypatch.setattr(synth, "encode", fake_vectors)
     opened = []
 
@@ -894,6 +947,12 @@ def test_synth_hands_on_its_flags(world, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "out" / "3-pairs").exists()
     run()
 
+    assert set(synth.TABLE7) == {"T2T", "T2I", "T2V", "I2V", "V2V", "TI2V", "TV2V"}
+    assert {name for (name,) in watch.values("keep_replies", "captioner")} == {
+        "openai:http://there:1/v1#m 77"
+    }
+    assert "were tuned on mini" not in capsys.readouterr().out  # they dropped nothing
+
     # Models and limits
     keys = "device concurrency frames max_tokens max_new_tokens workers seconds".split()
     wanted = dict(zip(keys, ("cpu", 5, 4, 6, 77, 1, 50), strict=True))
@@ -922,6 +981,7 @@ def test_synth_hands_on_its_flags(world, tmp_path, monkeypatch, capsys):
         row for file in (tmp_path / "out" / "3-pairs").glob("*.jsonl") for row in load_jsonl(file)
     ]
     assert {pair["task"] for pair in pairs} == {"T2T", "T2I", "T2V", "I2V", "TI2V"}
+    assert sum(pair["task"] == "T2I" for pair in pairs) == 4
     for pair in pairs:
         i = int(pair["of"].removeprefix("id"))
         assert number_of(pair["positive"]) == i
@@ -929,8 +989,11 @@ def test_synth_hands_on_its_flags(world, tmp_path, monkeypatch, capsys):
         assert pair["positive"].keys() == {kind}
         negatives = pair.get("negatives", [])
         if pair["task"] == "TI2V":
-            assert number_of(pair["query"]["image"]) != i
+            shown = number_of(pair["query"]["image"])
+            assert (shown != i, pair["reference"]) == (True, f"id{shown}")
             assert f"clip {i}" in pair["query"]["text"]
+            # The text alone ranks the target first, so that the image is not needed.
+            assert pair["why"].startswith("needs no reference")
             continue
         assert number_of(pair["query"]) == i
         if pair["task"] == "T2T":
@@ -955,8 +1018,9 @@ def test_a_captioner_s_name_decides_what_is_opened(monkeypatch):
         monkeypatch.setattr(caption, name, open_it)
     for name in ("mini", "hf:a/b", "openai:https://there#m"):
         caption.open_captioner(name, device="cpu", concurrency=5, frames=4)
+    mini = str(ROOT / "mini" / "base")
     assert opened == [
-        (("transformers_captioner", "mini/base"), {"device": "cpu", "frames": 4}),
+        (("transformers_captioner", mini), {"device": "cpu", "frames": 4}),
         (("transformers_captioner", "a/b"), {"device": "cpu", "frames": 4}),
         (("server_captioner", "https://there", "m"), {"concurrency": 5, "frames": 4}),
     ]
@@ -969,20 +1033,20 @@ def test_uvrb_hands_on_its_flags(monkeypatch, capsys):
     found = []
     asked = []
 
-    def check(*args, **options):
-        asked.append(args[:3])
+    def check(*args):
+        asked.append(args)
         return found
 
     monkeypatch.setattr(uvrb, "check", check)
-    flags = parse_flags(uvrb.Flags, "check there --root a b --decode".split())
+    flags = parse_flags(uvrb.Flags, "check there --root a b --decode --show 7".split())
     with pytest.raises(SystemExit) as done:
         uvrb.main(flags)
-    assert (asked, done.value.code) == ([("there", ["a", "b"], True)], 0)
+    assert (asked, done.value.code) == ([("there", ["a", "b"], True, 7)], 0)
     found.append("there/x.jsonl:1: bad")
     with pytest.raises(SystemExit) as done:
         uvrb.main(flags)
     assert done.value.code == 1
-    assert "there/x.jsonl:1: bad" in capsys.readouterr().out
+    assert "1 problems in there" in capsys.readouterr().out
 
 
 def test_sizes_that_a_benchmark_does_not_declare_are_unknown(benchmark):
@@ -994,8 +1058,7 @@ def test_sizes_that_a_benchmark_does_not_declare_are_unknown(benchmark):
 def test_eval_shows_the_tables_that_are_asked_for(tmp_path, monkeypatch):
     watch = Watch(monkeypatch, evaluate, "show")
     monkeypatch.setattr(evaluate, "show", lambda *args: watch.calls["show"].append(args))
-    own = {"benchmark": "mine", "model": "a", "protocol": {"checkpoint": "a"}, "datasets": {}}
-    own |= {"abilities": {}, "AVG-D": None, "AVG-A": None}
+    own = own_result("a", 0.1)
     write_json(tmp_path / "a.json", own)
     words = "--table 3 7 --figure 2 --uvrb there --root r --out o --results".split()
     evaluate.main(parse_flags(evaluate.Flags, [*words, str(tmp_path / "a.json")]))
@@ -1005,6 +1068,108 @@ def test_eval_shows_the_tables_that_are_asked_for(tmp_path, monkeypatch):
         (names, [own], "o", "there", ["r"]),
         (["Table 1", "Table 2"], [own], "runs/tables", "runs/mini/uvrb", []),
     ]
+
+
+def test_table_4_counts_a_benchmark(world, benchmark):
+    roots = [world.folder / "data" / "clips", world.folder / "pictures"]
+    rows = {row["dataset"]: row for row in tables.measured(benchmark, roots)}
+    # 8 to 11 frames at 4 per second; texts of 2, 2, 2 and 4 words; the median pool.
+    common = {"queries": 4, "duration_s": "2.4", "words": 2.5}
+    assert rows["MSRVTT"] == {"dataset": "MSRVTT", "corpus": 4, **common}
+    assert rows["MS-TI"] == {"dataset": "MS-TI", "corpus": 2, **common}
+
+
+def own_result(name, n, **protocol):
+    """Return a result of UVRB's datasets and abilities, all scores of it different."""
+    scores = {dataset: 0.01 * i + n for i, dataset in enumerate(uvrb.DATASETS)}
+    means = uvrb.abilities(scores)
+    datasets = {}
+    for dataset, score in scores.items():
+        datasets[dataset] = {"score": score, "complete": True, "n": 1, "chance": 0, "ceiling": 1}
+    return {
+        "benchmark": "UVRB",
+        "model": name,
+        "protocol": {"checkpoint": f"runs/{name}", **protocol},
+        "datasets": datasets,
+        "abilities": {ability: means[ability] for ability in uvrb.ABILITIES},
+        "AVG-D": means["AVG-D"],
+        "AVG-A": means["AVG-A"],
+    }
+
+
+def test_tables_show_ones_own_numbers_in_their_places():
+    paper = tables.published()
+    a = own_result("a", 0.1, training={"lr": 0.5}, parameters=1234, pairs=100, frames=8)
+    b = own_result("b", 0.3, training={"lr": 0.7}, pairs=1000, frames=16, max_tokens=200)
+    a["protocol"]["max_tokens"] = 200
+
+    for row, dataset in zip(tables.table_5(paper).yours, uvrb.TABLE_4, strict=True):
+        assert (row["dataset"], row["prompt"]) == (dataset.name, dataset.prompt)
+        assert (row["task"], row["metric"]) == (dataset.task, dataset.metric)
+    for row, (name, printed) in zip(
+        tables.table_5(paper).published, paper["datasets"].items(), strict=True
+    ):
+        assert (row["dataset"], row["task"]) == (name, printed["task"])
+    for row in tables.table_8(paper).published:
+        for size in ("3B", "7B"):
+            off = row[f"Tables 6+7, {size}"] / row[size]
+            assert off == pytest.approx(1, abs=0.07), (row["data"], size)
+    rows = {row["setting"]: row for row in tables.table_9(paper, [a, b]).mixed}
+    assert (rows["lr"]["a"], rows["lr"]["b"]) == (0.5, 0.7)
+    sizes = [(row["full_name"], row["size"]) for row in tables.table_10(paper, [a, b]).yours]
+    assert sizes == [("runs/a", 1234), ("runs/b", None)]
+    assert tables.kind_of({"name": "x", "task": "I2V"}) == "video"
+
+    assert tables.with_numbers(["Table 1", "Table 11", "Figure 12"], [a]) == [
+        "Table 1",
+        "Figure 12",
+    ]
+    (mine,) = tables.score_table("Table 2", paper, [a]).yours
+    assert mine["AVG"] == pytest.approx(a["AVG-A"])
+    assert a["AVG-A"] != pytest.approx(a["AVG-D"])
+    figure = tables.figure_2(paper, [a])
+    assert (figure.yours[0]["AVG-D"], figure.yours[0]["AVG-A"]) == (a["AVG-D"], a["AVG-A"])
+    model = figure.published[0]["model"]
+    printed = (paper["table1"][model]["AVG"], paper["table2"][model]["AVG"])
+    assert (figure.published[0]["AVG-D"], figure.published[0]["AVG-A"]) == printed
+
+    # Data scaling is one curve of all checkpoints, and has a fit; frames have neither.
+    (row, _) = tables.curves("Figure 6", paper, [a, b]).yours
+    assert (row["model"], row[100], row[1000]) == ("yours", a["AVG-D"], b["AVG-D"])
+    assert row["per decade"] == pytest.approx(b["AVG-D"] - a["AVG-D"])
+    b["protocol"]["checkpoint"] = "runs/a"
+    row = tables.curves("Figure 12", paper, [a, b]).yours[0]
+    assert (row["model"], row[8] is None, "a" in row) == ("runs/a", False, False)
+
+
+def test_correlations_with_the_average_stop_at_their_floor_and_use_table_2s():
+    paper = tables.published()
+    cells = tables.correlations("Figure 8", paper)
+    assert min(value.pearson for value in cells.values()) == 0.03
+    results = [own_result(str(n), 0.1 * n) for n in range(3)]
+    results[0]["AVG-A"], results[2]["AVG-A"] = results[2]["AVG-A"], results[0]["AVG-A"]
+    rows = {row["pair"]: row for row in tables.correlation_table("Figure 8", paper, results).mixed}
+    assert rows["TXT"]["yours Spearman"] == pytest.approx(-1)
+
+
+def test_the_paper_s_gains_and_its_sum_of_all_pairs_are_recomputed():
+    paper = tables.published()
+    checks = [check for check in tables.recompute(paper) if check.where == "section 5.2"]
+    assert len(checks) > 4
+    assert tables.build("Table 7", paper, [], None, ()).published == paper["table7_uvrd"]
+    known, _ = tables.disagreements(paper)
+
+    # One fault in each kind of published value that follows from others.
+    paper["table8_totals"]["all"]["3B"] += 10**6
+    paper["figure12_frames"]["values"]["CG"]["GVE-3B"][0] += 0.1
+    paper["figure6_data_scaling"]["gain_per_decade"]["AVG-D"]["GVE-3B"]["relative"] = 0.5
+    for claim in paper["claims"]:
+        claim[3] += 0.5
+    wrong, _ = tables.disagreements(paper)
+    new = wrong.keys() - known.keys()
+    gain = ("section 5.2", "GVE-3B AVG-D", "relative gain per decade")
+    assert {("Table 8", "all", "3B"), ("Figure 12", "GVE-3B at 8", "CG"), gain} <= new
+    assert sum(where == "text" for where, _, _ in wrong) == len(paper["claims"])
 
 
 def test_a_table_in_four_styles():
@@ -1080,6 +1245,77 @@ def test_an_interval_leaves_out_a_fortieth_on_either_side():
     assert bounds == {"MSRVTT": pytest.approx([0.025, 0.975])}
 
 
+def test_paths_may_be_pathlib_s_and_kinds_are_encoded_one_after_the_other():
+    items = [
+        {"video": {"path": Path("a.mp4"), "start": 1}},
+        {"image": Path("a.png"), "text": "x"},
+        {"text": "long"},
+        {"text": ""},
+    ]
+    plain = [data.with_plain_paths(item) for item in items]
+    assert plain[:2] == [
+        {"video": {"path": "a.mp4", "start": 1}},
+        {"image": "a.png", "text": "x"},
+    ]
+    assert sorted(plain, key=embed.kind_and_length) == plain[::-1]
+
+
+def test_a_base_is_found_from_here_from_its_adapter_and_in_this_repository(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in (tmp_path / "here", tmp_path / "adapter" / "inside"):
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+    found = [
+        model.find_base(tmp_path / "adapter", base) for base in ("here", "inside", "mini/base")
+    ]
+    assert found == ["here", str(tmp_path / "adapter" / "inside"), str(ROOT / "mini" / "base")]
+
+
+def test_a_clip_has_at_most_its_tokens(world):
+    gve = GVE.from_pretrained(world.base)
+    clip = str(world.folder / "data" / "clips" / "0.mp4")  # 3 x 4 tokens a frame
+    grids = []
+    for most in (6, 200):
+        collate = Collator(gve.processor, frames=4, max_tokens=most)
+        grids.append(collate.prepare({"video": clip})["video_grid_thw"].tolist())
+    assert grids == [[[2, 4, 4]], [[2, 6, 8]]]
+
+    # A checkpoint's own least number reaches its collator; decoders are counted.
+    gve = GVE.from_pretrained(world.base, min_tokens=20)
+    sample = gve.collator(frames=4, max_tokens=30).prepare({"video": clip})
+    _, height, width = sample["video_grid_thw"][0].tolist()
+    assert 20 <= height * width / 4 <= 30
+    tally = collections.Counter()
+    items = [{"video": clip}, {"video": {"path": clip, "end": 1}}]
+    embed.encode(gve, items, frames=2, max_tokens=30, tally=tally)
+    assert list(tally.values()) == [2]
+
+
+def test_equal_values_are_known_by_their_first_place():
+    assert embed.first_places(torch.tensor([5, 3, 5, 3, 3])).tolist() == [0, 1, 0, 1, 1]
+
+
+def test_a_row_is_named_by_its_line(world, tmp_path):
+    sources = train.load_sources(parse(*words_of(world, PLAIN, tmp_path)))
+    loader = train.TrainLoader(sources, None)
+    assert loader.describe((1, 2)).endswith("data/pictures.jsonl:3")
+
+
+def test_a_protocol_tells_how_the_checkpoint_was_trained(world, plain_run, by_hand):
+    out, flags = plain_run
+    gve = GVE.from_pretrained(out)
+    eval_flags = evaluate.Flags(ckpt=str(out), batch_tokens=33)
+    protocol = evaluate.protocol_of(gve, eval_flags, 4, 6)
+    pairs = 0
+    for source, drawn in zip(world.sources, by_hand["drawn"], strict=True):
+        pairs += min(len(source.rows), drawn)
+    assert sum(by_hand["drawn"]) > pairs  # some were seen twice
+    assert (protocol["pairs"], protocol["step"]) == (pairs, PLAIN.steps)
+    assert (protocol["frames"], protocol["max_tokens"], protocol["batch_tokens"]) == (4, 6, 33)
+    assert (protocol["base"], protocol["training"]["lr"]) == (world.base, PLAIN.lr)
+    assert "user turn" in protocol["prompt"]
+
+
 def test_synth_drops_the_inconsistent_and_the_later_of_two_alike():
     def rows(*scores):
         return [{"id": str(i), "fate": "kept", "consistency": s} for i, s in enumerate(scores)]
@@ -1090,6 +1326,7 @@ def test_synth_drops_the_inconsistent_and_the_later_of_two_alike():
     some = rows(0.5, 0.1, 0.3, 0.2)
     synth.drop_inconsistent(some, "0.25")
     assert kept(some) == ["0", "2"]
+    assert some[3]["why"].startswith("consistency: 0.2")
     some = rows(0.5, 0.1, 0.3, 0.2)
     synth.drop_inconsistent(some, "q0.3")  # the quantile lies at 0.19
     assert kept(some) == ["0", "2", "3"]
@@ -1097,13 +1334,14 @@ def test_synth_drops_the_inconsistent_and_the_later_of_two_alike():
     # Brighter to the right and downward, and the other way round: all signs differ.
     slope = torch.arange(32.0) + torch.arange(32.0)[:, None]
     up = slope.expand(4, 3, 32, 32)
-    films = [up, -up, up + 9, -2 * up]
-    alike = rows(*[1] * 4)
+    part = torch.cat([-slope[:12], slope[12:]]).expand(4, 3, 32, 32)  # mostly like the first
+    films = [up, -up, up + 9, -2 * up, part]
+    alike = rows(*[1] * 5)
     for row, film in zip(alike, films, strict=True):
         row["hash"] = synth.fingerprint(film)
     synth.drop_duplicates(alike, 0.6)
-    assert kept(alike) == ["0", "1"]
-    for row, first in zip(alike[2:], "01", strict=True):
+    assert kept(alike) == ["0", "1", "4"]
+    for row, first in zip(alike[2:4], "01", strict=True):
         assert row["why"].startswith(f"duplicate: of {first}")
     half = torch.cat([-slope[:16], slope[16:]]).expand(4, 3, 32, 32)
     bits = [int(synth.fingerprint(film), 16) for film in (up, half)]
@@ -1147,6 +1385,18 @@ def test_synth_draws_frames_and_clips_and_joins_answers():
     assert set(counts) == {1, 2}
     assert np.mean(counts) == pytest.approx(1.5, abs=0.1)
 
+    # Two clips of three shots, each inside its own.
+    times = np.arange(120) / 4
+    sample = synth.Sample(None, times, np.full(120, 0.25), 120, 30.0, [84, 112])
+    spans = set()
+    for seed in range(20):
+        clips = synth.draw_clips(sample, [(0, 40), (40, 80), (80, 120)], random.Random(seed))
+        assert len(clips) == 2
+        for start, end in clips:
+            assert start // 10 == (end - 1e-6) // 10
+            spans.add(start // 10)
+    assert spans == {0, 1, 2}
+
     # The middle of the longest shot first; no second frame that looks like one chosen.
     film = torch.cat([torch.zeros(4, 3, 32, 32), torch.full((6, 3, 32, 32), 100.0)])
     assert synth.choose_key_frames(film, [(0, 4), (4, 10)]) == [7, 2]
@@ -1183,8 +1433,33 @@ def test_captioner_media_are_as_large_as_allowed_and_threads_keep_the_order():
     assert small.shape[0] == 2
     assert 0.7 * 8 < small.shape[1] * small.shape[2] / 28**2 <= 8
     assert caption.shrink(frames, 50) is frames
+    shown = caption.Shown("video", frames, 4.0)
+    assert caption.video_metadata(shown) == {"fps": 0.5, "total_num_frames": 2, "duration": 4.0}
     done = caption.map_in_threads(lambda x: 2 * x, range(9), 3, 4)
     assert list(done) == [0, 2, 4, 6, 8, 10, 12, 14, 16]
+
+
+def test_a_captioner_answers_a_batch_as_it_answers_each_alone(world):
+    options = {"frames": 2, "max_tokens": 6, "max_new_tokens": 6, "device": "cpu", "workers": 0}
+    ask = caption.transformers_captioner(world.base, **options)
+    media = [{"video": str(world.folder / "data" / "clips" / "0.mp4")}]
+    texts = ("Say it.", "Describe the video in many more words.", "What?")
+    requests = []
+    for prompt in texts:
+        request = {"media": media, "prompt": prompt, "want": {"x": (1, 3)}, "plain": True}
+        requests.append(request)
+    together = [(reply.text, reply.tokens_read) for reply in ask(requests)]
+    alone = []
+    for request in requests:
+        (reply,) = ask([request])
+        alone.append((reply.text, reply.tokens_read))
+    assert together == alone
+
+
+def test_synth_measures_by_its_thresholds(world):
+    clip = str(world.folder / "data" / "clips" / "1.mp4")
+    assert synth.measure(clip, "x", synth.Flags(min_motion=0.001))["fate"] == "kept"
+    assert synth.measure(clip, "x", synth.Flags(min_motion=0.9))["why"].startswith("static")
 
 
 def test_model_py_prints_the_sizes_of_a_checkpoint(world, capsys):
@@ -1218,6 +1493,15 @@ def test_the_kernel_s_table_has_every_size_and_equal_losses(tmp_path, monkeypatc
         assert losses == pytest.approx([losses[0]] * 3, rel=2e-2)
     assert len(watch.calls["run_method"]) == 2 * 3 * (1 + 2)
     assert watch.calls["run_method"][0]["q"].dtype == torch.bfloat16
+
+    q, d = (x.detach() for x in bench.random_batch(8, 4, torch.float32))
+    d = torch.nn.functional.normalize(d + d[:1], dim=1)  # the two directions differ
+    logits = q @ d.T / 0.03
+    target = torch.arange(8)
+    both = [torch.nn.functional.cross_entropy(x, target) for x in (logits, logits.T)]
+    assert both[0] != pytest.approx(both[1], rel=1e-2)
+    for loss in (bench.plain(torch.float32), bench.definition, bench.ours_torch):
+        assert float(loss(q, d)) == pytest.approx(float(sum(both)) / 2, rel=1e-5)
 
     slow = bench.Result(100, 1000, "plain", matmul=16e9, seconds=0.01, loss=1.0)
     assert slow.row().split("|")[5:8] == [" 0 ", " 0.01 ", " 50% "]
