@@ -1087,13 +1087,14 @@ def test_a_long_loop_speaks_up_while_one_thing_takes_its_time(monkeypatch, capfd
 
     def slow():
         yield 1
-        time.sleep(0.35)
         yield 2
+        time.sleep(0.35)
+        yield 3
 
-    assert list(track(slow(), 2, "clips")) == [1, 2]
+    assert list(track(slow(), 3, "clips")) == [1, 2, 3]
     first, *_ = lines = capfd.readouterr().err.splitlines()
     assert len(lines) >= 2
-    assert re.fullmatch(r"    clips: 0 s so far, 1 of 2, [\d.]+ a second, about \d s left", first)
+    assert re.fullmatch(r"    clips: 0 s so far, 2 of 3, [\d.]+ a second, about \d s left", first)
 
 
 def test_where_nothing_can_be_used_the_run_fails_and_has_said_why(tmp_path, media):
