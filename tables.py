@@ -1093,8 +1093,8 @@ def show(names, results, out, folder, roots=(), brief=False):
     names: keys of TITLES. results: all of one benchmark. folder, roots: the benchmark that Table 4
     counts, and where its media may lie. brief: do not print what eval.py's lines have said.
 
-    Raises ValueError for an unknown name, for results of two benchmarks, and for a figure on which
-    neither the results nor the paper have a point.
+    Raises ValueError for an unknown name and for results of two benchmarks; and, after all others
+    are shown, for tables and figures for which neither the results nor the paper have a number.
     """
     paper = published()
     # Names and benchmarks are checked before the first table is written.
@@ -1107,14 +1107,12 @@ def show(names, results, out, folder, roots=(), brief=False):
         raise ValueError(f"results of {listed} do not belong into one table")
     (benchmark,) = benchmarks
 
+    empty = []  # without published values a table or figure may have no number at all
     for name in names:
         table = build(name, paper, results, folder, roots)
-        # Without published values a figure may have no point at all.
         if not table.groups():
-            raise ValueError(
-                f"{name}: nothing to show: these results on {benchmark} have no number for it "
-                "(Figures 7 and 8 take three results; published numbers are UVRB's)"
-            )
+            empty.append(name)
+            continue
 
         # Scores say whose they are, if not UVRB's, and on what they depend. Table 4 has sizes:
         # those of another benchmark may stand below UVRB's if the caption says so.
@@ -1141,6 +1139,12 @@ def show(names, results, out, folder, roots=(), brief=False):
         if name.startswith("Figure"):
             plot(name, title, table, path.with_suffix(".png"))
             print(path.with_suffix(".png"))
+
+    if empty:
+        raise ValueError(
+            f"{', '.join(empty)}: nothing to show: these results on {benchmark} have no number "
+            "there (Figures 7 and 8 take three results; published numbers are UVRB's)"
+        )
 
 
 def print_published():

@@ -245,6 +245,19 @@ def test_a_few_of_the_16_show_their_columns_alone(tmp_path, capsys, benchmark):
     assert not tables.figure_2(theirs, [result]).yours
 
 
+def test_a_table_with_nothing_to_show_does_not_hide_the_others(tmp_path, capsys):
+    """All others are shown; the error at the end names every one that has nothing."""
+    result = make_result("mine", "x", {"MyVideos": entry(0.3)})
+    (tmp_path / "x.json").write_text(json.dumps(result))
+    with pytest.raises(ValueError) as error:
+        call("--table", 2, 1, 3, 5, "--results", tmp_path / "x.json", "--out", tmp_path / "t")
+    assert str(error.value).startswith("Table 2, Table 3: nothing to show: these results on mine")
+    text = capsys.readouterr().out
+    assert "Table 1: mine: " in text and "Table 5: " in text
+    files = {path.stem for path in (tmp_path / "t").iterdir()}
+    assert files == {"table1", "table5"}
+
+
 def test_a_file_that_is_no_results_json_is_named(tmp_path):
     for content, words in (("{", "x.json: not JSON"), ('{"model": "x"}', "it has no benchmark")):
         (tmp_path / "x.json").write_text(content)
