@@ -225,9 +225,10 @@ def own_datasets(results):
 def score_table(name, paper, results):
     """Build Table 1, 2, 3 or 11: published rows, a row per result, then chance and ceiling.
 
-    * marks the score of an incomplete dataset. Table 1 has a further column for each dataset of
-    your own, which enters no average. Table 3 calls the results GVE-i, GVE-s, GVE, in this order.
-    Columns in which no result has a number are left out, of the published rows as well.
+    * marks a score that the caption speaks of: an incomplete dataset's, or one with a note of
+    eval.py's. Table 1 has a further column for each dataset of your own, which enters no average.
+    Table 3 calls the results GVE-i, GVE-s, GVE, in this order. Columns in which no result has a
+    number are left out, of the published rows as well.
     """
     scores = paper[block_of(name)]
     published_columns = list(next(iter(scores.values())))
@@ -245,15 +246,15 @@ def score_table(name, paper, results):
     for i, result in enumerate(results):
         # Only complete datasets enter averages.
         complete = {}
-        incomplete = {}
+        marked = {}
         for dataset, entry in result["datasets"].items():
             if entry["complete"]:
                 complete[dataset] = entry["score"]
                 complete_entries[dataset] = entry
-            elif entry["n"]:
-                incomplete[dataset] = cell(entry["score"]) + "*"
+            if entry["n"] and ("note" in entry or not entry["complete"]):
+                marked[dataset] = cell(entry["score"]) + "*"
         label = roles[i % len(roles)] + result["model"]
-        table.yours.append(make_row(label, with_averages(complete) | incomplete))
+        table.yours.append(make_row(label, with_averages(complete) | marked))
 
         # The intervals of --bootstrap, lower ends and upper ends.
         if "ci95" in result:
@@ -317,6 +318,8 @@ def notes(results):
                     f"{entry['corpus']}/{entry['expected_corpus']} corpus items; it enters no "
                     "average"
                 )
+            if "note" in entry:
+                lines.append(f"  * {name}: {entry['note']}")
             dataset = uvrb.DATASETS.get(name)  # None for Table 11's and for a folder's own
             if dataset and dataset.task == "CMP" and not entry["pooled"]:
                 lines.append(
