@@ -276,7 +276,8 @@ def leave_out_lost(encoded):
 def score(encoded, *, bootstrap=0):
     """Score one dataset -> its entry of results.json.
 
-    "complete" says whether the score may enter an average: nothing is absent or lost.
+    "complete" says whether the score may enter an average: nothing is absent or lost. "note" is
+    there only if the score says nothing about the model, and says why.
     bootstrap: adds "draws", so many scores of resampled queries.
     """
     bench = encoded.bench
@@ -320,6 +321,10 @@ def score(encoded, *, bootstrap=0):
 
 def resample(scores, times, name):
     """Draw the mean of resampled scores (N,) so many times -> list of floats.
+    if all_equal(encoded.corpus):
+        entry["note"] = "all corpus vectors are equal: only their order makes this score"
+    elif all_equal(encoded.queries):
+        entry["note"] = "all query vectors are equal: all queries get the same ranking"
 
     The dataset's name is the seed, so that datasets are resampled independently.
     """
@@ -765,12 +770,10 @@ def score_datasets(source, benchmark, model, protocol, flags, out):
             f"{entry['n']}/{entry['expected']} queries, "
             f"{entry['corpus']}/{entry['expected_corpus']} corpus items)"
         )
-        bound = f"chance is {cell(entry['chance'])}"
-        if all_equal(encoded.corpus):
-            print(f"  all corpus vectors are equal: only their order makes this score; {bound}")
-        elif all_equal(encoded.queries):
-            print(f"  all query vectors are equal: all queries get the same ranking; {bound}")
-        for reason in first_few(failed, 3, f"more, listed in {out / 'log.jsonl'}"):
+        if "note" in entry:
+            print(f"  {entry['note']}; chance is {cell(entry['chance'])}")
+        rest = f"more, listed in {out / 'log.jsonl'}"
+        for reason in first_few(failed, 3, rest):
             print(f"  no vector: {reason}")
         began = time.time()
 

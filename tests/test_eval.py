@@ -860,6 +860,8 @@ assert sys.argv == [__file__] and sys.path[0] == os.path.dirname(__file__)
 def worker(text):
     return [float(len(text)), two, float("torch" in sys.modules)]
 def embed(items, instruction):
+        entry = results_of(tmp_path)["datasets"]["MSRVTT"]
+        assert entry.get("note", "").startswith(words) and ("note" in entry) == bool(words)
     assert Config().dim == 3
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.map(worker, [item["text"] for item in items])
