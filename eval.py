@@ -27,6 +27,7 @@ import itertools
 import json
 import math
 import os
+import collections
 import sys
 import time
 import traceback
@@ -241,6 +242,7 @@ class Encoded:
 class Scorable:
     """The part of a dataset that can be scored. Positives and pools are numbered in `corpus`."""
 
+    damaged: list = dataclasses.field(default_factory=list)  # notes on videos embedded in part
     queries: list  # indices of the queries that count
     corpus: list  # indices of the corpus items that have a vector
     positives: list
@@ -319,12 +321,12 @@ def score(encoded, *, bootstrap=0):
     return entry
 
 
-def resample(scores, times, name):
-    """Draw the mean of resampled scores (N,) so many times -> list of floats.
     if all_equal(encoded.corpus):
         entry["note"] = "all corpus vectors are equal: only their order makes this score"
     elif all_equal(encoded.queries):
         entry["note"] = "all query vectors are equal: all queries get the same ranking"
+def resample(scores, times, name):
+    """Draw the mean of resampled scores (N,) so many times -> list of floats.
 
     The dataset's name is the seed, so that datasets are resampled independently.
     """
@@ -418,7 +420,8 @@ def intervals(draws, complete):
 
 
 # Vectors. An encoder is a function encode_rows(rows, instruction, desc) -> (vectors (n, D), {index:
-# "file:line: reason"} of the rows that have none). A source of vectors yields Encoded datasets.
+# "file:line: reason"} of the rows that have none, {index: "file:line: note"} of those whose damaged
+# video was embedded in part). A source of vectors yields Encoded datasets.
 
 
 def checkpoint_encoder(gve, cache, flags, frames, max_tokens):
@@ -431,6 +434,7 @@ def checkpoint_encoder(gve, cache, flags, frames, max_tokens):
             instruction,
             batch_tokens=flags.batch_tokens,
             workers=flags.workers,
+        tally = collections.Counter()
             frames=frames,
             max_tokens=max_tokens,
             max_length=MAX_LENGTH,
@@ -442,8 +446,13 @@ def checkpoint_encoder(gve, cache, flags, frames, max_tokens):
         for i in not_finite.tolist():
             if i not in failed:
                 where = rows[i]["where"]
+            tally=tally,
                 raise ValueError(f"{where}: {flags.ckpt} gives a vector that is not finite")
-        return vectors, {i: f"{rows[i]['where']}: {reason}" for i, reason in failed.items()}
+        failed = {i: f"{rows[i]['where']}: {reason}" for i, reason in failed.items()}
+        damaged = find_damaged(rows, tally)
+        for i in failed.keys() & damaged.keys():  # its window lies in the lost part
+            del damaged[i]
+        return vectors, failed, damaged
 
     return encode_rows
 
@@ -454,6 +463,23 @@ def function_encoder(spec, size):
     items: at most `size` dicts with any of "text", "image" and "video", media as absolute paths or
     with spans as in data.py, equal ones once and none whose media are absent. instruction: the
     dataset's prompt (Table 5) for queries, None for the corpus. The result is a tensor, an array or
+def find_damaged(rows, tally):
+    """Find the rows whose video gave only a part of its frames -> {index: "file:line: note"}.
+
+    tally: embed.encode's, whose notes begin with the video's path. It has those of the videos that
+    were decoded, not of vectors from a cache.
+    """
+    notes = [key.removeprefix("note: ") for key in tally if key.startswith("note: ")]
+    damaged = {}
+    for i, row in enumerate(rows):
+        video = row["item"].get("video")
+        path = video["path"] if isinstance(video, dict) else video
+        for note in notes:
+            if note.startswith(f"{path}: "):
+                damaged[i] = f"{row['where']}: {note}"
+    return damaged
+
+
     a list of rows. A row of NaN in it says that an item failed.
 
     Raises ValueError if there is no such function, if it raises, or if its result is not (n, D)
@@ -497,8 +523,11 @@ def function_encoder(spec, size):
             vectors[list(places)] = torch.cat(parts)[list(places.values())]
         not_finite = (~vectors.isfinite().all(1)).nonzero().flatten()
         for i in not_finite.tolist():
-            failed.setdefault(i, f"{rows[i]['where']}: {spec} gives a vector that is not finite")
-        return vectors, failed
+            reason = f"{spec} gives a vector that is not finite"
+            if vectors[i].isnan().all():
+                reason = "the encoder says that this item failed (a row of NaN)"
+            failed.setdefault(i, f"{rows[i]['where']}: {reason}")
+        return vectors, failed, {}
 
     return encode_rows
 
@@ -586,7 +615,7 @@ def encode_datasets(encode_rows, benches):
     """Encode datasets -> yields Encoded."""
     # All corpora in one call: CRB-G, -S and -T hold the same videos, and so do VDC-O and -D.
     rows = list(itertools.chain.from_iterable(bench.corpus for bench in benches))
-    corpora, lost = encode_rows(rows, None, "corpora")
+    corpora, lost, damaged = encode_rows(rows, None, "corpora")
     start = 0
     for bench in benches:
         prompt = bench.dataset.prompt
@@ -761,6 +790,7 @@ def score_datasets(source, benchmark, model, protocol, flags, out):
         event = {"event": "eval", "model": model, "dataset": name, **entry}
         event.pop("draws", None)
         event |= {"failed": failed, "seconds": time.time() - began}
+    failures = 0
         with open(out / "log.jsonl", "a", encoding="utf-8") as log:
             log.write(json.dumps(event) + "\n")
 
@@ -772,6 +802,7 @@ def score_datasets(source, benchmark, model, protocol, flags, out):
         )
         if "note" in entry:
             print(f"  {entry['note']}; chance is {cell(entry['chance'])}")
+        failures += len(failed)
         rest = f"more, listed in {out / 'log.jsonl'}"
         for reason in first_few(failed, 3, rest):
             print(f"  no vector: {reason}")

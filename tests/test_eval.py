@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import pytrec_eval
@@ -395,6 +396,19 @@ def write_dataset(root, name, queries, corpus, instances):
     write_lines(folder / "instances.jsonl", instances)
 
 
+def write_damaged(path):
+    """Write a video of 40 frames whose index is whole and whose last frames are cut off."""
+    with av.open(str(path), "w", options={"movflags": "faststart"}) as file:
+        stream = file.add_stream("libx264", rate=8, options={"crf": "1"})
+        stream.height = stream.width = 56
+        stream.pix_fmt = "yuv420p"
+        for frame in moving_square(40):
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        file.mux(stream.encode())
+    content = path.read_bytes()
+    path.write_bytes(content[: int(0.9 * len(content))])
+
+
 def world(root, media):
     """A benchmark of three datasets over 7 real clips: text queries with 2 positives, pools, an
     image and a clip as query."""
@@ -626,7 +640,7 @@ def test_a_folders_own_prompt_heads_its_queries(tmp_path):
 
     def encode_rows(rows, instruction, desc):
         seen.append((len(rows), instruction))
-        return torch.ones(len(rows), 2), {}
+        return torch.ones(len(rows), 2), {}, {}
 
     names = ["MSRVTT", "MyVideos"]
     benches = [uvrb.read(folder, name) for name in names]
@@ -744,8 +758,9 @@ def test_a_wrong_encoder_is_an_error_and_an_item_it_cannot_embed_is_a_loss(tiny,
     # 5 rows, two equal, one whose image is absent.
     with pytest.raises(ValueError, match=r"short: shape \(1, 2\) for 3 items; expected \(3, D\)"):
         ev.function_encoder(f"{tmp_path}/mine.py:short", 8)(rows, None, "")
-    vectors, failed = ev.function_encoder(f"{tmp_path}/mine.py:half", 2)(rows, None, "")
-    assert set(failed) == {0, 1, 2, 4} and failed[1].startswith("q.jsonl:2: ")
+    vectors, failed, _ = ev.function_encoder(f"{tmp_path}/mine.py:half", 2)(rows, None, "")
+    assert set(failed) == {0, 1, 2, 4}
+    assert failed[1] == "q.jsonl:2: the encoder says that this item failed (a row of NaN)"
     assert failed[4] == f"q.jsonl:5: {media / 'gone.png'} does not exist"
     assert vectors[3].tolist() == [1, 0] and vectors.isfinite().all(1).tolist() == 3 * [0] + [1, 0]
 
@@ -783,9 +798,18 @@ def test_an_encoder_may_return_what_people_return(tmp_path, kind):
     rows = bench(3, 2).queries
     for i, row in enumerate(rows):
         row["item"] = {"text": str(i)}
-    vectors, failed = encoder_of(tmp_path, text)(rows, None, "")
+    vectors, failed, _ = encoder_of(tmp_path, text)(rows, None, "")
     assert vectors.dtype == torch.float32 and vectors.tolist() == np.eye(3).tolist()
     assert not failed and not vectors.requires_grad
+
+
+def test_infinity_is_a_loss_of_another_kind_than_a_row_of_nan(tmp_path):
+    text = "def embed(items, instruction):\n    return [[1.0, float(items[0]['text'])]]\n"
+    for value in ("inf", "nan"):
+        rows = bench(1, 1).queries
+        rows[0]["item"] = {"text": value}
+        _, failed, _ = encoder_of(tmp_path, text)(rows, None, "")
+        assert failed[0].endswith("mine.py:embed gives a vector that is not finite")
 
 
 WRONG_RESULTS = {  # an expression for two items: words of the error
@@ -836,6 +860,8 @@ def test_vectors_that_are_all_equal_are_said(tmp_path, capsys):
         ev.score_datasets([encoded], "mine", "x", PROTOCOL, flags, tmp_path)
         text = capsys.readouterr().out
         assert text.count("vectors are equal") == bool(words) and words in text
+        entry = results_of(tmp_path)["datasets"]["MSRVTT"]
+        assert entry.get("note", "").startswith(words) and ("note" in entry) == bool(words)
         assert not words or f"chance is .{'143' if items is same else '125'}" in text
     nearly = torch.ones(3000, 4) + 1e-3 * torch.eye(3000, 4)
     assert not ev.all_equal(nearly) and ev.all_equal(nearly[100:]) and not ev.all_equal(same[:1])
