@@ -16,24 +16,30 @@ with --rankings also rankings/<DS>.jsonl. extras/export.py turns these into file
 trec_eval. <out>/cache keeps the vectors, so that a killed run goes on where it stopped. Under
 torchrun the ranks share a checkpoint's encoding.
 
+The exit status is 0 where items failed, too: the tables mark the scores that lack them, and the
+last line counts them. It is 1 where nothing could be scored, or where a table that --table or
+--figure names has nothing to show. A damaged video that gave only a part of its frames is named as
+it is decoded, so not again by a run that finds its vector in the cache.
+
 Protocol: vision only, uniform frames, cosine in float32, no re-ranking. Queries carry the prompt of
 their dataset (Table 5) as system turn, corpus items the default one. Ties rank in corpus order.
 
 Legend: N queries, M corpus items, D embedding dim, P positives of a query.
 """
 
+import collections
 import dataclasses
 import itertools
 import json
 import math
 import os
-import collections
 import sys
 import time
 import traceback
 import types
 import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -236,13 +242,13 @@ class Encoded:
     corpus: torch.Tensor  # (M, D) float
     lost_queries: dict = dataclasses.field(default_factory=dict)  # {index: why it has no vector}
     lost_corpus: dict = dataclasses.field(default_factory=dict)
+    damaged: list = dataclasses.field(default_factory=list)  # notes on videos embedded in part
 
 
 @dataclasses.dataclass
 class Scorable:
     """The part of a dataset that can be scored. Positives and pools are numbered in `corpus`."""
 
-    damaged: list = dataclasses.field(default_factory=list)  # notes on videos embedded in part
     queries: list  # indices of the queries that count
     corpus: list  # indices of the corpus items that have a vector
     positives: list
@@ -315,16 +321,16 @@ def score(encoded, *, bootstrap=0):
     entry["chance"] = chance(metric, counts, sizes)
     entry["ceiling"] = ceiling(metric, counts)
     entry.update(values)
+    if all_equal(encoded.corpus):
+        entry["note"] = "all corpus vectors are equal: only their order makes this score"
+    elif all_equal(encoded.queries):
+        entry["note"] = "all query vectors are equal: all queries get the same ranking"
     if bootstrap:
         scores = [query_metrics(query_positions)[metric] for query_positions in positions]
         entry["draws"] = resample(scores, bootstrap, bench.name)
     return entry
 
 
-    if all_equal(encoded.corpus):
-        entry["note"] = "all corpus vectors are equal: only their order makes this score"
-    elif all_equal(encoded.queries):
-        entry["note"] = "all query vectors are equal: all queries get the same ranking"
 def resample(scores, times, name):
     """Draw the mean of resampled scores (N,) so many times -> list of floats.
 
@@ -428,25 +434,25 @@ def checkpoint_encoder(gve, cache, flags, frames, max_tokens):
     """Make the encoder of a checkpoint."""
 
     def encode_rows(rows, instruction, desc):
+        tally = collections.Counter()
         vectors, failed = encode(
             gve,
             [row["item"] for row in rows],
             instruction,
             batch_tokens=flags.batch_tokens,
             workers=flags.workers,
-        tally = collections.Counter()
             frames=frames,
             max_tokens=max_tokens,
             max_length=MAX_LENGTH,
             cache=cache,
             desc=desc,
+            tally=tally,
         )
         # Rows that failed are NaN; any other NaN is the model's own.
         not_finite = (~vectors.isfinite().all(1)).nonzero().flatten()
         for i in not_finite.tolist():
             if i not in failed:
                 where = rows[i]["where"]
-            tally=tally,
                 raise ValueError(f"{where}: {flags.ckpt} gives a vector that is not finite")
         failed = {i: f"{rows[i]['where']}: {reason}" for i, reason in failed.items()}
         damaged = find_damaged(rows, tally)
@@ -457,12 +463,6 @@ def checkpoint_encoder(gve, cache, flags, frames, max_tokens):
     return encode_rows
 
 
-def function_encoder(spec, size):
-    """Make the encoder of FILE.py:NAME, a function of (items, instruction) that returns (n, D).
-
-    items: at most `size` dicts with any of "text", "image" and "video", media as absolute paths or
-    with spans as in data.py, equal ones once and none whose media are absent. instruction: the
-    dataset's prompt (Table 5) for queries, None for the corpus. The result is a tensor, an array or
 def find_damaged(rows, tally):
     """Find the rows whose video gave only a part of its frames -> {index: "file:line: note"}.
 
@@ -480,6 +480,12 @@ def find_damaged(rows, tally):
     return damaged
 
 
+def function_encoder(spec, size):
+    """Make the encoder of FILE.py:NAME, a function of (items, instruction) that returns (n, D).
+
+    items: at most `size` dicts with any of "text", "image" and "video", media as absolute paths or
+    with spans as in data.py, equal ones once and none whose media are absent. instruction: the
+    dataset's prompt (Table 5) for queries, None for the corpus. The result is a tensor, an array or
     a list of rows. A row of NaN in it says that an item failed.
 
     Raises ValueError if there is no such function, if it raises, or if its result is not (n, D)
@@ -619,10 +625,13 @@ def encode_datasets(encode_rows, benches):
     start = 0
     for bench in benches:
         prompt = bench.dataset.prompt
-        queries, lost_queries = encode_rows(bench.queries, prompt, f"{bench.name} queries")
+        label = f"{bench.name} queries"
+        queries, lost_queries, damaged_queries = encode_rows(bench.queries, prompt, label)
         stop = start + len(bench.corpus)
         lost_corpus = {i - start: reason for i, reason in lost.items() if start <= i < stop}
-        yield Encoded(bench, queries, corpora[start:stop], lost_queries, lost_corpus)
+        notes = list(damaged_queries.values())
+        notes += [note for i, note in damaged.items() if start <= i < stop]
+        yield Encoded(bench, queries, corpora[start:stop], lost_queries, lost_corpus, notes)
         start = stop
 
 
@@ -770,12 +779,18 @@ def protocol_of(gve, flags, frames, max_tokens):
     }
 
 
+class Outcome(NamedTuple):
+    results: dict  # the content of results.json
+    failed: int  # queries and corpus items without a vector
+
+
 def score_datasets(source, benchmark, model, protocol, flags, out):
     """Score the Encoded datasets that `source` yields and write all files but the tables to `out`.
 
-    Returns the content of results.json.
+    Returns an Outcome.
     """
     entries = {}
+    failures = 0
     began = time.time()
     for encoded in source:
         name = encoded.bench.name
@@ -787,10 +802,10 @@ def score_datasets(source, benchmark, model, protocol, flags, out):
             write_jsonl(out / "rankings" / f"{name}.jsonl", rankings(encoded))
 
         failed = [*encoded.lost_queries.values(), *encoded.lost_corpus.values()]
+        failures += len(failed)
         event = {"event": "eval", "model": model, "dataset": name, **entry}
         event.pop("draws", None)
-        event |= {"failed": failed, "seconds": time.time() - began}
-    failures = 0
+        event |= {"failed": failed, "damaged": encoded.damaged, "seconds": time.time() - began}
         with open(out / "log.jsonl", "a", encoding="utf-8") as log:
             log.write(json.dumps(event) + "\n")
 
@@ -802,19 +817,20 @@ def score_datasets(source, benchmark, model, protocol, flags, out):
         )
         if "note" in entry:
             print(f"  {entry['note']}; chance is {cell(entry['chance'])}")
-        failures += len(failed)
         rest = f"more, listed in {out / 'log.jsonl'}"
         for reason in first_few(failed, 3, rest):
             print(f"  no vector: {reason}")
+        for note in first_few(encoded.damaged, 3, rest):
+            print(f"  embedded in part: {note}")
         began = time.time()
 
     results = summarise(benchmark, model, protocol, entries)
     write_json(out / "results.json", results)
-    return results
+    return Outcome(results, failures)
 
 
 def score_checkpoint(benches, benchmark, model, flags, out):
-    """Score a checkpoint at each number of frames and tokens -> a list of results, empty on all
+    """Score a checkpoint at each number of frames and tokens -> a list of Outcome, empty on all
     ranks but 0.
     """
     rank, _, device = join_ranks(flags.device)
@@ -830,7 +846,7 @@ def score_checkpoint(benches, benchmark, model, flags, out):
         raise ValueError(gve.wrong_base)
     cache = VectorCache(out / "cache", gve)
     settings = list(itertools.product(flags.frames, flags.max_tokens))
-    results = []
+    outcomes = []
     for frames, max_tokens in settings:
         label = model
         folder = out
@@ -844,9 +860,9 @@ def score_checkpoint(benches, benchmark, model, flags, out):
                 pass
             continue
         protocol = protocol_of(gve, flags, frames, max_tokens)
-        results.append(score_datasets(source, benchmark, label, protocol, flags, folder))
+        outcomes.append(score_datasets(source, benchmark, label, protocol, flags, folder))
     leave_ranks()
-    return results
+    return outcomes
 
 
 def show_results(flags):
@@ -890,11 +906,12 @@ def main(flags):
         else:
             source = encode_datasets(function_encoder(flags.encoder, flags.batch_size), benches)
         protocol = {"checkpoint": scored, "similarity": "cosine, float32"}
-        results = [score_datasets(source, benchmark, model, protocol, flags, out)]
+        outcomes = [score_datasets(source, benchmark, model, protocol, flags, out)]
     else:
-        results = score_checkpoint(benches, benchmark, model, flags, out)
-        if not results:  # only rank 0 has any
+        outcomes = score_checkpoint(benches, benchmark, model, flags, out)
+        if not outcomes:  # only rank 0 has any
             return
+    results = [outcome.results for outcome in outcomes]
 
     if not any(entry["n"] for result in results for entry in result["datasets"].values()):
         raise ValueError(f"no query could be scored; {out} has the reasons in log.jsonl")
@@ -906,7 +923,11 @@ def main(flags):
     if len(flags.max_tokens) > 1:
         names.append("Figure 13")
     show(with_numbers(names, results), results, out, flags.uvrb, flags.root, brief=True)
-    print(f"{out}: results.json, tables and log")
+    last = f"{out}: results.json, tables and log"
+    failures = sum(outcome.failed for outcome in outcomes)
+    if failures:
+        last += f"; queries and corpus items that failed: {failures}, reasons in log.jsonl"
+    print(last)
 
 
 if __name__ == "__main__":

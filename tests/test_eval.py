@@ -886,8 +886,6 @@ assert sys.argv == [__file__] and sys.path[0] == os.path.dirname(__file__)
 def worker(text):
     return [float(len(text)), two, float("torch" in sys.modules)]
 def embed(items, instruction):
-        entry = results_of(tmp_path)["datasets"]["MSRVTT"]
-        assert entry.get("note", "").startswith(words) and ("note" in entry) == bool(words)
     assert Config().dim == 3
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.map(worker, [item["text"] for item in items])
@@ -895,7 +893,7 @@ if __name__ == "__main__":
     raise SystemExit("as a program")
 """
     ours = sys.modules["model"]
-    vectors, _ = encoder_of(tmp_path, text)(bench(1, 1).queries, None, "")
+    vectors, _, _ = encoder_of(tmp_path, text)(bench(1, 1).queries, None, "")
     # The worker ran this file alone: eval.py would have brought torch.
     assert vectors.tolist() == [[1.0, 2.0, 0.0]]
     assert sys.modules["model"] is not ours and ev.GVE is ours.GVE
@@ -1050,7 +1048,8 @@ def test_missing_and_damaged_media_are_named_and_never_averaged(tiny, media, tmp
     c2v = result["datasets"]["LoVR-C2V"]
     assert (c2v["n"], c2v["expected"], c2v["complete"]) == (5, 7, False)
     assert result["abilities"]["VIS"] is None
-    assert "3/5 queries, 5/7 corpus items)" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "3/5 queries, 5/7 corpus items)" in said
     note = "* MSRVTT: 3/5 queries, 5/7 corpus items; it enters no average"
     assert note in (out / "table1.txt").read_text()
 
@@ -1061,6 +1060,57 @@ def test_missing_and_damaged_media_are_named_and_never_averaged(tiny, media, tmp
     places = [reason.split(": ")[0].rsplit("/", 1)[1] for reason in failed["LoVR-C2V"]]
     assert places == ["queries.jsonl:3", "queries.jsonl:6", "corpus.jsonl:1", "corpus.jsonl:4"]
     assert "2.mp4" in failed["MSRVTT"][0] and "5.mp4" in failed["MSRVTT"][1]
+
+    # The command ends well; its last line counts the losses of both datasets.
+    count = len(failed["MSRVTT"]) + len(failed["LoVR-C2V"])
+    last = f"queries and corpus items that failed: {count}, reasons in log.jsonl"
+    assert count == 6 and said.splitlines()[-1].endswith(last)
+
+
+def test_a_video_that_gave_a_part_of_its_frames_is_noted(tiny, media, tmp_path, capsys):
+    """A few below the line of each dataset that has it, all in log.jsonl. It costs no query but the
+    one whose clip lies in the part that is lost."""
+    folder = world(tmp_path, media)
+    for i in (1, 3, 4, 6):
+        write_damaged(tmp_path / "videos" / f"{i}.mp4")
+    path = folder / "LoVR-C2V" / "jsonl" / "queries.jsonl"
+    rows = [json.loads(line) for line in path.open()]
+    rows[1]["video"] |= {"start": 4.75, "end": 5}
+    write_lines(path, rows)
+    out = tmp_path / "out"
+    common = ("--ckpt", tiny, "--uvrb", folder, "--root", media, "--out", out)
+    call(*common, "--datasets", "MSRVTT", "LoVR-C2V")
+
+    msrvtt, c2v = [json.loads(line) for line in (out / "log.jsonl").open()]
+    places = {"MSRVTT": [f"corpus.jsonl:{n}" for n in (2, 4, 5, 7)]}
+    places["LoVR-C2V"] = [f"queries.jsonl:{n}" for n in (4, 5, 7)]
+    places["LoVR-C2V"] += [f"corpus.jsonl:{n}" for n in (2, 3, 5, 7)]  # its corpus begins with c2
+    for event in (msrvtt, c2v):
+        named = [note.split(": ")[0].rsplit("/", 1)[1] for note in event["damaged"]]
+        assert named == places[event["dataset"]]
+        for note in event["damaged"]:
+            assert re.search(r"/videos/\d.mp4: damaged: \d+ of 40 frames decode$", note)
+    assert msrvtt["complete"] and not msrvtt["failed"]
+    (failed,) = c2v["failed"]
+    assert "queries.jsonl:2: " in failed and "start 4.75 does not lie in a clip of" in failed
+
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("MSRVTT ") and said[5].startswith("LoVR-C2V ")
+    assert said[6] == f"  no vector: {failed}"
+    for first, event in ((1, msrvtt), (7, c2v)):
+        few = [f"  embedded in part: {note}" for note in event["damaged"][:3]]
+        assert said[first : first + 3] == few
+        assert f"... and {len(event['damaged']) - 3} more, listed in" in said[first + 3]
+    assert said[-1].endswith("items that failed: 1, reasons in log.jsonl")
+
+
+def test_a_path_with_a_colon_finds_its_note():
+    rows = [{"item": {"text": "x"}, "where": "c.jsonl:1"}]
+    for i, path in enumerate(["c.mp4", "a: b.mp4", {"path": "a: b.mp4", "start": 1}]):
+        rows.append({"item": {"video": path}, "where": f"c.jsonl:{i + 2}"})
+    note = "a: b.mp4: damaged: 2 of 3 frames decode"
+    damaged = ev.find_damaged(rows, {"seek": 1, f"note: {note}": 1})
+    assert damaged == {2: f"c.jsonl:3: {note}", 3: f"c.jsonl:4: {note}"}
 
 
 @pytest.mark.parametrize(
