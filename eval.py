@@ -16,12 +16,18 @@ with --rankings also rankings/<DS>.jsonl. extras/export.py turns these into file
 trec_eval. <out>/cache keeps the vectors, so that a killed run goes on where it stopped. Under
 torchrun the ranks share a checkpoint's encoding.
 
+The exit status is 0 where items failed, too: the tables mark the scores that lack them, and the
+last line counts them. It is 1 where nothing could be scored, or where a table that --table or
+--figure names has nothing to show. A damaged video that gave only a part of its frames is named as
+it is decoded, so not again by a run that finds its vector in the cache.
+
 Protocol: vision only, uniform frames, cosine in float32, no re-ranking. Queries carry the prompt of
 their dataset (Table 5) as system turn, corpus items the default one. Ties rank in corpus order.
 
 Legend: N queries, M corpus items, D embedding dim, P positives of a query.
 """
 
+import collections
 import dataclasses
 import itertools
 import json
@@ -33,6 +39,7 @@ import traceback
 import types
 import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -235,6 +242,7 @@ class Encoded:
     corpus: torch.Tensor  # (M, D) float
     lost_queries: dict = dataclasses.field(default_factory=dict)  # {index: why it has no vector}
     lost_corpus: dict = dataclasses.field(default_factory=dict)
+    damaged: list = dataclasses.field(default_factory=list)  # notes on videos embedded in part
 
 
 @dataclasses.dataclass
@@ -276,7 +284,8 @@ def leave_out_lost(encoded):
 def score(encoded, *, bootstrap=0):
     """Score one dataset -> its entry of results.json.
 
-    "complete" says whether the score may enter an average: nothing is absent or lost.
+    "complete" says whether the score may enter an average: nothing is absent or lost. "note" is
+    there only if the score says nothing about the model, and says why.
     bootstrap: adds "draws", so many scores of resampled queries.
     """
     bench = encoded.bench
@@ -312,6 +321,10 @@ def score(encoded, *, bootstrap=0):
     entry["chance"] = chance(metric, counts, sizes)
     entry["ceiling"] = ceiling(metric, counts)
     entry.update(values)
+    if all_equal(encoded.corpus):
+        entry["note"] = "all corpus vectors are equal: only their order makes this score"
+    elif all_equal(encoded.queries):
+        entry["note"] = "all query vectors are equal: all queries get the same ranking"
     if bootstrap:
         scores = [query_metrics(query_positions)[metric] for query_positions in positions]
         entry["draws"] = resample(scores, bootstrap, bench.name)
@@ -413,13 +426,15 @@ def intervals(draws, complete):
 
 
 # Vectors. An encoder is a function encode_rows(rows, instruction, desc) -> (vectors (n, D), {index:
-# "file:line: reason"} of the rows that have none). A source of vectors yields Encoded datasets.
+# "file:line: reason"} of the rows that have none, {index: "file:line: note"} of those whose damaged
+# video was embedded in part). A source of vectors yields Encoded datasets.
 
 
 def checkpoint_encoder(gve, cache, flags, frames, max_tokens):
     """Make the encoder of a checkpoint."""
 
     def encode_rows(rows, instruction, desc):
+        tally = collections.Counter()
         vectors, failed = encode(
             gve,
             [row["item"] for row in rows],
@@ -431,6 +446,7 @@ def checkpoint_encoder(gve, cache, flags, frames, max_tokens):
             max_length=MAX_LENGTH,
             cache=cache,
             desc=desc,
+            tally=tally,
         )
         # Rows that failed are NaN; any other NaN is the model's own.
         not_finite = (~vectors.isfinite().all(1)).nonzero().flatten()
@@ -438,9 +454,30 @@ def checkpoint_encoder(gve, cache, flags, frames, max_tokens):
             if i not in failed:
                 where = rows[i]["where"]
                 raise ValueError(f"{where}: {flags.ckpt} gives a vector that is not finite")
-        return vectors, {i: f"{rows[i]['where']}: {reason}" for i, reason in failed.items()}
+        failed = {i: f"{rows[i]['where']}: {reason}" for i, reason in failed.items()}
+        damaged = find_damaged(rows, tally)
+        for i in failed.keys() & damaged.keys():  # its window lies in the lost part
+            del damaged[i]
+        return vectors, failed, damaged
 
     return encode_rows
+
+
+def find_damaged(rows, tally):
+    """Find the rows whose video gave only a part of its frames -> {index: "file:line: note"}.
+
+    tally: embed.encode's, whose notes begin with the video's path. It has those of the videos that
+    were decoded, not of vectors from a cache.
+    """
+    notes = [key.removeprefix("note: ") for key in tally if key.startswith("note: ")]
+    damaged = {}
+    for i, row in enumerate(rows):
+        video = row["item"].get("video")
+        path = video["path"] if isinstance(video, dict) else video
+        for note in notes:
+            if note.startswith(f"{path}: "):
+                damaged[i] = f"{row['where']}: {note}"
+    return damaged
 
 
 def function_encoder(spec, size):
@@ -492,8 +529,11 @@ def function_encoder(spec, size):
             vectors[list(places)] = torch.cat(parts)[list(places.values())]
         not_finite = (~vectors.isfinite().all(1)).nonzero().flatten()
         for i in not_finite.tolist():
-            failed.setdefault(i, f"{rows[i]['where']}: {spec} gives a vector that is not finite")
-        return vectors, failed
+            reason = f"{spec} gives a vector that is not finite"
+            if vectors[i].isnan().all():
+                reason = "the encoder says that this item failed (a row of NaN)"
+            failed.setdefault(i, f"{rows[i]['where']}: {reason}")
+        return vectors, failed, {}
 
     return encode_rows
 
@@ -581,14 +621,17 @@ def encode_datasets(encode_rows, benches):
     """Encode datasets -> yields Encoded."""
     # All corpora in one call: CRB-G, -S and -T hold the same videos, and so do VDC-O and -D.
     rows = list(itertools.chain.from_iterable(bench.corpus for bench in benches))
-    corpora, lost = encode_rows(rows, None, "corpora")
+    corpora, lost, damaged = encode_rows(rows, None, "corpora")
     start = 0
     for bench in benches:
         prompt = bench.dataset.prompt
-        queries, lost_queries = encode_rows(bench.queries, prompt, f"{bench.name} queries")
+        label = f"{bench.name} queries"
+        queries, lost_queries, damaged_queries = encode_rows(bench.queries, prompt, label)
         stop = start + len(bench.corpus)
         lost_corpus = {i - start: reason for i, reason in lost.items() if start <= i < stop}
-        yield Encoded(bench, queries, corpora[start:stop], lost_queries, lost_corpus)
+        notes = list(damaged_queries.values())
+        notes += [note for i, note in damaged.items() if start <= i < stop]
+        yield Encoded(bench, queries, corpora[start:stop], lost_queries, lost_corpus, notes)
         start = stop
 
 
@@ -736,12 +779,18 @@ def protocol_of(gve, flags, frames, max_tokens):
     }
 
 
+class Outcome(NamedTuple):
+    results: dict  # the content of results.json
+    failed: int  # queries and corpus items without a vector
+
+
 def score_datasets(source, benchmark, model, protocol, flags, out):
     """Score the Encoded datasets that `source` yields and write all files but the tables to `out`.
 
-    Returns the content of results.json.
+    Returns an Outcome.
     """
     entries = {}
+    failures = 0
     began = time.time()
     for encoded in source:
         name = encoded.bench.name
@@ -753,9 +802,10 @@ def score_datasets(source, benchmark, model, protocol, flags, out):
             write_jsonl(out / "rankings" / f"{name}.jsonl", rankings(encoded))
 
         failed = [*encoded.lost_queries.values(), *encoded.lost_corpus.values()]
+        failures += len(failed)
         event = {"event": "eval", "model": model, "dataset": name, **entry}
         event.pop("draws", None)
-        event |= {"failed": failed, "seconds": time.time() - began}
+        event |= {"failed": failed, "damaged": encoded.damaged, "seconds": time.time() - began}
         with open(out / "log.jsonl", "a", encoding="utf-8") as log:
             log.write(json.dumps(event) + "\n")
 
@@ -765,22 +815,22 @@ def score_datasets(source, benchmark, model, protocol, flags, out):
             f"{entry['n']}/{entry['expected']} queries, "
             f"{entry['corpus']}/{entry['expected_corpus']} corpus items)"
         )
-        bound = f"chance is {cell(entry['chance'])}"
-        if all_equal(encoded.corpus):
-            print(f"  all corpus vectors are equal: only their order makes this score; {bound}")
-        elif all_equal(encoded.queries):
-            print(f"  all query vectors are equal: all queries get the same ranking; {bound}")
-        for reason in first_few(failed, 3, f"more, listed in {out / 'log.jsonl'}"):
+        if "note" in entry:
+            print(f"  {entry['note']}; chance is {cell(entry['chance'])}")
+        rest = f"more, listed in {out / 'log.jsonl'}"
+        for reason in first_few(failed, 3, rest):
             print(f"  no vector: {reason}")
+        for note in first_few(encoded.damaged, 3, rest):
+            print(f"  embedded in part: {note}")
         began = time.time()
 
     results = summarise(benchmark, model, protocol, entries)
     write_json(out / "results.json", results)
-    return results
+    return Outcome(results, failures)
 
 
 def score_checkpoint(benches, benchmark, model, flags, out):
-    """Score a checkpoint at each number of frames and tokens -> a list of results, empty on all
+    """Score a checkpoint at each number of frames and tokens -> a list of Outcome, empty on all
     ranks but 0.
     """
     rank, _, device = join_ranks(flags.device)
@@ -796,7 +846,7 @@ def score_checkpoint(benches, benchmark, model, flags, out):
         raise ValueError(gve.wrong_base)
     cache = VectorCache(out / "cache", gve)
     settings = list(itertools.product(flags.frames, flags.max_tokens))
-    results = []
+    outcomes = []
     for frames, max_tokens in settings:
         label = model
         folder = out
@@ -810,9 +860,9 @@ def score_checkpoint(benches, benchmark, model, flags, out):
                 pass
             continue
         protocol = protocol_of(gve, flags, frames, max_tokens)
-        results.append(score_datasets(source, benchmark, label, protocol, flags, folder))
+        outcomes.append(score_datasets(source, benchmark, label, protocol, flags, folder))
     leave_ranks()
-    return results
+    return outcomes
 
 
 def show_results(flags):
@@ -856,11 +906,12 @@ def main(flags):
         else:
             source = encode_datasets(function_encoder(flags.encoder, flags.batch_size), benches)
         protocol = {"checkpoint": scored, "similarity": "cosine, float32"}
-        results = [score_datasets(source, benchmark, model, protocol, flags, out)]
+        outcomes = [score_datasets(source, benchmark, model, protocol, flags, out)]
     else:
-        results = score_checkpoint(benches, benchmark, model, flags, out)
-        if not results:  # only rank 0 has any
+        outcomes = score_checkpoint(benches, benchmark, model, flags, out)
+        if not outcomes:  # only rank 0 has any
             return
+    results = [outcome.results for outcome in outcomes]
 
     if not any(entry["n"] for result in results for entry in result["datasets"].values()):
         raise ValueError(f"no query could be scored; {out} has the reasons in log.jsonl")
@@ -872,7 +923,11 @@ def main(flags):
     if len(flags.max_tokens) > 1:
         names.append("Figure 13")
     show(with_numbers(names, results), results, out, flags.uvrb, flags.root, brief=True)
-    print(f"{out}: results.json, tables and log")
+    last = f"{out}: results.json, tables and log"
+    failures = sum(outcome.failed for outcome in outcomes)
+    if failures:
+        last += f"; queries and corpus items that failed: {failures}, reasons in log.jsonl"
+    print(last)
 
 
 if __name__ == "__main__":

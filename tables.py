@@ -225,9 +225,10 @@ def own_datasets(results):
 def score_table(name, paper, results):
     """Build Table 1, 2, 3 or 11: published rows, a row per result, then chance and ceiling.
 
-    * marks the score of an incomplete dataset. Table 1 has a further column for each dataset of
-    your own, which enters no average. Table 3 calls the results GVE-i, GVE-s, GVE, in this order.
-    Columns in which no result has a number are left out, of the published rows as well.
+    * marks a score that the caption speaks of: an incomplete dataset's, or one with a note of
+    eval.py's. Table 1 has a further column for each dataset of your own, which enters no average.
+    Table 3 calls the results GVE-i, GVE-s, GVE, in this order. Columns in which no result has a
+    number are left out, of the published rows as well.
     """
     scores = paper[block_of(name)]
     published_columns = list(next(iter(scores.values())))
@@ -245,15 +246,15 @@ def score_table(name, paper, results):
     for i, result in enumerate(results):
         # Only complete datasets enter averages.
         complete = {}
-        incomplete = {}
+        marked = {}
         for dataset, entry in result["datasets"].items():
             if entry["complete"]:
                 complete[dataset] = entry["score"]
                 complete_entries[dataset] = entry
-            elif entry["n"]:
-                incomplete[dataset] = cell(entry["score"]) + "*"
+            if entry["n"] and ("note" in entry or not entry["complete"]):
+                marked[dataset] = cell(entry["score"]) + "*"
         label = roles[i % len(roles)] + result["model"]
-        table.yours.append(make_row(label, with_averages(complete) | incomplete))
+        table.yours.append(make_row(label, with_averages(complete) | marked))
 
         # The intervals of --bootstrap, lower ends and upper ends.
         if "ci95" in result:
@@ -317,6 +318,8 @@ def notes(results):
                     f"{entry['corpus']}/{entry['expected_corpus']} corpus items; it enters no "
                     "average"
                 )
+            if "note" in entry:
+                lines.append(f"  * {name}: {entry['note']}")
             dataset = uvrb.DATASETS.get(name)  # None for Table 11's and for a folder's own
             if dataset and dataset.task == "CMP" and not entry["pooled"]:
                 lines.append(
@@ -1093,8 +1096,8 @@ def show(names, results, out, folder, roots=(), brief=False):
     names: keys of TITLES. results: all of one benchmark. folder, roots: the benchmark that Table 4
     counts, and where its media may lie. brief: do not print what eval.py's lines have said.
 
-    Raises ValueError for an unknown name, for results of two benchmarks, and for a figure on which
-    neither the results nor the paper have a point.
+    Raises ValueError for an unknown name and for results of two benchmarks; and, after all others
+    are shown, for tables and figures for which neither the results nor the paper have a number.
     """
     paper = published()
     # Names and benchmarks are checked before the first table is written.
@@ -1107,14 +1110,12 @@ def show(names, results, out, folder, roots=(), brief=False):
         raise ValueError(f"results of {listed} do not belong into one table")
     (benchmark,) = benchmarks
 
+    empty = []  # without published values a table or figure may have no number at all
     for name in names:
         table = build(name, paper, results, folder, roots)
-        # Without published values a figure may have no point at all.
         if not table.groups():
-            raise ValueError(
-                f"{name}: nothing to show: these results on {benchmark} have no number for it "
-                "(Figures 7 and 8 take three results; published numbers are UVRB's)"
-            )
+            empty.append(name)
+            continue
 
         # Scores say whose they are, if not UVRB's, and on what they depend. Table 4 has sizes:
         # those of another benchmark may stand below UVRB's if the caption says so.
@@ -1141,6 +1142,12 @@ def show(names, results, out, folder, roots=(), brief=False):
         if name.startswith("Figure"):
             plot(name, title, table, path.with_suffix(".png"))
             print(path.with_suffix(".png"))
+
+    if empty:
+        raise ValueError(
+            f"{', '.join(empty)}: nothing to show: these results on {benchmark} have no number "
+            "there (Figures 7 and 8 take three results; published numbers are UVRB's)"
+        )
 
 
 def print_published():

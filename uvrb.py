@@ -22,7 +22,7 @@ Legend: N queries, M corpus items; "positives" and "pools" are lists of corpus i
 import json
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,7 +32,7 @@ import data
 from support.decoders import DecoderPool, Failed
 from support.files import parse_json
 from support.flags import flag, parse_flags
-from support.media import load_image, load_video
+from support.media import load_image, open_clip
 from support.progress import first_few
 
 MODALITIES = ("text", "image", "video")
@@ -155,6 +155,8 @@ class Bench:
     # "file:line: reason" of absent media. Their items still name the path and fail when encoded.
     missing: list
     outside: int = 0  # media that are refused, since they lie outside the allowed folders
+    # "file:line: note" of damaged videos that gave a part of their frames, as `scan` decodes them.
+    damaged: list = field(default_factory=list)
 
 
 def folder_of(root, name: str) -> Path | None:
@@ -320,7 +322,8 @@ def read(root, name: str, roots=()) -> Bench:
 def scan(root, name: str, roots=(), decode=False) -> tuple[Bench, list]:
     """Read one dataset and collect its faults instead of stopping -> (Bench, ["file:line: why"]).
 
-    decode: also load every video and image; those that cannot be decoded join `.missing`.
+    decode: also load every video and image; those that cannot be decoded join `.missing`, those of
+    which only a part can be decoded `.damaged`.
     """
     root = Path(root).resolve()
     known = benchmark(root).datasets
@@ -347,7 +350,7 @@ def scan(root, name: str, roots=(), decode=False) -> tuple[Bench, list]:
     decoder = None
     if decode:  # in a process: a clip may hang or crash its decoder
         decoder = DecoderPool(load_medium, lambda key: str(key[1]), workers=1)
-    reader = Reader(name, bases, allowed, decoder, bad=[], missing=[], outside=[])
+    reader = Reader(name, bases, allowed, decoder, bad=[], missing=[], outside=[], damaged=[])
     if dataset.queries is None and name in DATASETS:
         reader.bad.append(f"{root / 'benchmark.json'}: no sizes for {name}, whose folder is here")
     queries = reader.items(folder / "queries.jsonl")
@@ -360,23 +363,35 @@ def scan(root, name: str, roots=(), decode=False) -> tuple[Bench, list]:
     expected = (dataset.queries or None, whole_corpus or None)
     outside = len(reader.outside)
     bench = Bench(
-        name, dataset, queries, corpus, positives, pools, expected, reader.missing, outside
+        name,
+        dataset,
+        queries,
+        corpus,
+        positives,
+        pools,
+        expected,
+        reader.missing,
+        outside,
+        reader.damaged,
     )
     return bench, reader.bad
 
 
 def load_medium(key):
-    """Decode a medium, given as ("image" or "video", its path or span); MediaError if it cannot."""
+    """Decode a medium, given as ("image" or "video", its path or span) -> a note on its damage.
+
+    The note is empty if all of it can be decoded. Raises MediaError if none of it can.
+    """
     kind, media = key
-    if kind == "image":
-        load_image(media)
-    else:
-        load_video(media)
+    if kind == "video":
+        return open_clip(media).note
+    load_image(media)
+    return ""
 
 
 @dataclass
 class Reader:
-    """Reads a dataset's three files. Faults go to two lists and do not raise."""
+    """Reads a dataset's three files. Faults go to lists and do not raise."""
 
     name: str
     bases: list  # folders that paths are relative to, the first that has the file counts
@@ -385,6 +400,7 @@ class Reader:
     bad: list  # "file:line: reason" of rows that cannot be used
     missing: list  # the same of media that are absent or cannot be decoded
     outside: list  # ("file:line", path as given, where it leads) of media in no allowed folder
+    damaged: list  # "file:line: note" of videos that can be decoded in part
 
     def rows(self, path):
         """Yield ("file:line", row) of a jsonl file, good rows alone."""
@@ -470,6 +486,8 @@ class Reader:
                 result = self.decoder((kind, item[kind]))
                 if isinstance(result, Failed):
                     self.missing.append(f"{where}: undecodable media: {result.reason}")
+                elif result:
+                    self.damaged.append(f"{where}: {result}")
         return item
 
     def locate(self, path):
@@ -541,7 +559,8 @@ class Reader:
 def check(root, roots=(), decode=False, show=5) -> list:
     """Scan the datasets that are in `root` and print a line for each, with its first `show` faults.
 
-    Returns all faults, bad rows and absent media as "file:line: reason".
+    Returns all faults, bad rows and absent media as "file:line: reason". A damaged video of which a
+    part can be decoded is no fault: it is printed alone.
     """
     title, _ = benchmark(root)
     names, bad = find(root)
@@ -561,9 +580,12 @@ def check(root, roots=(), decode=False, show=5) -> list:
         outside = ""
         if bench.outside:
             outside = f", {bench.outside} outside the allowed roots"
+        damaged = ""
+        if bench.damaged:
+            damaged = f", {len(bench.damaged)} damaged in part"
         print(
             f"{name:10}  {n} queries, {m} corpus items{pools}, {len(bench.missing)} media missing"
-            f"{outside}"
+            f"{outside}{damaged}"
         )
 
         queries, corpus = bench.expected
@@ -574,6 +596,7 @@ def check(root, roots=(), decode=False, show=5) -> list:
             )
         print_some(problems, show)
         print_some(bench.missing, show)
+        print_some([f"remark: {note}" for note in bench.damaged], show)
         bad += problems + bench.missing
     return bad
 
@@ -590,7 +613,9 @@ class Flags:
     dir: str = flag(..., "benchmark folder, with <DS>/jsonl/queries.jsonl", positional=True)
     root: list[str] = flag([], "further folders for media; paths may be relative to them, too")
     decode: bool = flag(False, "also decode every video and image")
-    show: int = flag(5, "bad rows that are listed per dataset, and as many missing media")
+    show: int = flag(
+        5, "bad rows that are listed per dataset, and as many missing and damaged media"
+    )
 
 
 def main(flags):

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import pytrec_eval
@@ -395,6 +396,19 @@ def write_dataset(root, name, queries, corpus, instances):
     write_lines(folder / "instances.jsonl", instances)
 
 
+def write_damaged(path):
+    """Write a video of 40 frames whose index is whole and whose last frames are cut off."""
+    with av.open(str(path), "w", options={"movflags": "faststart"}) as file:
+        stream = file.add_stream("libx264", rate=8, options={"crf": "1"})
+        stream.height = stream.width = 56
+        stream.pix_fmt = "yuv420p"
+        for frame in moving_square(40):
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        file.mux(stream.encode())
+    content = path.read_bytes()
+    path.write_bytes(content[: int(0.9 * len(content))])
+
+
 def world(root, media):
     """A benchmark of three datasets over 7 real clips: text queries with 2 positives, pools, an
     image and a clip as query."""
@@ -626,7 +640,7 @@ def test_a_folders_own_prompt_heads_its_queries(tmp_path):
 
     def encode_rows(rows, instruction, desc):
         seen.append((len(rows), instruction))
-        return torch.ones(len(rows), 2), {}
+        return torch.ones(len(rows), 2), {}, {}
 
     names = ["MSRVTT", "MyVideos"]
     benches = [uvrb.read(folder, name) for name in names]
@@ -744,8 +758,9 @@ def test_a_wrong_encoder_is_an_error_and_an_item_it_cannot_embed_is_a_loss(tiny,
     # 5 rows, two equal, one whose image is absent.
     with pytest.raises(ValueError, match=r"short: shape \(1, 2\) for 3 items; expected \(3, D\)"):
         ev.function_encoder(f"{tmp_path}/mine.py:short", 8)(rows, None, "")
-    vectors, failed = ev.function_encoder(f"{tmp_path}/mine.py:half", 2)(rows, None, "")
-    assert set(failed) == {0, 1, 2, 4} and failed[1].startswith("q.jsonl:2: ")
+    vectors, failed, _ = ev.function_encoder(f"{tmp_path}/mine.py:half", 2)(rows, None, "")
+    assert set(failed) == {0, 1, 2, 4}
+    assert failed[1] == "q.jsonl:2: the encoder says that this item failed (a row of NaN)"
     assert failed[4] == f"q.jsonl:5: {media / 'gone.png'} does not exist"
     assert vectors[3].tolist() == [1, 0] and vectors.isfinite().all(1).tolist() == 3 * [0] + [1, 0]
 
@@ -783,9 +798,18 @@ def test_an_encoder_may_return_what_people_return(tmp_path, kind):
     rows = bench(3, 2).queries
     for i, row in enumerate(rows):
         row["item"] = {"text": str(i)}
-    vectors, failed = encoder_of(tmp_path, text)(rows, None, "")
+    vectors, failed, _ = encoder_of(tmp_path, text)(rows, None, "")
     assert vectors.dtype == torch.float32 and vectors.tolist() == np.eye(3).tolist()
     assert not failed and not vectors.requires_grad
+
+
+def test_infinity_is_a_loss_of_another_kind_than_a_row_of_nan(tmp_path):
+    text = "def embed(items, instruction):\n    return [[1.0, float(items[0]['text'])]]\n"
+    for value in ("inf", "nan"):
+        rows = bench(1, 1).queries
+        rows[0]["item"] = {"text": value}
+        _, failed, _ = encoder_of(tmp_path, text)(rows, None, "")
+        assert failed[0].endswith("mine.py:embed gives a vector that is not finite")
 
 
 WRONG_RESULTS = {  # an expression for two items: words of the error
@@ -836,6 +860,8 @@ def test_vectors_that_are_all_equal_are_said(tmp_path, capsys):
         ev.score_datasets([encoded], "mine", "x", PROTOCOL, flags, tmp_path)
         text = capsys.readouterr().out
         assert text.count("vectors are equal") == bool(words) and words in text
+        entry = results_of(tmp_path)["datasets"]["MSRVTT"]
+        assert entry.get("note", "").startswith(words) and ("note" in entry) == bool(words)
         assert not words or f"chance is .{'143' if items is same else '125'}" in text
     nearly = torch.ones(3000, 4) + 1e-3 * torch.eye(3000, 4)
     assert not ev.all_equal(nearly) and ev.all_equal(nearly[100:]) and not ev.all_equal(same[:1])
@@ -867,7 +893,7 @@ if __name__ == "__main__":
     raise SystemExit("as a program")
 """
     ours = sys.modules["model"]
-    vectors, _ = encoder_of(tmp_path, text)(bench(1, 1).queries, None, "")
+    vectors, _, _ = encoder_of(tmp_path, text)(bench(1, 1).queries, None, "")
     # The worker ran this file alone: eval.py would have brought torch.
     assert vectors.tolist() == [[1.0, 2.0, 0.0]]
     assert sys.modules["model"] is not ours and ev.GVE is ours.GVE
@@ -1022,7 +1048,8 @@ def test_missing_and_damaged_media_are_named_and_never_averaged(tiny, media, tmp
     c2v = result["datasets"]["LoVR-C2V"]
     assert (c2v["n"], c2v["expected"], c2v["complete"]) == (5, 7, False)
     assert result["abilities"]["VIS"] is None
-    assert "3/5 queries, 5/7 corpus items)" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "3/5 queries, 5/7 corpus items)" in said
     note = "* MSRVTT: 3/5 queries, 5/7 corpus items; it enters no average"
     assert note in (out / "table1.txt").read_text()
 
@@ -1033,6 +1060,57 @@ def test_missing_and_damaged_media_are_named_and_never_averaged(tiny, media, tmp
     places = [reason.split(": ")[0].rsplit("/", 1)[1] for reason in failed["LoVR-C2V"]]
     assert places == ["queries.jsonl:3", "queries.jsonl:6", "corpus.jsonl:1", "corpus.jsonl:4"]
     assert "2.mp4" in failed["MSRVTT"][0] and "5.mp4" in failed["MSRVTT"][1]
+
+    # The command ends well; its last line counts the losses of both datasets.
+    count = len(failed["MSRVTT"]) + len(failed["LoVR-C2V"])
+    last = f"queries and corpus items that failed: {count}, reasons in log.jsonl"
+    assert count == 6 and said.splitlines()[-1].endswith(last)
+
+
+def test_a_video_that_gave_a_part_of_its_frames_is_noted(tiny, media, tmp_path, capsys):
+    """A few below the line of each dataset that has it, all in log.jsonl. It costs no query but the
+    one whose clip lies in the part that is lost."""
+    folder = world(tmp_path, media)
+    for i in (1, 3, 4, 6):
+        write_damaged(tmp_path / "videos" / f"{i}.mp4")
+    path = folder / "LoVR-C2V" / "jsonl" / "queries.jsonl"
+    rows = [json.loads(line) for line in path.open()]
+    rows[1]["video"] |= {"start": 4.75, "end": 5}
+    write_lines(path, rows)
+    out = tmp_path / "out"
+    common = ("--ckpt", tiny, "--uvrb", folder, "--root", media, "--out", out)
+    call(*common, "--datasets", "MSRVTT", "LoVR-C2V")
+
+    msrvtt, c2v = [json.loads(line) for line in (out / "log.jsonl").open()]
+    places = {"MSRVTT": [f"corpus.jsonl:{n}" for n in (2, 4, 5, 7)]}
+    places["LoVR-C2V"] = [f"queries.jsonl:{n}" for n in (4, 5, 7)]
+    places["LoVR-C2V"] += [f"corpus.jsonl:{n}" for n in (2, 3, 5, 7)]  # its corpus begins with c2
+    for event in (msrvtt, c2v):
+        named = [note.split(": ")[0].rsplit("/", 1)[1] for note in event["damaged"]]
+        assert named == places[event["dataset"]]
+        for note in event["damaged"]:
+            assert re.search(r"/videos/\d.mp4: damaged: \d+ of 40 frames decode$", note)
+    assert msrvtt["complete"] and not msrvtt["failed"]
+    (failed,) = c2v["failed"]
+    assert "queries.jsonl:2: " in failed and "start 4.75 does not lie in a clip of" in failed
+
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("MSRVTT ") and said[5].startswith("LoVR-C2V ")
+    assert said[6] == f"  no vector: {failed}"
+    for first, event in ((1, msrvtt), (7, c2v)):
+        few = [f"  embedded in part: {note}" for note in event["damaged"][:3]]
+        assert said[first : first + 3] == few
+        assert f"... and {len(event['damaged']) - 3} more, listed in" in said[first + 3]
+    assert said[-1].endswith("items that failed: 1, reasons in log.jsonl")
+
+
+def test_a_path_with_a_colon_finds_its_note():
+    rows = [{"item": {"text": "x"}, "where": "c.jsonl:1"}]
+    for i, path in enumerate(["c.mp4", "a: b.mp4", {"path": "a: b.mp4", "start": 1}]):
+        rows.append({"item": {"video": path}, "where": f"c.jsonl:{i + 2}"})
+    note = "a: b.mp4: damaged: 2 of 3 frames decode"
+    damaged = ev.find_damaged(rows, {"seek": 1, f"note: {note}": 1})
+    assert damaged == {2: f"c.jsonl:3: {note}", 3: f"c.jsonl:4: {note}"}
 
 
 @pytest.mark.parametrize(

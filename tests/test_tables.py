@@ -245,6 +245,38 @@ def test_a_few_of_the_16_show_their_columns_alone(tmp_path, capsys, benchmark):
     assert not tables.figure_2(theirs, [result]).yours
 
 
+def test_a_note_of_evals_is_a_footnote_of_its_score(tmp_path, capsys):
+    """Beside a model whose score has none; the averages stay."""
+    names = list(uvrb.DATASETS)
+    good = make_result("UVRB", "good", {name: entry(0.411) for name in names})
+    equal = make_result("UVRB", "equal", {name: entry(0.411) for name in names})
+    equal["datasets"]["DiDeMo"]["note"] = "all corpus vectors are equal"
+    for result in (good, equal):
+        (tmp_path / f"{result['model']}.json").write_text(json.dumps(result))
+    call("--results", tmp_path / "good.json", tmp_path / "equal.json", "--out", tmp_path)
+    one, two = capsys.readouterr().out.split("Table 2: ")
+    rows = rows_of(one)
+    expected = [".411*" if name == "DiDeMo" else ".411" for name in rows["model"]]
+    assert rows["equal"] == expected and rows["good"] == [".411"] * 17
+    assert rows_of(two)["equal"] == [".411"] * 10  # nine abilities and their average
+    for name in ("table1", "table2"):
+        lines = (tmp_path / f"{name}.txt").read_text().splitlines()
+        assert lines.count("  * DiDeMo: all corpus vectors are equal") == 1
+
+
+def test_a_table_with_nothing_to_show_does_not_hide_the_others(tmp_path, capsys):
+    """All others are shown; the error at the end names every one that has nothing."""
+    result = make_result("mine", "x", {"MyVideos": entry(0.3)})
+    (tmp_path / "x.json").write_text(json.dumps(result))
+    with pytest.raises(ValueError) as error:
+        call("--table", 2, 1, 3, 5, "--results", tmp_path / "x.json", "--out", tmp_path / "t")
+    assert str(error.value).startswith("Table 2, Table 3: nothing to show: these results on mine")
+    text = capsys.readouterr().out
+    assert "Table 1: mine: " in text and "Table 5: " in text
+    files = {path.stem for path in (tmp_path / "t").iterdir()}
+    assert files == {"table1", "table5"}
+
+
 def test_a_file_that_is_no_results_json_is_named(tmp_path):
     for content, words in (("{", "x.json: not JSON"), ('{"model": "x"}', "it has no benchmark")):
         (tmp_path / "x.json").write_text(content)

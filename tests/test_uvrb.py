@@ -1,6 +1,7 @@
 """uvrb.py: the table of datasets, the abilities against the paper's tables, folders in every
 layout, every kind of bad row, benchmarks with datasets of their own."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -324,15 +325,48 @@ def test_a_clip_that_crashes_its_decoder_is_listed_and_the_check_goes_on(
     for video in ("a.mp4", "b.mp4"):
         (rows.parent / "videos" / video).write_bytes((media / "a.mp4").read_bytes())
 
-    def load_video(video):
+    open_clip = uvrb.open_clip
+
+    def crash(video):
         if "a.mp4" in video:
             os.kill(os.getpid(), signal.SIGKILL)
+        return open_clip(video)
 
-    monkeypatch.setattr(uvrb, "load_video", load_video)
+    monkeypatch.setattr(uvrb, "open_clip", crash)
     bench, bad = uvrb.scan(tmp_path, "MSRVTT", decode=True)
     (missing,) = bench.missing
     assert missing.startswith(f"{rows}/corpus.jsonl:1: undecodable media: ")
     assert missing.endswith("a.mp4: its decoder crashed") and not bad
+
+
+def test_a_video_that_decodes_in_part_is_remarked_and_no_problem(
+    tmp_path, media, monkeypatch, capsys
+):
+    """Four items with the damaged file; without --decode nobody knows."""
+    videos = ["b.mp4", "a.mp4", "a.mp4", "a.mp4", "a.mp4"]
+    corpus = [{"id": f"c{i}", "video": video} for i, video in enumerate(videos)]
+    rows = write(tmp_path, corpus=corpus)
+    declare(tmp_path, {"MSRVTT": (2, 5)})
+    for video in set(videos):
+        (rows.parent / "videos" / video).write_bytes((media / "a.mp4").read_bytes())
+    open_clip = uvrb.open_clip
+
+    def noted(video):
+        note = f"{video}: damaged: 3 of 16 frames decode" if "a.mp4" in video else ""
+        return dataclasses.replace(open_clip(video), note=note)
+
+    monkeypatch.setattr(uvrb, "open_clip", noted)
+    assert uvrb.check(tmp_path) == [] and "remark" not in capsys.readouterr().out
+    flags = parse_flags(uvrb.Flags, ["check", str(tmp_path), "--decode", "--show", "3"])
+    with pytest.raises(SystemExit, match="0"):
+        uvrb.main(flags)
+    first, *remarks, rest, last = capsys.readouterr().out.splitlines()
+    assert first.endswith("0 media missing, 4 damaged in part")
+    path = rows.parent / "videos" / "a.mp4"
+    for line, remark in zip((2, 3, 4), remarks, strict=True):
+        where = f"{rows}/corpus.jsonl:{line}"
+        assert remark == f"  remark: {where}: {path}: damaged: 3 of 16 frames decode"
+    assert "... and 1 more" in rest and last == f"0 problems in {tmp_path}"
 
 
 def test_check_command_lists_everything_and_exits_1(tmp_path, media):
