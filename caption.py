@@ -422,6 +422,9 @@ def read_json(answer, want):
         try:
             json.loads(re.sub(r"^\s*```\w*|```\s*$", "", answer), strict=False)
         except (ValueError, RecursionError) as error:
+            # A captioner that is lost in a string may stop before its end.
+            if goes_round(answer):
+                raise ValueError("repetition: it goes round in circles") from error
             raise ValueError(f"not JSON: {error}") from error
         raise ValueError(f"schema: it must be one object with strings under {', '.join(want)}")
 

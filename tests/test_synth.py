@@ -364,6 +364,7 @@ JSON_FORMS = {
     "thinking alone": (f"<think>Perhaps {DRAFT}</think>", "empty"),
     "drafts in thinking without an end": (f"<think>Perhaps {DRAFT}? No,", "thinking"),
     "half an object": (JSON[:30], "not JSON"),
+    "half an object in circles": ('{"query": "a square ' + "and goes " * 99, "repetition: it goes"),
     "a number": ('{"query": 7}', "schema"),
     "another key": ('{"caption": "the other way round"}', "schema"),
     "circles": ('{"query": "goes and goes and goes and goes and goes"}', "repetition"),
