@@ -134,9 +134,10 @@ class Flags:
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "torch device")
     min_motion: float = flag(
         0.01,
-        "least share of pixels that change by 24 of 255 levels within a shot. This, --consistency "
-        "and --duplicate were tuned on mini/: for other videos run --stages 1, look at the "
-        'figures "motion", "consistency" and "why" in OUT/pool.jsonl, and take another --out',
+        "least share of pixels of which a colour changes by 24 of 255 levels within a shot. This, "
+        "--consistency and --duplicate were tuned on mini/: for other videos run --stages 1, look "
+        'at the figures "motion", "consistency" and "why" in OUT/pool.jsonl, and take another '
+        "--out",
     )
     consistency: str = flag(
         "0.09",
@@ -326,13 +327,14 @@ def find_shots(thumbnails):
 
 
 def measure_motion(thumbnails, shots):
-    """Return the share of pixels that change by more than 24 levels within their shot."""
+    """Return the share of pixels of which a colour changes by more than 24 levels in their shot."""
     # A cut is no motion: each shot is measured alone, and counts by its length.
-    gray = thumbnails.mean(1)  # (n, 32, 32)
     moved = 0.0
     for first, end in shots:
-        shot = gray[first:end]
-        changed = (shot.amax(0) - shot.amin(0)) > 24
+        shot = thumbnails[first:end]  # (n, 3, 32, 32)
+        change = shot.amax(0) - shot.amin(0)  # (3, 32, 32)
+        # Not their mean: a red ball may be as bright as the grey ground that it crosses.
+        changed = change.amax(0) > 24  # (32, 32)
         moved += changed.float().mean().item() * (end - first)
     return moved / len(thumbnails)
 

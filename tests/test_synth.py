@@ -983,6 +983,23 @@ def test_cuts_clips_motion_and_key_frames_of_known_films(tmp_path, monkeypatch):
     assert len({time // 4 for time in film["key_frames"]}) == 3
 
 
+def test_a_red_ball_that_crosses_a_ground_of_its_own_brightness_moves(tmp_path):
+    """The means of their channels are equal; the same ball at rest is static."""
+    grey = np.array([90, 100, 110], np.uint8)
+    red = np.array([220, 40, 40], np.uint8)
+    assert grey.mean() == red.mean()
+    film = np.broadcast_to(grey, (32, 96, 96, 3)).copy()
+    for i in range(32):
+        film[i, 40:56, 2 * i : 2 * i + 16] = red
+    write_video(tmp_path / "crosses.mp4", film)
+    write_video(tmp_path / "rests.mp4", film[:1].repeat(32, axis=0))
+    flags = synth.Flags(videos=str(tmp_path))
+    crosses, rests = synth.inspect_videos(synth.list_videos(flags), flags)
+    # It sweeps over 16 x 78 of 96 x 96 pixels.
+    assert crosses["fate"] == "kept" and crosses["motion"] == pytest.approx(0.135, abs=0.03)
+    assert rests["why"] == "static: 0.0 < 0.01"
+
+
 def test_odd_folders_ids_and_files(tmp_path, media):
     """Unicode, slashes and spaces in ids; two files of one name; no captions; no videos."""
     for name in ("one/ä b.mp4", "two/ä b.mp4"):
