@@ -64,7 +64,7 @@ from support.files import (
 )
 from support.flags import flag, parse_flags
 from support.jobs import print_summary, run_sharded
-from support.media import read_frames
+from support.media import IMAGE_SUFFIXES, read_frames
 from support.progress import track
 
 # Quality control. The paper gives no thresholds; these were tuned on the mini world (NOTES.md).
@@ -114,7 +114,8 @@ def read_task_numbers(words, defaults, kind):
 @dataclasses.dataclass
 class Flags:
     videos: str = flag(
-        "runs/raw/captions.jsonl", 'a folder of videos, or JSON lines {"video", "text"?, "id"?}'
+        "runs/raw/captions.jsonl",
+        'a folder of videos, whose images are left out, or JSON lines {"video", "text"?, "id"?}',
     )
     out: str = flag("runs/synth", "folder to write")
     captioner: str = flag("mini", "mini | hf:MODEL | openai:URL#MODEL")
@@ -229,15 +230,21 @@ def kept_indices(rows):
 def list_videos(flags):
     """List rows {"id", "video", "text"} of a JSON-lines file, or of every file in a folder.
 
-    Hidden files are left out. Raises ValueError naming file:line for wrong types and for an id that
-    comes twice.
+    Hidden files are left out, and a folder's images, whose number is printed. Raises ValueError
+    naming file:line for wrong types and for an id that comes twice.
     """
     path = Path(flags.videos)
     rows = {}
     if path.is_dir():
+        n_images = 0
         for file in visible_files(path):
+            if file.suffix.lower() in IMAGE_SUFFIXES:
+                n_images += 1
+                continue
             name = str(file.relative_to(path))
             rows[name] = raw_row(name, os.path.abspath(file), "")
+        if n_images:
+            print(f"{path}: {n_images} image files left out, since only videos are used")
         return list(rows.values())
 
     for number, given in read_jsonl(path):
@@ -1068,7 +1075,7 @@ def main(flags):
 
     rows = list_videos(flags)
     if not rows:
-        raise ValueError(f"{flags.videos}: nothing in it")
+        raise ValueError(f"{flags.videos}: no videos in it")
     if flags.dry_run:
         shares = flags.pairs_per_video
         print_dry_run(len(rows), shares, flags.prompts, flags.frames, flags.max_tokens)

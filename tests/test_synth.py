@@ -1006,13 +1006,14 @@ def test_odd_folders_ids_and_files(tmp_path, media):
         (tmp_path / "in" / name).parent.mkdir(parents=True)
         write_video(tmp_path / "in" / name, moving_square(16, seed=len(name) + (name < "t")))
     (tmp_path / "in" / "notes.txt").write_text("not a video")
-    shutil.copy(media / "i.png", tmp_path / "in" / "i.png")
-    # Left out: a Mac's companion of a video, a folder of thumbnails
+    # Left out: images, a Mac's companion of a video, a folder of thumbnails
     (tmp_path / "in" / "one" / "._ä b.mp4").write_bytes(b"\0\5\x16\7")
     (tmp_path / "in" / ".thumbnails").mkdir()
     (tmp_path / "in" / ".thumbnails" / "a.mp4").write_bytes(b"")
+    for name in ("i.png", "one/I.JPG"):
+        shutil.copy(media / "i.png", tmp_path / "in" / name)
     server = Server()
-    run(
+    printed = run(
         "--videos",
         tmp_path / "in",
         "--captioner",
@@ -1026,11 +1027,11 @@ def test_odd_folders_ids_and_files(tmp_path, media):
     )
     rows = {row["id"]: row for row in load_jsonl(tmp_path / "out" / "pool.jsonl")}
     assert {i: row["fate"] for i, row in rows.items()} == {
-        "i.png": "dropped",
         "notes.txt": "dropped",
         "one/ä b.mp4": "kept",
         "two/ä b.mp4": "kept",
     }
+    assert f"{tmp_path / 'in'}: 2 image files left out, since only videos are used\n" in printed
     assert list(check(tmp_path / "out" / "uvrd" / "mixture.json", [tmp_path])) == []
 
 
@@ -1130,7 +1131,7 @@ def test_where_nothing_can_be_used_the_run_fails_and_has_said_why(tmp_path, medi
     )
     assert "kept 0 of 2, dropped 2 (unreadable)" in printed and "not one pair was made" in printed
     (tmp_path / "empty").mkdir()
-    assert "empty: nothing in it" in run("--videos", tmp_path / "empty", ok=False)
+    assert "empty: no videos in it" in run("--videos", tmp_path / "empty", ok=False)
 
 
 @pytest.mark.parametrize(
