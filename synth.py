@@ -46,6 +46,7 @@ from caption import (
     make_requests,
     open_captioner,
     print_dry_run,
+    split_captioner,
     useless_text,
     whole_characters,
 )
@@ -1072,6 +1073,8 @@ def main(flags):
         flags.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     if flags.prompts == "auto":
         flags.prompts = "short" if flags.captioner == "mini" else "full"
+    # A wrong name must not show only when stage 1 is done, perhaps hours later.
+    split_captioner(flags.captioner)
 
     rows = list_videos(flags)
     if not rows:

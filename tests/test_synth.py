@@ -1159,6 +1159,21 @@ def test_wrong_flags_and_places_are_one_line(raw, tmp_path):
         caption.open_captioner("opneai:x", device="cpu", concurrency=1, **SIZES)
 
 
+@pytest.mark.parametrize(
+    "name, wrong",
+    [
+        ("openai:http://there:1/v1", "wanted mini, hf:MODEL or openai:URL#MODEL"),
+        ("openai:there:1/v1#m", "wanted mini, hf:MODEL or openai:URL#MODEL"),
+        ("openai:http://there:port/v1#m", "captioner http://there:port/v1: Invalid port"),
+        ("hf:", "wanted mini, hf:MODEL or openai:URL#MODEL"),
+    ],
+)
+def test_a_captioner_s_wrong_name_is_refused_before_stage_1(raw, tmp_path, name, wrong):
+    words = ["--videos", raw / "captions.jsonl", "--out", tmp_path / "out", "--stages", 1]
+    assert wrong in run(*words, "--captioner", name, ok=False)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_full_disk_ends_in_one_line_and_leaves_no_half_file(raw, tmp_path):
     """A limit on file size stands in for the disk: writes beyond 6 kB fail as on a full one."""
     limited = (
