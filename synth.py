@@ -837,7 +837,10 @@ def extend_part(p, jobs, pool, ask, prober, caption_vectors, flags):
         if pair.ranks and pair.ranks[0] >= pair.ranks[1]:
             pair.drop("needs no reference: the target ranks as high without it")
         elif len(pair.negatives) < k:
-            pair.drop(f"too few negatives: {len(pair.negatives)} of {k}")
+            pair.drop(
+                f"too few negatives: {len(pair.negatives)} of {k}; the pool is too small: "
+                f"take more videos, or --negatives {pair.task}=0 and another --out"
+            )
     return [pair.as_row() for pair in pairs]
 
 
@@ -1043,9 +1046,12 @@ def print_pool_notes(rows, out):
             f"under motion, consistency and why in {out}/pool.jsonl"
         )
     useless = collections.Counter(row["text_dropped"] for row in rows if "text_dropped" in row)
-    listed = ", ".join(f"{n} {reason}" for reason, n in useless.items())
-    n_cuts = len(join(row.get("cuts", []) for row in rows))
-    print(f"    videos without a caption of use: {listed or 'none'}; {n_cuts} cuts")
+    shared = useless.pop("of several videos", 0)
+    if useless:
+        listed = ", ".join(f"{n} ({reason})" for reason, n in useless.items())
+        print(f"    raw captions not used, which drops no video: {listed}")
+    if shared:
+        print(f"    raw captions not used, since other videos have the same: {shared}")
 
 
 def exit_if_failed(rows):
@@ -1135,7 +1141,10 @@ def main(flags):
     if n_pairs:
         per_pair = seconds / n_pairs
         hours = per_pair * 1.55e6 / 3600
-        print(f"    {per_pair:.2f} s a pair; 1.55M pairs: {hours:.0f} hours of one process")
+        print(
+            f"    {per_pair:.2f} s a pair; at this rate one process would take {hours:.0f} hours "
+            "for the paper's 1.55M pairs"
+        )
         print(
             f"    for training: train.py --mixture {out}/uvrd/mixture.json --root FOLDER_OF_VIDEOS"
         )

@@ -1174,6 +1174,27 @@ def test_a_captioner_s_wrong_name_is_refused_before_stage_1(raw, tmp_path, name,
     assert not (tmp_path / "out").exists()
 
 
+def test_the_notes_on_the_pool_say_which_captions_go_unused(capsys):
+    reasons = ["empty", "URL", "of several videos", "empty", "of several videos"]
+    synth.print_pool_notes([{"text_dropped": reason} for reason in reasons], "out")
+    assert capsys.readouterr().out.splitlines() == [
+        "    raw captions not used, which drops no video: 2 (empty), 1 (URL)",
+        "    raw captions not used, since other videos have the same: 2",
+    ]
+    synth.print_pool_notes([{"text": "A ring goes right."}], "out")
+    assert not capsys.readouterr().out
+
+
+def test_a_pool_of_one_names_the_way_around_negatives_and_the_rate_says_whose_pairs(tmp_path):
+    (tmp_path / "in").mkdir()
+    write_video(tmp_path / "in" / "a.mp4", moving_square(16))
+    words = ["--videos", tmp_path / "in", "--captioner", Server().name, "--out", tmp_path / "out"]
+    printed = run(*words, "--shares", "I2V=0", "V2V=0", "T2I=1", "T2T=1", "TI2V=0", "TV2V=0")
+    (hint,) = re.findall(r"dropped a.mp4 T2V \d: too few negatives: 0 of 1; (.*)", printed)
+    assert hint.endswith("take more videos, or --negatives T2V=0 and another --out")
+    assert re.search(r"one process would take \d+ hours for the paper's 1.55M pairs", printed)
+
+
 def test_a_full_disk_ends_in_one_line_and_leaves_no_half_file(raw, tmp_path):
     """A limit on file size stands in for the disk: writes beyond 6 kB fail as on a full one."""
     limited = (
