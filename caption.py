@@ -422,6 +422,9 @@ def read_json(answer, want):
         try:
             json.loads(re.sub(r"^\s*```\w*|```\s*$", "", answer), strict=False)
         except (ValueError, RecursionError) as error:
+            # A captioner that is lost in a string may stop before its end.
+            if goes_round(answer):
+                raise ValueError("repetition: it goes round in circles") from error
             raise ValueError(f"not JSON: {error}") from error
         raise ValueError(f"schema: it must be one object with strings under {', '.join(want)}")
 
@@ -837,10 +840,7 @@ class ChatServer:
         self.url = url
         self.retries = retries
         self.backoff = backoff
-        try:
-            self.endpoint = httpx.URL(f"{url.rstrip('/')}/chat/completions")
-        except httpx.InvalidURL as error:
-            raise ValueError(f"captioner {url}: {error}") from error
+        self.endpoint = chat_endpoint(url)
         headers = {}
         if os.environ.get("OPENAI_API_KEY"):
             headers["Authorization"] = f"Bearer {os.environ['OPENAI_API_KEY']}"
@@ -894,6 +894,17 @@ class ChatServer:
                 )
             self.has_json_mode = False
         return self.client.post(self.endpoint, json=body)
+
+
+def chat_endpoint(url):
+    """Return the address of a server's chat completions. Raises ValueError for a URL that is none.
+
+    url: of the server, such as http://HOST:8000/v1.
+    """
+    try:
+        return httpx.URL(f"{url.rstrip('/')}/chat/completions")
+    except httpx.InvalidURL as error:
+        raise ValueError(f"captioner {url}: {error}") from error
 
 
 LONGEST_WAIT = 30.0  # seconds that a server's Retry-After may ask for
@@ -1004,23 +1015,34 @@ def map_in_threads(function, things, threads, depth):
             yield waiting.popleft().result()
 
 
+def split_captioner(name):
+    """Split a captioner's name -> (kind "hf" or "openai", model, URL, "" for hf); opens nothing.
+
+    name: mini (the embedded base), hf:MODEL or openai:URL#MODEL. Raises ValueError for any other.
+    """
+    if name == "mini":
+        return "hf", str(Path(__file__).parent / "mini" / "base"), ""
+    kind, _, place = name.partition(":")
+    if kind == "hf" and place:
+        return kind, place, ""
+    url, _, model = place.partition("#")
+    if kind == "openai" and url.startswith(("http://", "https://")) and model:
+        chat_endpoint(url)
+        return kind, model, url
+    raise ValueError(f"captioner {name!r}: wanted mini, hf:MODEL or openai:URL#MODEL")
+
+
 def open_captioner(name, *, device, concurrency, **options):
     """Open a captioner by name -> ask(requests).
 
-    name     mini (the embedded base), hf:MODEL or openai:URL#MODEL.
+    name     see split_captioner, which raises ValueError for a wrong one.
     options  frames, max_tokens, max_new_tokens, workers, seconds.
-
-    Raises ValueError for any other name.
     """
+    kind, model, url = split_captioner(name)
     if name == "mini":
         print(
             "captioner mini knows only the rendered world of mini/: it cannot describe other videos"
         )
-        name = f"hf:{Path(__file__).parent / 'mini' / 'base'}"
-    kind, _, place = name.partition(":")
-    url, _, model = place.partition("#")
-    if kind == "hf" and place:
-        return transformers_captioner(place, device=device, **options)
-    if kind == "openai" and url.startswith(("http://", "https://")) and model:
-        return server_captioner(url, model, concurrency=concurrency, **options)
-    raise ValueError(f"captioner {name!r}: wanted mini, hf:MODEL or openai:URL#MODEL")
+    if kind == "hf":
+        return transformers_captioner(model, device=device, **options)
+    return server_captioner(url, model, concurrency=concurrency, **options)

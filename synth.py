@@ -46,6 +46,7 @@ from caption import (
     make_requests,
     open_captioner,
     print_dry_run,
+    split_captioner,
     useless_text,
     whole_characters,
 )
@@ -64,7 +65,7 @@ from support.files import (
 )
 from support.flags import flag, parse_flags
 from support.jobs import print_summary, run_sharded
-from support.media import read_frames
+from support.media import IMAGE_SUFFIXES, read_frames
 from support.progress import track
 
 # Quality control. The paper gives no thresholds; these were tuned on the mini world (NOTES.md).
@@ -114,7 +115,8 @@ def read_task_numbers(words, defaults, kind):
 @dataclasses.dataclass
 class Flags:
     videos: str = flag(
-        "runs/raw/captions.jsonl", 'a folder of videos, or JSON lines {"video", "text"?, "id"?}'
+        "runs/raw/captions.jsonl",
+        'a folder of videos, whose images are left out, or JSON lines {"video", "text"?, "id"?}',
     )
     out: str = flag("runs/synth", "folder to write")
     captioner: str = flag("mini", "mini | hf:MODEL | openai:URL#MODEL")
@@ -134,9 +136,10 @@ class Flags:
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "torch device")
     min_motion: float = flag(
         0.01,
-        "least share of pixels that change by 24 of 255 levels within a shot. This, --consistency "
-        "and --duplicate were tuned on mini/: for other videos run --stages 1, look at the "
-        'figures "motion", "consistency" and "why" in OUT/pool.jsonl, and take another --out',
+        "least share of pixels of which a colour changes by 24 of 255 levels within a shot. This, "
+        "--consistency and --duplicate were tuned on mini/: for other videos run --stages 1, look "
+        'at the figures "motion", "consistency" and "why" in OUT/pool.jsonl, and take another '
+        "--out",
     )
     consistency: str = flag(
         "0.09",
@@ -228,15 +231,21 @@ def kept_indices(rows):
 def list_videos(flags):
     """List rows {"id", "video", "text"} of a JSON-lines file, or of every file in a folder.
 
-    Hidden files are left out. Raises ValueError naming file:line for wrong types and for an id that
-    comes twice.
+    Hidden files are left out, and a folder's images, whose number is printed. Raises ValueError
+    naming file:line for wrong types and for an id that comes twice.
     """
     path = Path(flags.videos)
     rows = {}
     if path.is_dir():
+        n_images = 0
         for file in visible_files(path):
+            if file.suffix.lower() in IMAGE_SUFFIXES:
+                n_images += 1
+                continue
             name = str(file.relative_to(path))
             rows[name] = raw_row(name, os.path.abspath(file), "")
+        if n_images:
+            print(f"{path}: {n_images} image files left out, since only videos are used")
         return list(rows.values())
 
     for number, given in read_jsonl(path):
@@ -326,13 +335,14 @@ def find_shots(thumbnails):
 
 
 def measure_motion(thumbnails, shots):
-    """Return the share of pixels that change by more than 24 levels within their shot."""
+    """Return the share of pixels of which a colour changes by more than 24 levels in their shot."""
     # A cut is no motion: each shot is measured alone, and counts by its length.
-    gray = thumbnails.mean(1)  # (n, 32, 32)
     moved = 0.0
     for first, end in shots:
-        shot = gray[first:end]
-        changed = (shot.amax(0) - shot.amin(0)) > 24
+        shot = thumbnails[first:end]  # (n, 3, 32, 32)
+        change = shot.amax(0) - shot.amin(0)  # (3, 32, 32)
+        # Not their mean: a red ball may be as bright as the grey ground that it crosses.
+        changed = change.amax(0) > 24  # (32, 32)
         moved += changed.float().mean().item() * (end - first)
     return moved / len(thumbnails)
 
@@ -827,7 +837,10 @@ def extend_part(p, jobs, pool, ask, prober, caption_vectors, flags):
         if pair.ranks and pair.ranks[0] >= pair.ranks[1]:
             pair.drop("needs no reference: the target ranks as high without it")
         elif len(pair.negatives) < k:
-            pair.drop(f"too few negatives: {len(pair.negatives)} of {k}")
+            pair.drop(
+                f"too few negatives: {len(pair.negatives)} of {k}; the pool is too small: "
+                f"take more videos, or --negatives {pair.task}=0 and another --out"
+            )
     return [pair.as_row() for pair in pairs]
 
 
@@ -1033,9 +1046,12 @@ def print_pool_notes(rows, out):
             f"under motion, consistency and why in {out}/pool.jsonl"
         )
     useless = collections.Counter(row["text_dropped"] for row in rows if "text_dropped" in row)
-    listed = ", ".join(f"{n} {reason}" for reason, n in useless.items())
-    n_cuts = len(join(row.get("cuts", []) for row in rows))
-    print(f"    videos without a caption of use: {listed or 'none'}; {n_cuts} cuts")
+    shared = useless.pop("of several videos", 0)
+    if useless:
+        listed = ", ".join(f"{n} ({reason})" for reason, n in useless.items())
+        print(f"    raw captions not used, which drops no video: {listed}")
+    if shared:
+        print(f"    raw captions not used, since other videos have the same: {shared}")
 
 
 def exit_if_failed(rows):
@@ -1063,10 +1079,12 @@ def main(flags):
         flags.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     if flags.prompts == "auto":
         flags.prompts = "short" if flags.captioner == "mini" else "full"
+    # A wrong name must not show only when stage 1 is done, perhaps hours later.
+    split_captioner(flags.captioner)
 
     rows = list_videos(flags)
     if not rows:
-        raise ValueError(f"{flags.videos}: nothing in it")
+        raise ValueError(f"{flags.videos}: no videos in it")
     if flags.dry_run:
         shares = flags.pairs_per_video
         print_dry_run(len(rows), shares, flags.prompts, flags.frames, flags.max_tokens)
@@ -1123,7 +1141,10 @@ def main(flags):
     if n_pairs:
         per_pair = seconds / n_pairs
         hours = per_pair * 1.55e6 / 3600
-        print(f"    {per_pair:.2f} s a pair; 1.55M pairs: {hours:.0f} hours of one process")
+        print(
+            f"    {per_pair:.2f} s a pair; at this rate one process would take {hours:.0f} hours "
+            "for the paper's 1.55M pairs"
+        )
         print(
             f"    for training: train.py --mixture {out}/uvrd/mixture.json --root FOLDER_OF_VIDEOS"
         )

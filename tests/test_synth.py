@@ -364,6 +364,7 @@ JSON_FORMS = {
     "thinking alone": (f"<think>Perhaps {DRAFT}</think>", "empty"),
     "drafts in thinking without an end": (f"<think>Perhaps {DRAFT}? No,", "thinking"),
     "half an object": (JSON[:30], "not JSON"),
+    "half an object in circles": ('{"query": "a square ' + "and goes " * 99, "repetition: it goes"),
     "a number": ('{"query": 7}', "schema"),
     "another key": ('{"caption": "the other way round"}', "schema"),
     "circles": ('{"query": "goes and goes and goes and goes and goes"}', "repetition"),
@@ -982,19 +983,37 @@ def test_cuts_clips_motion_and_key_frames_of_known_films(tmp_path, monkeypatch):
     assert len({time // 4 for time in film["key_frames"]}) == 3
 
 
+def test_a_red_ball_that_crosses_a_ground_of_its_own_brightness_moves(tmp_path):
+    """The means of their channels are equal; the same ball at rest is static."""
+    grey = np.array([90, 100, 110], np.uint8)
+    red = np.array([220, 40, 40], np.uint8)
+    assert grey.mean() == red.mean()
+    film = np.broadcast_to(grey, (32, 96, 96, 3)).copy()
+    for i in range(32):
+        film[i, 40:56, 2 * i : 2 * i + 16] = red
+    write_video(tmp_path / "crosses.mp4", film)
+    write_video(tmp_path / "rests.mp4", film[:1].repeat(32, axis=0))
+    flags = synth.Flags(videos=str(tmp_path))
+    crosses, rests = synth.inspect_videos(synth.list_videos(flags), flags)
+    # It sweeps over 16 x 78 of 96 x 96 pixels.
+    assert crosses["fate"] == "kept" and crosses["motion"] == pytest.approx(0.135, abs=0.03)
+    assert rests["why"] == "static: 0.0 < 0.01"
+
+
 def test_odd_folders_ids_and_files(tmp_path, media):
     """Unicode, slashes and spaces in ids; two files of one name; no captions; no videos."""
     for name in ("one/ä b.mp4", "two/ä b.mp4"):
         (tmp_path / "in" / name).parent.mkdir(parents=True)
         write_video(tmp_path / "in" / name, moving_square(16, seed=len(name) + (name < "t")))
     (tmp_path / "in" / "notes.txt").write_text("not a video")
-    shutil.copy(media / "i.png", tmp_path / "in" / "i.png")
-    # Left out: a Mac's companion of a video, a folder of thumbnails
+    # Left out: images, a Mac's companion of a video, a folder of thumbnails
     (tmp_path / "in" / "one" / "._ä b.mp4").write_bytes(b"\0\5\x16\7")
     (tmp_path / "in" / ".thumbnails").mkdir()
     (tmp_path / "in" / ".thumbnails" / "a.mp4").write_bytes(b"")
+    for name in ("i.png", "one/I.JPG"):
+        shutil.copy(media / "i.png", tmp_path / "in" / name)
     server = Server()
-    run(
+    printed = run(
         "--videos",
         tmp_path / "in",
         "--captioner",
@@ -1008,11 +1027,11 @@ def test_odd_folders_ids_and_files(tmp_path, media):
     )
     rows = {row["id"]: row for row in load_jsonl(tmp_path / "out" / "pool.jsonl")}
     assert {i: row["fate"] for i, row in rows.items()} == {
-        "i.png": "dropped",
         "notes.txt": "dropped",
         "one/ä b.mp4": "kept",
         "two/ä b.mp4": "kept",
     }
+    assert f"{tmp_path / 'in'}: 2 image files left out, since only videos are used\n" in printed
     assert list(check(tmp_path / "out" / "uvrd" / "mixture.json", [tmp_path])) == []
 
 
@@ -1113,7 +1132,7 @@ def test_where_nothing_can_be_used_the_run_fails_and_has_said_why(tmp_path, medi
     )
     assert "kept 0 of 2, dropped 2 (unreadable)" in printed and "not one pair was made" in printed
     (tmp_path / "empty").mkdir()
-    assert "empty: nothing in it" in run("--videos", tmp_path / "empty", ok=False)
+    assert "empty: no videos in it" in run("--videos", tmp_path / "empty", ok=False)
 
 
 @pytest.mark.parametrize(
@@ -1139,6 +1158,42 @@ def test_wrong_flags_and_places_are_one_line(raw, tmp_path):
         caption.open_captioner("openai:http://a:b#m", device="cpu", concurrency=1, **SIZES)
     with pytest.raises(ValueError, match="wanted mini, hf:MODEL or openai:URL#MODEL"):
         caption.open_captioner("opneai:x", device="cpu", concurrency=1, **SIZES)
+
+
+@pytest.mark.parametrize(
+    "name, wrong",
+    [
+        ("openai:http://there:1/v1", "wanted mini, hf:MODEL or openai:URL#MODEL"),
+        ("openai:there:1/v1#m", "wanted mini, hf:MODEL or openai:URL#MODEL"),
+        ("openai:http://there:port/v1#m", "captioner http://there:port/v1: Invalid port"),
+        ("hf:", "wanted mini, hf:MODEL or openai:URL#MODEL"),
+    ],
+)
+def test_a_captioner_s_wrong_name_is_refused_before_stage_1(raw, tmp_path, name, wrong):
+    words = ["--videos", raw / "captions.jsonl", "--out", tmp_path / "out", "--stages", 1]
+    assert wrong in run(*words, "--captioner", name, ok=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_notes_on_the_pool_say_which_captions_go_unused(capsys):
+    reasons = ["empty", "URL", "of several videos", "empty", "of several videos"]
+    synth.print_pool_notes([{"text_dropped": reason} for reason in reasons], "out")
+    assert capsys.readouterr().out.splitlines() == [
+        "    raw captions not used, which drops no video: 2 (empty), 1 (URL)",
+        "    raw captions not used, since other videos have the same: 2",
+    ]
+    synth.print_pool_notes([{"text": "A ring goes right."}], "out")
+    assert not capsys.readouterr().out
+
+
+def test_a_pool_of_one_names_the_way_around_negatives_and_the_rate_says_whose_pairs(tmp_path):
+    (tmp_path / "in").mkdir()
+    write_video(tmp_path / "in" / "a.mp4", moving_square(16))
+    words = ["--videos", tmp_path / "in", "--captioner", Server().name, "--out", tmp_path / "out"]
+    printed = run(*words, "--shares", "I2V=0", "V2V=0", "T2I=1", "T2T=1", "TI2V=0", "TV2V=0")
+    (hint,) = re.findall(r"dropped a.mp4 T2V \d: too few negatives: 0 of 1; (.*)", printed)
+    assert hint.endswith("take more videos, or --negatives T2V=0 and another --out")
+    assert re.search(r"one process would take \d+ hours for the paper's 1.55M pairs", printed)
 
 
 def test_a_full_disk_ends_in_one_line_and_leaves_no_half_file(raw, tmp_path):
