@@ -642,11 +642,11 @@ LIST = r"""
 - cache = VectorCache(out / "cache", gve)
 + cache = VectorCache("runs/cache", gve)
 
-@ eval.py: test_eval::frames_and_tokens
+@ eval.py: test_wiring::each_number
 - encoder = checkpoint_encoder(gve, cache, flags, frames, max_tokens)
 + encoder = checkpoint_encoder(gve, cache, flags, flags.frames[0], max_tokens)
 
-@ eval.py: test_eval::frames_and_tokens
+@ eval.py: test_wiring::each_number
 - protocol = protocol_of(gve, flags, frames, max_tokens)
 + protocol = protocol_of(gve, flags, 8, max_tokens)
 

@@ -818,6 +818,19 @@ def test_eval_hands_on_its_flags(world, benchmark, tmp_path, monkeypatch):
     assert watch.calls["show"][0]["names"][0] == "Table 1"
 
 
+def test_each_number_of_frames_is_encoded_and_recorded(world, benchmark, tmp_path, monkeypatch):
+    watch = Watch(monkeypatch, evaluate, "encode")
+    words = ["--ckpt", world.base, "--uvrb", benchmark, "--out", tmp_path, "--device", "cpu"]
+    words += ["--root", world.folder / "data" / "clips", "--datasets", "MSRVTT", "--workers", "0"]
+    words += ["--max-tokens", "6", "--frames", "4", "2"]
+    evaluate.main(parse_flags(evaluate.Flags, [*map(str, words)]))
+    assert watch.values("encode", "frames", "max_tokens") == [(4, 6), (4, 6), (2, 6), (2, 6)]
+    for frames in (2, 4):
+        results = json.loads((tmp_path / f"{frames}x6" / "results.json").read_text())
+        assert results["protocol"]["frames"] == frames
+    assert (tmp_path / "figure12.txt").is_file()
+
+
 def test_a_function_of_ones_own_gets_the_prompts_in_batches(
     world, benchmark, tmp_path, monkeypatch
 ):
