@@ -818,6 +818,18 @@ def test_eval_hands_on_its_flags(world, benchmark, tmp_path, monkeypatch):
     assert watch.calls["show"][0]["names"][0] == "Table 1"
 
 
+def test_each_number_of_frames_is_encoded_and_recorded(world, benchmark, tmp_path, monkeypatch):
+    watch = Watch(monkeypatch, evaluate, "encode")
+    words = ["--ckpt", world.base, "--uvrb", benchmark, "--out", tmp_path, "--device", "cpu"]
+    words += ["--root", world.folder / "data" / "clips", "--datasets", "MSRVTT", "--workers", "0"]
+    words += ["--max-tokens", "6", "--frames", "4", "2"]
+    evaluate.main(parse_flags(evaluate.Flags, [*map(str, words)]))
+    assert watch.values("encode", "frames", "max_tokens") == [(4, 6), (4, 6), (2, 6), (2, 6)]
+    for frames in (2, 4):
+        results = json.loads((tmp_path / f"{frames}x6" / "results.json").read_text())
+        assert results["protocol"]["frames"] == frames
+
+
 def test_a_function_of_ones_own_gets_the_prompts_in_batches(
     world, benchmark, tmp_path, monkeypatch
 ):
@@ -1060,6 +1072,9 @@ def test_eval_shows_the_tables_that_are_asked_for(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "show", lambda *args: watch.calls["show"].append(args))
     own = own_result("a", 0.1)
     write_json(tmp_path / "a.json", own)
+    write_json(tmp_path / "b.json", {"model": "b"})
+    with pytest.raises(ValueError, match="b.json: no results.json"):
+        tables.read_results(tmp_path / "b.json")
     words = "--table 3 7 --figure 2 --uvrb there --root r --out o --results".split()
     evaluate.main(parse_flags(evaluate.Flags, [*words, str(tmp_path / "a.json")]))
     evaluate.main(parse_flags(evaluate.Flags, ["--results", str(tmp_path / "a.json")]))
@@ -1289,6 +1304,24 @@ def test_a_clip_has_at_most_its_tokens(world):
     items = [{"video": clip}, {"video": {"path": clip, "end": 1}}]
     embed.encode(gve, items, frames=2, max_tokens=30, tally=tally)
     assert list(tally.values()) == [2]
+
+
+def test_small_helpers_of_tables_benchmarks_and_the_loss(tmp_path):
+    rows = [{"model": "a", "x": None, "y": 0}, {"model": "b", "x": None}]
+    assert tables.columns_with_numbers(rows) == ["y"]
+
+    write_jsonl_of(tmp_path / "Own" / "jsonl", {"queries": 2, "corpus": 3})
+    assert '"queries": 2, "corpus": 3' in uvrb.definition_of(tmp_path, "Own")
+
+    first, second, third = train.number_rows(torch.tensor([[1.0, 0], [0, 1], [1, 0]])).tolist()
+    assert (first == third, first == second) == (True, False)
+
+
+def write_jsonl_of(folder, sizes):
+    """Write files of so many rows, {name: rows}."""
+    folder.mkdir(parents=True)
+    for name, n in sizes.items():
+        write_jsonl(folder / f"{name}.jsonl", [{"id": str(i)} for i in range(n)])
 
 
 def test_equal_values_are_known_by_their_first_place():
