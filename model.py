@@ -687,13 +687,6 @@ def checkpoint_file(path, name):
     )
 
 
-def name_in_message(path):
-    """Return a checkpoint's path for an error message, with a hint if no such folder exists."""
-    if os.path.exists(path):
-        return path
-    return f"{path} (a hub id, for there is no such folder)"
-
-
 def is_hub_id(path):
     """Say whether a path has the form of a hub id, owner/name."""
     return path.count("/") == 1 and not path.startswith((".", "/"))
@@ -787,9 +780,7 @@ def find_spec(path):
     try:
         file = checkpoint_file(path, "config.json")
     except OSError as error:
-        raise ValueError(
-            f"{name_in_message(path)}: cannot be loaded: {first_line(error)}"
-        ) from error
+        raise ValueError(f"{path}: cannot be loaded: {first_line(error)}") from error
     if file is None and os.path.exists(path):
         raise ValueError(f"{path}: cannot be loaded: no config.json")
     if file is None:
@@ -812,8 +803,7 @@ def load_processor(path, spec):
     except (OSError, ValueError, TypeError, ImportError) as error:
         # transformers raises any of these for absent files.
         raise ValueError(
-            f"{name_in_message(path)}: no usable processor (its config, tokenizer.json): "
-            f"{first_line(error)}"
+            f"{path}: no usable processor (its config, tokenizer.json): {first_line(error)}"
         ) from error
 
 

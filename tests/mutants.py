@@ -615,8 +615,8 @@ LIST = r"""
 + batch = distinct[start : start + 32]
 
 @ eval.py: test_wiring::eval_hands
-- corpora, lost = encode_rows(rows, None, "corpora")
-+ corpora, lost = encode_rows(rows, benches[0].dataset.prompt, "corpora")
+- corpora, lost, damaged = encode_rows(rows, None, "corpora")
++ corpora, lost, damaged = encode_rows(rows, benches[0].dataset.prompt, "corpora")
 
 @ eval.py: test_wiring::eval_hands
 - prompt = bench.dataset.prompt
@@ -708,9 +708,13 @@ LIST = r"""
 - cuts = ((change > 8) & (change > 1.5 * around)).nonzero()[:, 0] + 1
 + cuts = (change > 8).nonzero()[:, 0] + 1
 
-@ synth.py: test_synth::cuts_clips
-- changed = (shot.amax(0) - shot.amin(0)) > 24
-+ changed = (gray.amax(0) - gray.amin(0)) > 24
+@ synth.py: test_synth::a_red_ball
+- changed = change.amax(0) > 24  # (32, 32)
++ changed = change.mean(0) > 24
+
+@ synth.py: test_synth::a_captioner_s_wrong_name
+- split_captioner(flags.captioner)
++ pass
 
 @ synth.py: test_wiring::synth_draws
 - if len(chosen) < KEY_FRAMES and all(difference > 4 for difference in differences):
@@ -827,8 +831,8 @@ LIST = r"""
 + return server_captioner(url, model, **options)
 
 @ caption.py: test_wiring::a_captioner
-- return transformers_captioner(place, device=device, **options)
-+ return transformers_captioner(place, device="cpu", frames=8)
+- return transformers_captioner(model, device=device, **options)
++ return transformers_captioner(model, device="cpu", frames=8)
 
 # uvrb.py
 
@@ -891,10 +895,8 @@ LIST = r"""
 + return f"{value:.2f}".replace("0.", ".", 1)
 
 @ tables.py: test_tables::score_tables_show
-- elif entry["n"]:
-- incomplete[dataset] = cell(entry["score"]) + "*"
-+ elif entry["n"]:
-+     incomplete[dataset] = cell(entry["score"])
+- marked[dataset] = cell(entry["score"]) + "*"
++ marked[dataset] = cell(entry["score"])
 
 @ tables.py: test_wiring::tables_show_ones
 - return "video" if "V" in row["task"] else "image"
@@ -1045,10 +1047,6 @@ LIST = r"""
 + items,
 + None,
 + range(len(items)),
-
-@ model.py: test_model::a_path_without
-- return f"{path} (a hub id, for there is no such folder)"
-+ return "it"
 
 @ model.py: test_model::an_unknown_model_type
 - if model_type not in BACKBONES:

@@ -406,7 +406,7 @@ def write_damaged(path):
             file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         file.mux(stream.encode())
     content = path.read_bytes()
-    path.write_bytes(content[: int(0.9 * len(content))])
+    path.write_bytes(content[: int(0.97 * len(content))])
 
 
 def world(root, media):
