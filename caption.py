@@ -529,8 +529,15 @@ def keep_replies(ask, path, captioner):
         if not requests:
             return
         keys = [request_key(request, captioner) for request in requests]
-        ready = [known[key].popleft() if known[key] else None for key in keys]
-        missing = [request for request, reply in zip(requests, ready, strict=True) if not reply]
+        ready = []  # the kept reply of each request, or None
+        missing = []
+        for key, request in zip(keys, requests, strict=True):
+            if known[key]:
+                ready.append(known[key].popleft())
+            else:
+                ready.append(None)
+                missing.append(request)
+
         fresh = iter(ask(missing) if missing else ())
         with open(path, "a", encoding="ascii") as file:
             for key, reply in zip(keys, ready, strict=True):

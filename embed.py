@@ -354,6 +354,25 @@ def list_rows(path):
     return rows, labels
 
 
+def load_checkpoint(flags, device):
+    """Load the checkpoint that a program's flags name -> GVE.
+
+    Raises ValueError for an adapter on other weights than its own, also where --base names them:
+    GVE.from_pretrained only warns then.
+    """
+    gve = GVE.from_pretrained(
+        flags.ckpt,
+        device=device,
+        base=flags.base,
+        prompt_style=flags.prompt_style,
+        min_tokens=flags.min_tokens,
+        positions=flags.positions,
+    )
+    if gve.wrong_base:
+        raise ValueError(gve.wrong_base)
+    return gve
+
+
 def resolve_all(rows, names, folder, roots):
     """Resolve rows -> (items, {index: reason} of rows that cannot be used).
 
@@ -384,17 +403,7 @@ def main(flags):
 
     rank, _, device = join_ranks(flags.device)
     out = Path(flags.out)
-    gve = GVE.from_pretrained(
-        flags.ckpt,
-        device=device,
-        base=flags.base,
-        prompt_style=flags.prompt_style,
-        min_tokens=flags.min_tokens,
-        positions=flags.positions,
-    )
-    if gve.wrong_base:
-        raise ValueError(gve.wrong_base)
-
+    gve = load_checkpoint(flags, device)
     tally = collections.Counter()
     vectors, reasons = encode(
         gve,

@@ -47,8 +47,7 @@ import transformers
 
 import uvrb
 from data import PATH_KEY
-from embed import encode, find_first_equals, hash_some_columns
-from model import GVE
+from embed import encode, find_first_equals, hash_some_columns, load_checkpoint
 from support.cache import VectorCache
 from support.files import hash_files, read_jsonl, write_json, write_jsonl
 from support.flags import flag, parse_flags
@@ -834,16 +833,7 @@ def score_checkpoint(benches, benchmark, model, flags, out):
     ranks but 0.
     """
     rank, _, device = join_ranks(flags.device)
-    gve = GVE.from_pretrained(
-        flags.ckpt,
-        device=device,
-        base=flags.base,
-        prompt_style=flags.prompt_style,
-        min_tokens=flags.min_tokens,
-        positions=flags.positions,
-    )
-    if gve.wrong_base:
-        raise ValueError(gve.wrong_base)
+    gve = load_checkpoint(flags, device)
     cache = VectorCache(out / "cache", gve)
     settings = list(itertools.product(flags.frames, flags.max_tokens))
     outcomes = []

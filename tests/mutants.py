@@ -1745,18 +1745,6 @@ LIST = r"""
 + positions="",
 
 @ eval.py: test_wiring::eval_hands
-- base=flags.base,
-+ base="",
-
-@ eval.py: test_wiring::eval_hands
-- min_tokens=flags.min_tokens,
-+ min_tokens=0,
-
-@ eval.py: test_wiring::eval_hands
-- positions=flags.positions,
-+ positions="",
-
-@ eval.py: test_wiring::eval_hands
 - "min_tokens": gve.min_tokens,
 + "min_tokens": 4,
 

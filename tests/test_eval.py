@@ -896,7 +896,7 @@ if __name__ == "__main__":
     vectors, _, _ = encoder_of(tmp_path, text)(bench(1, 1).queries, None, "")
     # The worker ran this file alone: eval.py would have brought torch.
     assert vectors.tolist() == [[1.0, 2.0, 0.0]]
-    assert sys.modules["model"] is not ours and ev.GVE is ours.GVE
+    assert sys.modules["model"] is not ours and ev.load_checkpoint.__globals__["GVE"] is ours.GVE
 
 
 def test_nothing_scored_is_an_error_with_the_reasons_in_the_log(tmp_path):

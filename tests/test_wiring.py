@@ -773,7 +773,7 @@ def benchmark(world, tmp_path_factory):
 
 def test_eval_hands_on_its_flags(world, benchmark, tmp_path, monkeypatch):
     watch = Watch(monkeypatch, evaluate, "encode", "VectorCache", "show", "score", "join_ranks")
-    models = Watch(monkeypatch, evaluate.GVE, "from_pretrained")
+    models = Watch(monkeypatch, GVE, "from_pretrained")
     roots = [str(world.folder / "data" / "clips"), str(world.folder / "pictures")]
     words = ["--ckpt", world.base, "--uvrb", benchmark, "--out", tmp_path, "--device", "cpu"]
     words += ["--root", *roots, "--datasets", "MSRVTT", "MS-TI", "--prompt-style", "system"]
