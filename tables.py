@@ -1182,26 +1182,36 @@ def print_published():
 def pyramid_table(event, levels):
     """Format one curriculum epoch (section 4.2), a line per source and per level of the pyramid.
 
-    A line has R_k, its standard error, P(k), the expected steps, and the passes so far.
+    A line has R_k and its standard error; P(k), the mean over the epoch's steps; the steps drawn in
+    this epoch; and how much is through by the epoch's end: the passes and, where sources have
+    quotas, the steps used and left of them.
     event: the "epoch" line of train.py's log. levels: {source: (level 1..4, task)}.
     """
-    lines = [
-        f"{'level':>5} {'task':<6} {'source':<24} "
-        f"{'R_k':>7} {'+-':>6} {'P(k)':>7} {'steps':>7} {'passes':>7}"
-    ]
+    quota = event["quota"]
+    titles = f"{'level':>5} {'task':<6} {'source':<24} {'R_k':>7} {'+-':>6} {'P(k)':>7}"
+    titles += f" {'steps':>6} {'passes':>7}"
+    if quota:
+        titles += f" {'used':>6} {'left':>6}"
+    lines = [titles]
+
+    def add_line(level, task, members, name="", relevance="", passes=""):
+        p = sum(event["P"][member] for member in members)
+        steps = sum(event["drawn"][member] for member in members)
+        line = f"{level:>5} {task:<6} {name:<24} {relevance:>14} {p:7.3f} {steps:6.0f} {passes:>7}"
+        if quota:
+            used = sum(event["used"][member] for member in members)
+            left = sum(quota[member] for member in members) - used
+            line += f" {used:6.0f} {left:6.0f}"
+        lines.append(line.rstrip())
+
     for level in range(1, 5):
         members = [name for name, (own_level, _) in levels.items() if own_level == level]
         for name in members:
             _, task = levels[name]
-            relevance = f"{'-':>7} {'-':>6}"  # only the pyramid probes
+            relevance = f"{'-':>7} {'-':>6}"  # only schedules that need R_k probe
             if event["R"]:
                 relevance = f"{event['R'][name]:7.3f} {event['R_error'][name]:6.3f}"
-            p = event["P"][name]
-            lines.append(
-                f"{level:>5} {task:<6} {name:<24} {relevance} "
-                f"{p:7.3f} {p * event['steps']:7.1f} {event['passes'][name]:7.2f}"
-            )
+            add_line(level, task, [name], name, relevance, f"{event['passes'][name]:.2f}")
         if members:
-            p = event["level_P"][str(level)]
-            lines.append(f"{level:>5} {'all':<6} {'':<39} {p:7.3f} {p * event['steps']:7.1f}")
+            add_line(level, "all", members)
     return "\n".join(lines)

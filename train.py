@@ -9,7 +9,8 @@ The last line trains on the files that mixtures/gve-3b.json names, under DIR.
 Every step draws one source. At the start of each curriculum epoch the prober Psi_t measures how
 well each source's pairs agree, R_k = mean cosine of N_p positive pairs. Sources are then drawn by
 P(k) = softmax(R_k / sigma_t), while sigma grows from 0.1 to 1.0: well-aligned sources come first,
-the others catch up.
+the others catch up. P(k) decides the order, not the amount: each source has a quota, its share of
+one pass over the data, and leaves the draw when that is used up.
 
 Read in this order: the schedule and its sampler, the loss, GradCache, probing and mining, the loop
 in `train`. A run writes a checkpoint folder (model.py), states to resume from
@@ -33,7 +34,9 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -113,6 +116,7 @@ PRESETS = {
         mixture=["runs/mini/train/mixture.json"],
         out="runs/gve-mini",
         features="runs/features",
+        schedule="pyramid-free",
         steps=640,
         dropout=0.0,
         micro_tokens=16384,
@@ -142,6 +146,11 @@ def pyramid_weights(relevance, sigma_t, sizes, levels, progress):
     return np.exp(z - z.max())
 
 
+def reverse_weights(relevance, sigma_t, sizes, levels, progress):
+    """Weigh by softmax(-R_k / sigma_t): the hardest sources first, the pyramid's control."""
+    return pyramid_weights(-np.asarray(relevance, float), sigma_t, sizes, levels, progress)
+
+
 def proportional_weights(relevance, sigma_t, sizes, levels, progress):
     """Weigh by size: GVE-s."""
     return sizes
@@ -160,29 +169,51 @@ def staged_weights(relevance, sigma_t, sizes, levels, progress):
     return sizes * (levels == level)
 
 
-# name: (weights of each source at a step, not normalised; whether they need R_k to be probed)
+class Schedule(NamedTuple):
+    """How a run's steps are dealt out to the sources."""
+
+    weigh: Callable  # -> weights (K,) of the sources at a step, not normalised
+    probes: bool  # R_k is needed
+    one_pass: bool  # a source leaves the draw when its quota is used up
+
+
+# PAPER: P(k) alone, without quotas, says how much of each source is seen, too. Table 6's smallest
+# source would then be gone through 75 times, its largest to 6 %; but the paper's curves end where
+# one pass over all sources ends. So "pyramid" keeps to one pass; "pyramid-free" does not.
 SCHEDULES = {
-    "pyramid": (pyramid_weights, True),
-    "proportional": (proportional_weights, False),
-    "uniform": (uniform_weights, False),
-    "staged": (staged_weights, False),
+    "pyramid": Schedule(pyramid_weights, probes=True, one_pass=True),
+    "pyramid-free": Schedule(pyramid_weights, probes=True, one_pass=False),
+    "reverse": Schedule(reverse_weights, probes=True, one_pass=True),
+    "proportional": Schedule(proportional_weights, probes=False, one_pass=False),
+    "uniform": Schedule(uniform_weights, probes=False, one_pass=False),
+    "staged": Schedule(staged_weights, probes=False, one_pass=False),
 }
 
 
-def source_probabilities(schedule, relevance, sigma_t, sizes, levels, progress=0.0):
+def source_probabilities(
+    schedule, relevance, sigma_t, sizes, levels, *, progress=0.0, candidates=None
+):
     """Return P (K,), the probability of each source at one step.
 
     schedule: a name of SCHEDULES, else ValueError. relevance R (K,): cosines, None for schedules
     that do not need them. sigma_t: temperature. sizes (K,): pairs. levels (K,): 1..4. progress: how
-    far the run is, in [0, 1).
+    far the run is, in [0, 1). candidates (K,) bool: the sources that may be drawn; None: all.
     """
     if schedule not in SCHEDULES:
         raise ValueError(f"unknown schedule {schedule!r}; accepted: {', '.join(SCHEDULES)}")
-    weigh, _ = SCHEDULES[schedule]
     sizes = np.asarray(sizes, float)
     levels = np.asarray(levels)
-    weights = weigh(relevance, sigma_t, sizes, levels, progress)
-    return weights / weights.sum()
+    if candidates is None:
+        candidates = np.ones(len(sizes), bool)
+    if relevance is not None:
+        relevance = np.asarray(relevance, float)[candidates]
+
+    weights = SCHEDULES[schedule].weigh(
+        relevance, sigma_t, sizes[candidates], levels[candidates], progress
+    )
+    p = np.zeros(len(sizes))
+    p[candidates] = weights / weights.sum()
+    return p
 
 
 def sigma(epoch, epochs, low=0.1, high=1.0):
@@ -192,12 +223,81 @@ def sigma(epoch, epochs, low=0.1, high=1.0):
     return low + (high - low) * epoch / (epochs - 1)
 
 
-class Sampler:
-    """Draw single-source global batches.
+def epoch_steps(epoch, epochs, steps):
+    """Return the steps of curriculum epoch 0..epochs-1, a range; the epochs share them evenly."""
+    return range(round(epoch * steps / epochs), round((epoch + 1) * steps / epochs))
 
-    A draw depends on seed, step, probabilities and earlier draws, so that all ranks draw alike. A
-    source's rows come without replacement and are reshuffled when exhausted (the last batch of a
-    pass may be short). Drawing steps 0..n-1 again restores the position of step n.
+
+def relevance_by_task(relevance, sizes, tasks):
+    """Give all sources of a task (T2V, T2I, ...) one R: the mean of their R, weighted by size.
+
+    relevance, sizes, tasks (K,) -> list (K,)
+    """
+    # PAPER: leaves open whether k counts data sources or task types.
+    pairs = collections.Counter()
+    sums = collections.Counter()
+    for r, size, task in zip(relevance, sizes, tasks, strict=True):
+        pairs[task] += size
+        sums[task] += r * size
+    return [sums[task] / pairs[task] for task in tasks]
+
+
+def source_quotas(samples, batch, steps=0):
+    """Return each source's steps in a run (K,), int: its share of one pass over the data.
+
+    samples (K,): pairs. batch (K,): global batches. steps: of the run, among which the pass is
+    divided in the same proportion; 0: one pass, ceil(samples / batch) of each source. Fractions are
+    rounded so that the quotas sum to steps: the largest remainders go up.
+    """
+    one_pass = -(-np.asarray(samples) // np.asarray(batch))  # rounded up
+    total = one_pass.sum()
+    quotas, remainders = np.divmod(one_pass * (steps or total), total)
+    missing = remainders.sum() // total
+    largest_first = np.argsort(-remainders, kind="stable")
+    quotas[largest_first[:missing]] += 1
+    return quotas
+
+
+def draw_epoch(
+    schedule, relevance, sigma_t, quotas, seed, *, sizes, levels, taken=None, steps=None
+):
+    """Draw the source of each step of an epoch -> (numbers [k per step], expected share (K,)).
+
+    The result is a pure function of the arguments. schedule, relevance, sigma_t, sizes, levels: as
+    in source_probabilities. quotas (K,): source_quotas of the run; sources without steps left are
+    not drawn by a schedule that keeps to one pass. taken (K,): steps of each source in earlier
+    epochs; None: none. steps: the epoch's part of the run's steps, a range; None: the whole run.
+    """
+    total = int(np.sum(quotas))
+    steps = range(total) if steps is None else steps
+    left = np.array(quotas) - (0 if taken is None else np.asarray(taken))
+    candidates = None  # all
+    numbers = []
+    share = np.zeros(len(left))
+    for step in steps:
+        if SCHEDULES[schedule].one_pass:
+            candidates = left > 0
+        p = source_probabilities(
+            schedule,
+            relevance,
+            sigma_t,
+            sizes,
+            levels,
+            progress=step / total,
+            candidates=candidates,
+        )
+        k = int(np.random.default_rng([seed, step]).choice(len(p), p=p))
+        numbers.append(k)
+        left[k] -= 1
+        share += p / len(steps)
+    return numbers, share
+
+
+class Sampler:
+    """Deal out the rows of each source, in global batches.
+
+    All ranks deal alike. A source's rows come without replacement and are reshuffled when exhausted
+    (the last batch of a pass may be short). Setting `drawn` restores a position.
 
     sources: objects with samples (pairs of one pass), batch_size and a length (rows).
     """
@@ -220,27 +320,20 @@ class Sampler:
         """Return how often each source's rows have been drawn so far (K,)."""
         return [drawn / rows for drawn, rows in zip(self.drawn, self.rows, strict=True)]
 
-    def draw(self, step, probabilities):
-        """Draw one step's batch under probabilities (K,) -> (source number, row numbers)."""
-        rng = np.random.default_rng([self.seed, step])
-        k = int(rng.choice(len(self.sources), p=probabilities))
+    def taken(self):
+        """Return how many steps have drawn from each source so far (K,)."""
+        steps = []
+        for drawn, rows, batch in zip(self.drawn, self.rows, self.batch, strict=True):
+            passes, rest = divmod(drawn, rows)
+            steps.append(passes * math.ceil(rows / batch) + math.ceil(rest / batch))
+        return steps
+
+    def draw(self, k):
+        """Draw one step's batch from source k -> row numbers."""
         pass_number, start = divmod(self.drawn[k], self.rows[k])
         rows = self.order(k, pass_number)[start : start + self.batch[k]]
         self.drawn[k] += len(rows)
-        return k, rows
-
-
-def draw_epoch(sampler, probabilities):
-    """Draw an epoch -> (plan [(source number, row numbers)], expected share of each source (K,)).
-
-    probabilities: {step: P (K,)} of the epoch's steps, in order.
-    """
-    plan = []
-    share = np.zeros(len(sampler.sources))
-    for step, p in probabilities.items():
-        plan.append(sampler.draw(step, p))
-        share += p / len(probabilities)
-    return plan, share
+        return rows
 
 
 def learning_rate(step, steps, peak, warmup):
@@ -616,6 +709,9 @@ class Flags:
         "", "Psi_1, the first epoch's prober: any checkpoint; empty: the starting one"
     )
     schedule: str = flag("pyramid", "how sources are drawn", choices=list(SCHEDULES))
+    relevance: str = flag(
+        "source", "R_k of each source, or one for all of a task", choices=["source", "task"]
+    )
     # PAPER: Table 9's three epochs could also mean three passes; the paper's curves show one.
     epochs: int = flag(3, "curriculum epochs; together they are one pass over the data")
     steps: int = flag(0, "optimiser steps; 0: sum over sources of ceil(samples / global batch)")
@@ -1032,18 +1128,20 @@ def by_source(sources, values):
     return {s.name: round(float(v), 5) for s, v in zip(sources, values, strict=True)}
 
 
-def describe_epoch(sources, sampler, start, share):
-    """Return what the log says of an epoch's draw: R_k, P(k), passes, each level's share."""
-    level_share = {}
-    for level in range(1, len(LEVELS) + 1):
-        members = [LEVEL[source.task] == level for source in sources]
-        level_share[str(level)] = round(float(share[members].sum()), 5)
+def describe_epoch(sources, sampler, start, share, numbers, quotas):
+    """Return what the log says of an epoch's draw, by source.
+
+    R_k and its standard error; P(k), the mean over the epoch's steps; the steps drawn in this
+    epoch; by its end, the steps used and the passes; the quota (None: the sources have none).
+    """
     return {
         "R": by_source(sources, start["relevance"]),
         "R_error": by_source(sources, start["error"]),
         "P": by_source(sources, share),
+        "drawn": by_source(sources, np.bincount(numbers, minlength=len(sources))),
+        "used": by_source(sources, sampler.taken()),
+        "quota": by_source(sources, quotas),
         "passes": by_source(sources, sampler.passes()),
-        "level_P": level_share,
     }
 
 
@@ -1078,13 +1176,12 @@ def train(flags, sources, sampler, rank, world, device):
     """Train on the sources that the sampler draws from -> the trained model (GVE)."""
     sizes = [source.samples for source in sources]
     levels = [LEVEL[source.task] for source in sources]
-    _, needs_relevance = SCHEDULES[flags.schedule]
+    schedule = SCHEDULES[flags.schedule]
     margin = None if flags.margin < 0 else flags.margin
     tau = flags.temperature
     roots = [flags.data, *flags.root]
-    steps = flags.steps
-    if not steps:  # one pass over the data
-        steps = sum(math.ceil(n / batch) for n, batch in zip(sizes, sampler.batch, strict=True))
+    quotas = source_quotas(sizes, sampler.batch, flags.steps)
+    steps = int(quotas.sum())
 
     # Model
     gve, optimizer, collate = build_model(flags, rank, device)
@@ -1186,29 +1283,37 @@ def train(flags, sources, sampler, rank, world, device):
     steps_before = step
     for epoch in range(first_epoch, flags.epochs):
         # Where on the pyramid are we? A resumed run finds in its state how this epoch began.
-        first_step = round(epoch * steps / flags.epochs)
-        last_step = round((epoch + 1) * steps / flags.epochs)
+        of_epoch = epoch_steps(epoch, flags.epochs, steps)
         sigma_t = sigma(epoch, flags.epochs, high=flags.sigma_max)
         start = resumed["epoch_start"] if resumed else None
         prober = gve
         if start is None:
             start = {"drawn": list(sampler.drawn), "relevance": None, "error": None}
-            if epoch == 0 and flags.prober and (needs_relevance or flags.remine):
+            if epoch == 0 and flags.prober and (schedule.probes or flags.remine):
                 prober = GVE.from_pretrained(flags.prober, dtype=flags.dtype, device=device)
-            if needs_relevance:
+            if schedule.probes:
                 relevance, error = probe_sources(prober, sources, flags, rank, world)
+                if flags.relevance == "task":
+                    tasks = [source.task for source in sources]
+                    relevance = relevance_by_task(relevance, sizes, tasks)
                 start |= {"relevance": relevance, "error": error}
 
         # Draw the epoch's batches. A resumed run draws all of them again and skips those done.
         sampler.drawn = list(start["drawn"])
-        probabilities = {}
-        for s in range(first_step, last_step):
-            probabilities[s] = source_probabilities(
-                flags.schedule, start["relevance"], sigma_t, sizes, levels, s / steps
-            )
-        plan, share = draw_epoch(sampler, probabilities)
+        numbers, share = draw_epoch(
+            flags.schedule,
+            start["relevance"],
+            sigma_t,
+            quotas,
+            flags.seed,
+            sizes=sizes,
+            levels=levels,
+            taken=sampler.taken(),
+            steps=of_epoch,
+        )
+        plan = [(k, sampler.draw(k)) for k in numbers]
         trained_rows = list(start["drawn"])  # (K,) rows of each source that a step has used
-        for k, rows in plan[: step - first_step]:
+        for k, rows in plan[: step - of_epoch.start]:
             trained_rows[k] += len(rows)
 
         if not resumed:
@@ -1218,7 +1323,9 @@ def train(flags, sources, sampler, rank, world, device):
                 "steps": len(plan),
                 "sigma": sigma_t,
                 "schedule": flags.schedule,
-                **describe_epoch(sources, sampler, start, share),
+                **describe_epoch(
+                    sources, sampler, start, share, numbers, quotas if schedule.one_pass else None
+                ),
             }
             members = {s.name: (LEVEL[s.task], s.task) for s in sources}
             log.say(f"\nepoch {epoch + 1}/{flags.epochs}, {flags.schedule}, sigma {sigma_t:.2f}")
@@ -1228,14 +1335,14 @@ def train(flags, sources, sampler, rank, world, device):
         # Mine hard negatives for the rows drawn.
         if flags.remine:
             mined = out / f"mined-{epoch}.jsonl"
-            if resumed and step < last_step:
+            if resumed and step < of_epoch.stop:
                 with fail_together():
                     read_mined(sources, mined)
             elif not resumed:
                 mine_epoch(prober, sources, plan, flags, mined)
         del prober
 
-        stream = load(plan[step - first_step :])
+        stream = load(plan[step - of_epoch.start :])
         if resumed:
             # Restore the random state last: the code above may draw random numbers.
             set_rng_state(device, rng_states[rank].clone())
@@ -1372,7 +1479,7 @@ def train(flags, sources, sampler, rank, world, device):
             # Save. Adapter and state are whole at every moment; a kill costs the steps since.
             saving = time.perf_counter()
             due = flags.save_every and step % flags.save_every == 0
-            if due or step == last_step or sums["stops"]:
+            if due or step == of_epoch.stop or sums["stops"]:
                 # Each rank has a random state of its own and has met bad rows of its own.
                 of_ranks = all_gather_object((get_rng_state(device), bad_rows))
                 data = {}

@@ -558,24 +558,31 @@ def test_any_cell_with_one_changed_digit_names_its_row():
 # The epoch's table in train.py
 
 
+@pytest.mark.parametrize("quota", [None, {"a": 10, "b": 3}])
 @pytest.mark.parametrize("probed", [True, False])
-def test_the_pyramids_table_has_a_line_per_source_and_level(probed):
+def test_the_pyramids_table_has_a_line_per_source_and_level(probed, quota):
     event = {
         "R": {"a": 0.5, "b": 0.25} if probed else None,
         "R_error": {"a": 0.01, "b": 0.02} if probed else None,
         "P": {"a": 0.75, "b": 0.25},
+        "drawn": {"a": 5, "b": 3},
+        "used": {"a": 9, "b": 3},
+        "quota": quota,
         "passes": {"a": 1.5, "b": 0.125},
-        "level_P": {"1": 0.0, "2": 1.0, "3": 0.0, "4": 0.0},
         "steps": 8,
     }
     text = tables.pyramid_table(event, {"a": (2, "T2V"), "b": (2, "T2I")})
-    relevance = [["0.500", "0.010"], ["0.250", "0.020"]] if probed else [["-", "-"]] * 2
-    assert [line.split() for line in text.splitlines()] == [
-        ["level", "task", "source", "R_k", "+-", "P(k)", "steps", "passes"],
-        ["2", "T2V", "a", *relevance[0], "0.750", "6.0", "1.50"],
-        ["2", "T2I", "b", *relevance[1], "0.250", "2.0", "0.12"],
-        ["2", "all", "1.000", "8.0"],
+    expected = [
+        ["level", "task", "source", "R_k", "+-", "P(k)", "steps", "passes", "used", "left"],
+        ["2", "T2V", "a", "0.500", "0.010", "0.750", "5", "1.50", "9", "1"],
+        ["2", "T2I", "b", "0.250", "0.020", "0.250", "3", "0.12", "3", "0"],
+        ["2", "all", "1.000", "8", "12", "1"],
     ]
+    if not probed:
+        expected[1][3:5] = expected[2][3:5] = ["-", "-"]
+    if not quota:
+        expected = [line[:-2] for line in expected]
+    assert [line.split() for line in text.splitlines()] == expected
 
 
 def test_tables_start_without_matplotlib():
