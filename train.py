@@ -34,9 +34,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -169,24 +167,19 @@ def staged_weights(relevance, sigma_t, sizes, levels, progress):
     return sizes * (levels == level)
 
 
-class Schedule(NamedTuple):
-    """How a run's steps are dealt out to the sources."""
-
-    weigh: Callable  # -> weights (K,) of the sources at a step, not normalised
-    probes: bool  # R_k is needed
-    one_pass: bool  # a source leaves the draw when its quota is used up
-
-
 # PAPER: P(k) alone, without quotas, says how much of each source is seen, too. Table 6's smallest
 # source would then be gone through 75 times, its largest to 6 %; but the paper's curves end where
 # one pass over all sources ends. So "pyramid" keeps to one pass; "pyramid-free" does not.
+#
+# weigh: gives the weights of the sources (K,) at a step. probes: R_k is needed. one_pass: a source
+# leaves the draw when its quota is used up.
 SCHEDULES = {
-    "pyramid": Schedule(pyramid_weights, probes=True, one_pass=True),
-    "pyramid-free": Schedule(pyramid_weights, probes=True, one_pass=False),
-    "reverse": Schedule(reverse_weights, probes=True, one_pass=True),
-    "proportional": Schedule(proportional_weights, probes=False, one_pass=False),
-    "uniform": Schedule(uniform_weights, probes=False, one_pass=False),
-    "staged": Schedule(staged_weights, probes=False, one_pass=False),
+    "pyramid": dict(weigh=pyramid_weights, probes=True, one_pass=True),
+    "pyramid-free": dict(weigh=pyramid_weights, probes=True, one_pass=False),
+    "reverse": dict(weigh=reverse_weights, probes=True, one_pass=True),
+    "proportional": dict(weigh=proportional_weights, probes=False, one_pass=False),
+    "uniform": dict(weigh=uniform_weights, probes=False, one_pass=False),
+    "staged": dict(weigh=staged_weights, probes=False, one_pass=False),
 }
 
 
@@ -208,7 +201,7 @@ def source_probabilities(
     if relevance is not None:
         relevance = np.asarray(relevance, float)[candidates]
 
-    weights = SCHEDULES[schedule].weigh(
+    weights = SCHEDULES[schedule]["weigh"](
         relevance, sigma_t, sizes[candidates], levels[candidates], progress
     )
     p = np.zeros(len(sizes))
@@ -275,7 +268,7 @@ def draw_epoch(
     numbers = []
     share = np.zeros(len(left))
     for step in steps:
-        if SCHEDULES[schedule].one_pass:
+        if SCHEDULES[schedule]["one_pass"]:
             candidates = left > 0
         p = source_probabilities(
             schedule,
@@ -325,7 +318,7 @@ class Sampler:
         steps = []
         for drawn, rows, batch in zip(self.drawn, self.rows, self.batch, strict=True):
             passes, rest = divmod(drawn, rows)
-            steps.append(passes * math.ceil(rows / batch) + math.ceil(rest / batch))
+            steps.append(passes * -(-rows // batch) + -(-rest // batch))  # rounded up
         return steps
 
     def draw(self, k):
@@ -1289,9 +1282,9 @@ def train(flags, sources, sampler, rank, world, device):
         prober = gve
         if start is None:
             start = {"drawn": list(sampler.drawn), "relevance": None, "error": None}
-            if epoch == 0 and flags.prober and (schedule.probes or flags.remine):
+            if epoch == 0 and flags.prober and (schedule["probes"] or flags.remine):
                 prober = GVE.from_pretrained(flags.prober, dtype=flags.dtype, device=device)
-            if schedule.probes:
+            if schedule["probes"]:
                 relevance, error = probe_sources(prober, sources, flags, rank, world)
                 if flags.relevance == "task":
                     tasks = [source.task for source in sources]
@@ -1324,7 +1317,12 @@ def train(flags, sources, sampler, rank, world, device):
                 "sigma": sigma_t,
                 "schedule": flags.schedule,
                 **describe_epoch(
-                    sources, sampler, start, share, numbers, quotas if schedule.one_pass else None
+                    sources,
+                    sampler,
+                    start,
+                    share,
+                    numbers,
+                    quotas if schedule["one_pass"] else None,
                 ),
             }
             members = {s.name: (LEVEL[s.task], s.task) for s in sources}

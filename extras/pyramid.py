@@ -78,7 +78,7 @@ def walk_mixture(flags):
     sampler = Sampler(sources, flags.batch_scale, flags.seed)
     sizes = [source.samples for source in sources]
     quotas = source_quotas(sizes, sampler.batch, flags.steps)
-    one_pass = SCHEDULES[flags.schedule].one_pass
+    one_pass = SCHEDULES[flags.schedule]["one_pass"]
     epochs = []
     for epoch in range(flags.epochs):
         steps = epoch_steps(epoch, flags.epochs, int(quotas.sum()))

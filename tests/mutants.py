@@ -258,8 +258,8 @@ LIST = r"""
 + sigma_t = sigma(epoch, flags.epochs)
 
 @ train.py: test_wiring::a_run_is_the_loop
-- if epoch == 0 and flags.prober and (needs_relevance or flags.remine):
-+ if flags.prober and (needs_relevance or flags.remine):
+- if epoch == 0 and flags.prober and (schedule["probes"] or flags.remine):
++ if flags.prober and (schedule["probes"] or flags.remine):
 
 @ train.py: test_wiring::a_run_is_the_loop
 - prober = GVE.from_pretrained(flags.prober, dtype=flags.dtype, device=device)
@@ -274,11 +274,51 @@ LIST = r"""
 + mine_epoch(gve, sources, plan, flags, mined)
 
 @ train.py: test_wiring::a_run_with_every_setting
-- flags.schedule, start["relevance"], sigma_t, sizes, levels, s / steps
-+ flags.schedule, start["relevance"], sigma_t, sizes, levels, epoch / flags.epochs
+- progress=step / total,
++ progress=steps.start / total,
+
+@ train.py: test_train::an_epoch_draws_by_relevance_among
+- candidates = left > 0
++ candidates = left >= 0
+
+@ train.py: test_train::an_epoch_draws_by_relevance_among
+- left = np.array(quotas) - (0 if taken is None else np.asarray(taken))
++ left = np.array(quotas)
+
+@ train.py: test_train::the_papers_mixtures
+- "reverse": dict(weigh=reverse_weights, probes=True, one_pass=True),
++ "reverse": dict(weigh=reverse_weights, probes=True, one_pass=False),
+
+@ train.py: test_train::an_epoch_draws_by_relevance_among
+- "pyramid": dict(weigh=pyramid_weights, probes=True, one_pass=True),
++ "pyramid": dict(weigh=pyramid_weights, probes=True, one_pass=False),
+
+@ train.py: test_train::an_epoch_draws_by_relevance_among
+- return pyramid_weights(-np.asarray(relevance, float), sigma_t, sizes, levels, progress)
++ return pyramid_weights(relevance, sigma_t, sizes, levels, progress)
+
+@ train.py: test_train::quotas_are
+- largest_first = np.argsort(-remainders, kind="stable")
++ largest_first = np.argsort(remainders, kind="stable")
+
+@ train.py: test_train::the_papers_mixtures
+- one_pass = -(-np.asarray(samples) // np.asarray(batch))  # rounded up
++ one_pass = np.asarray(samples) // np.asarray(batch)
+
+@ train.py: test_train::sources_of_a_task
+- sums[task] += r * size
++ sums[task] += r
+
+@ train.py: test_train::sampler_deals
+- steps.append(passes * -(-rows // batch) + -(-rest // batch))  # rounded up
++ steps.append(-(-drawn // batch))
 
 @ train.py: test_wiring::a_run_that_stops
-- stream = load(plan[step - first_step :])
+- taken=sampler.taken(),
++ taken=None,
+
+@ train.py: test_wiring::a_run_that_stops
+- stream = load(plan[step - of_epoch.start :])
 + stream = load(plan)
 
 @ train.py: test_wiring::a_run_is_the_loop

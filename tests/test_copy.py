@@ -108,18 +108,30 @@ time, y, x = mrope_positions(types, torch.ones_like(types), None, grid, torch.te
 assert time.tolist() == [[0, 1, 1, 4, 4, 5]] and x.tolist() == [[0, 1, 2, 1, 2, 5]]
 """,
     ),
-    "the schedule and its sampler": (
+    "the schedule": (
         "train.py",
-        ["Sampler", "source_probabilities", "sigma", "draw_epoch"],
+        ["draw_epoch", "source_quotas", "sigma"],
+        """
+quotas = source_quotas([4, 4], [2, 2])
+numbers, share = draw_epoch(
+    "pyramid", [0.3, 0.7], sigma(0, 3), quotas, 42, sizes=[4, 4], levels=[1, 2], steps=range(1)
+)
+assert abs(share[1] - 1 / (1 + np.exp(-4))) < 1e-12 and len(numbers) == 1
+numbers, _ = draw_epoch("pyramid", [0.3, 0.7], 0.1, quotas, 42, sizes=[4, 4], levels=[1, 2])
+assert sorted(numbers) == [0, 0, 1, 1]
+""",
+    ),
+    "the sampler": (
+        "train.py",
+        ["Sampler"],
         """
 class Rows:
     samples, batch_size = 4, 2
     def __len__(self):
         return 4
 
-p = source_probabilities("pyramid", [0.3, 0.7], sigma(0, 3), [4, 4], [1, 2])
-plan, share = draw_epoch(Sampler([Rows(), Rows()]), dict.fromkeys(range(20), p))
-assert abs(p[1] - 1 / (1 + np.exp(-4))) < 1e-12 and np.allclose(share, p) and len(plan) == 20
+sampler = Sampler([Rows(), Rows()])
+assert sorted([*sampler.draw(0), *sampler.draw(0)]) == [0, 1, 2, 3]
 """,
     ),
     "the plain loss": (

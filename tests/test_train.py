@@ -3,6 +3,7 @@
 import ctypes
 import itertools
 import json
+import math
 import os
 import re
 import shlex
@@ -841,7 +842,7 @@ def test_log_and_checkpoint_hold_what_the_record_needs(one_and_many):
     assert [line["sigma"] for line in epochs] == [0.1, 0.55, 1.0]
     for line in epochs:
         assert abs(sum(line["P"].values()) - 1) < 1e-3
-        assert abs(sum(line["level_P"].values()) - 1) < 1e-3
+        assert sum(line["drawn"].values()) == line["steps"] == 3
 
 
 def test_the_log_has_each_line_s_own_flops_whatever_the_ranks_and_grad_cache(one_and_many):
@@ -864,11 +865,11 @@ def test_the_log_has_each_line_s_own_flops_whatever_the_ranks_and_grad_cache(one
     assert sum(first) > 1.03 * sum(reference)
 
 
-def test_sampler_draws_each_row_once_per_pass_and_is_restored_by_replay(mixture):
+def test_sampler_deals_each_row_once_per_pass_and_is_restored_by_its_position(mixture):
     sources = train.load_mixture(mixture)
-    p = [0.5, 0.3, 0.2]
     sampler = train.Sampler(sources, seed=1)
-    drawn = [sampler.draw(step, p) for step in range(60)]
+    order = np.random.default_rng(5).integers(0, 3, 60)
+    drawn = [(k, sampler.draw(k)) for k in order]
 
     for k, source in enumerate(sources):
         rows = np.concatenate([numbers for number, numbers in drawn if number == k])
@@ -880,22 +881,16 @@ def test_sampler_draws_each_row_once_per_pass_and_is_restored_by_replay(mixture)
             assert sorted(numbers) == list(range(n))
         assert (passes[0] != passes[1]).any()  # reshuffled
 
-    # A new sampler that draws the first 40 steps again goes on as the first one did.
+    # A new sampler at the position after 40 steps goes on as the first one did.
     again = train.Sampler(sources, seed=1)
-    for step in range(40):
-        again.draw(step, p)
-    for step in range(40, 60):
-        k, rows = again.draw(step, p)
-        expected_k, expected_rows = drawn[step]
-        assert k == expected_k
-        assert (rows == expected_rows).all()
+    for k, rows in drawn[:40]:
+        again.drawn[k] += len(rows)
+    assert again.taken() == [list(order[:40]).count(k) for k in range(3)]
+    for k, rows in drawn[40:]:
+        assert (again.draw(k) == rows).all()
 
     # The seed matters.
-    first = set()
-    for seed in range(5):
-        sampler = train.Sampler(sources, seed=seed)
-        _, rows = sampler.draw(0, [1, 0, 0])
-        first.add(tuple(rows.tolist()))
+    first = {tuple(train.Sampler(sources, seed=seed).draw(0).tolist()) for seed in range(5)}
     assert len(first) > 1
 
 
@@ -929,24 +924,98 @@ class Rows:
         return self.samples
 
 
-def test_an_epoch_draws_by_relevance_alone_whatever_the_sizes():
+def test_without_quotas_an_epoch_draws_by_relevance_alone_whatever_the_sizes():
     """Two sources of unequal size and equal relevance are drawn equally often: 200 times each."""
-    p = train.source_probabilities("pyramid", [0.4, 0.4], 0.1, [10, 1000], [1, 2])
-    probabilities = dict.fromkeys(range(400), p)
-    sources = [Rows(10), Rows(1000)]
-    sampler = train.Sampler(sources, seed=3)
-    plan, share = train.draw_epoch(sampler, probabilities)
+    kw = dict(sizes=[10, 1000], levels=[1, 2])
+    numbers, share = train.draw_epoch("pyramid-free", [0.4, 0.4], 0.1, [4, 396], 3, **kw)
     assert share.tolist() == pytest.approx([0.5, 0.5])
+    assert abs(numbers.count(0) - 200) < 4 * 10  # four standard deviations
+    assert numbers == train.draw_epoch("pyramid-free", [0.4, 0.4], 0.1, [4, 396], 3, **kw)[0]
 
-    small = [k for k, _ in plan].count(0)
-    assert abs(small - 200) < 4 * 10  # four standard deviations
-    assert sampler.passes()[0] == small * 2 / 10
 
-    sampler = train.Sampler(sources, seed=3)
-    again, _ = train.draw_epoch(sampler, probabilities)
-    for (k, rows), (other_k, other_rows) in zip(plan, again, strict=True):
-        assert k == other_k
-        assert (rows == other_rows).all()
+# R .4, .5, .1 at sigma .1: weights 1, e, e^-3. Quotas of 2, 1 and 3 steps, sizes far from them.
+UNEQUAL = dict(sizes=[500, 10, 3000], levels=[1, 1, 4])
+
+
+@pytest.mark.parametrize(
+    "schedule, weights",
+    [("pyramid", [1, math.e, math.e**-3]), ("reverse", [1, 1 / math.e, math.e**3])],
+)
+def test_an_epoch_draws_by_relevance_among_the_sources_that_have_quota_left(schedule, weights):
+    for seed in range(20):
+        left = [2, 1, 3]
+        expected = []
+        shares = []
+        for step in range(6):
+            # The inverse of the cumulative distribution, at the generator's first number
+            open_weights = [w if n else 0 for w, n in zip(weights, left, strict=True)]
+            p = np.array(open_weights) / sum(open_weights)
+            u = np.random.default_rng([seed, step]).random()
+            k = int((np.cumsum(p) <= u).sum())
+            left[k] -= 1
+            expected.append(k)
+            shares.append(p)
+        assert left == [0, 0, 0]
+
+        drawn = (schedule, [0.4, 0.5, 0.1], 0.1, [2, 1, 3], seed)
+        numbers, share = train.draw_epoch(*drawn, **UNEQUAL)
+        assert numbers == expected
+        assert share.tolist() == pytest.approx(np.mean(shares, axis=0).tolist())
+
+        # Cut into two epochs
+        first, _ = train.draw_epoch(*drawn, **UNEQUAL, steps=range(4))
+        taken = [first.count(k) for k in range(3)]
+        rest, _ = train.draw_epoch(*drawn, **UNEQUAL, steps=range(4, 6), taken=taken)
+        assert first + rest == expected
+
+
+def test_quotas_are_shares_of_one_pass_and_sum_to_the_steps():
+    samples, batch = [10, 7, 100], [4, 4, 10]
+    assert train.source_quotas(samples, batch).tolist() == [3, 2, 10]
+    assert train.source_quotas(samples, batch, 30).tolist() == [6, 4, 20]
+    # 1.4, .93 and 4.67: two are missing to 7, and the second and third are nearest to the next
+    assert train.source_quotas(samples, batch, 7).tolist() == [1, 1, 5]
+    assert train.source_quotas(samples, batch, 1).tolist() == [0, 0, 1]
+
+
+# The steps of one pass over Tables 6 and 7: the sum of ceil(samples / global batch)
+@pytest.mark.parametrize("preset, steps", [("gve-3b", 11_163), ("gve-7b", 12_122)])
+@pytest.mark.parametrize("schedule", ["pyramid", "reverse"])
+def test_the_papers_mixtures_are_gone_through_exactly_once(preset, steps, schedule):
+    entries = json.loads(Path("mixtures", f"{preset}.json").read_text())
+    samples = [entry["samples"] for entry in entries]
+    batch = [32 * entry["batch_size"] for entry in entries]
+    levels = [train.LEVEL[entry["task"]] for entry in entries]
+    relevance = [0.9 - 0.15 * level + 0.01 * (k % 7) for k, level in enumerate(levels)]
+    quotas = train.source_quotas(samples, batch)
+    assert quotas.sum() == steps
+
+    # The sampler deals the batches; shuffled rows would only cost time here.
+    sources = [Rows(n) for n in samples]
+    sampler = train.Sampler(sources, seed=42)
+    sampler.batch = batch
+    sampler.order = lambda k, pass_number: range(samples[k])
+    for epoch in range(3):
+        numbers, _ = train.draw_epoch(
+            schedule,
+            relevance,
+            train.sigma(epoch, 3),
+            quotas,
+            42,
+            sizes=samples,
+            levels=levels,
+            taken=sampler.taken(),
+            steps=train.epoch_steps(epoch, 3, steps),
+        )
+        for k in numbers:
+            sampler.draw(k)
+    assert sampler.drawn == samples
+    assert sampler.passes() == [1.0] * len(samples)
+
+
+def test_sources_of_a_task_share_the_mean_r_of_their_pairs():
+    r = train.relevance_by_task([0.2, 0.5, 0.8], [100, 50, 300], ["T2V", "T2I", "T2V"])
+    assert r == pytest.approx([0.65, 0.5, 0.65])
 
 
 def test_sigma_and_the_other_schedules():
@@ -958,7 +1027,7 @@ def test_sigma_and_the_other_schedules():
     def shares(schedule, progress=0.0):
         sizes = [100, 300, 400, 200]
         levels = [1, 1, 3, 4]
-        p = train.source_probabilities(schedule, None, 1, sizes, levels, progress)
+        p = train.source_probabilities(schedule, None, 1, sizes, levels, progress=progress)
         return p.tolist()
 
     assert shares("proportional") == pytest.approx([0.1, 0.3, 0.4, 0.2])
