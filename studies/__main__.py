@@ -6,7 +6,8 @@ python -m studies report            a page about the world, runs/report/README.m
 python -m studies report --synth runs/raw runs/synth
                                     what synth.py made of the raw videos, judged by their scenes
 python -m studies NAME              train and score variants over seeds: noise, defects, late,
-                                    scaling, frames, synth, curriculum; minutes to hours
+                                    scaling, frames, synth; minutes to hours
+python -m studies curriculum        schedules beside each other, hours; goes on where it stopped
 """
 
 import dataclasses
@@ -14,21 +15,27 @@ import os
 import sys
 from pathlib import Path
 
-from studies import ablate, report, study
+from studies import ablate, curriculum, report, study
 from support.flags import flag, parse_flags
 
 
 @dataclasses.dataclass
 class Flags:
     command: str = flag(
-        ..., "the experiment", choices=("ablate", "report", *study.STUDIES), positional=True
+        ...,
+        "the experiment",
+        choices=("ablate", "report", "curriculum", *study.STUDIES),
+        positional=True,
     )
     ckpt: str = flag("runs/gve-mini", "ablate: the trained model")
+    table: bool = flag(False, "curriculum: run nothing, print the results so far")
     synth: list[str] = flag([], "report: folder of raw videos and folder of synth.py's output")
 
     def __post_init__(self):
         if self.synth and self.command != "report":
             raise ValueError("--synth belongs to report")
+        if self.table and self.command != "curriculum":
+            raise ValueError("--table belongs to curriculum")
         if len(self.synth) not in (0, 2):
             raise ValueError(f"--synth takes two folders, RAW and OUT, got {len(self.synth)}")
 
@@ -44,6 +51,8 @@ def main(argv=None):
         report.synth_report(raw, out)
     elif flags.command == "report":
         report.world_report()
+    elif flags.command == "curriculum":
+        curriculum.run_study(flags.table)
     else:
         study.run_study(flags.command)
 

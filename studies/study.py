@@ -15,7 +15,6 @@ import math
 import os
 import re
 import runpy
-import shutil
 import statistics
 import subprocess
 import sys
@@ -24,9 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from scipy import stats
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 import model
 from mini import bench
@@ -39,8 +36,6 @@ UVRD = Path("runs/synth/uvrd/mixture.json")
 
 # Training data, as flags of train.py. The tour's:
 BOTH = f"--mixture runs/mini/train/mixture.json {UVRD} --root runs/raw"
-# A quarter of the tour's training, because `curriculum` has 45 runs:
-SHORT = f"{BOTH} --steps 320 --batch-scale 0.5"
 # The tour's, but no hard negatives that differ in motion or camera:
 EASY = f"--mixture {OUT}/no-motion-negatives.json {UVRD} --root runs/raw runs/mini/train"
 # For `synth`: collected sources of kinds that Table 6 has, so no composed video and no twins,
@@ -48,9 +43,6 @@ EASY = f"--mixture {OUT}/no-motion-negatives.json {UVRD} --root runs/raw runs/mi
 TABLE_6 = ("t2t", "t2i", "ti2i", "t2v", "t2v-long")
 PLAIN = f"--root runs/mini/train {OUT}/raw --steps 320 --mixture {OUT}/plain.json"
 RICH = f"{PLAIN} {OUT}/synth/uvrd/mixture.json"
-
-RANDOM_PROBER = OUT / "random"  # mini/base with random weights
-PROBER_SEED = 42  # of a variant whose checkpoint is another one's prober
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,22 +53,14 @@ class Variant:
     test: str = ""  # flags of eval.py
     defect: str = ""  # a key of DEFECTS
     late: bool = False  # the defect is there at test time alone
-    prober: "Variant | None" = None  # its checkpoint is the prober, in place of mini/prober
-
-    def train_flags(self):
-        """Return train.py's flags, the prober among them."""
-        if self.prober:
-            return f"{self.train} --prober {self.prober.folder(PROBER_SEED)}"
-        return self.train
 
     def folder(self, seed):
         """Name the checkpoint's folder: one for all variants that train alike on the same data."""
         # The stamp stands for the mini sources, and a mixture for what was synthesised.
-        flags = self.train_flags()
-        mixtures = {Path(word) for word in flags.split() if word.endswith(".json")}
+        mixtures = {Path(word) for word in self.train.split() if word.endswith(".json")}
         files = sorted({STAMP, *mixtures})
         defect = "" if self.late else self.defect
-        content = f"{defect} {flags}".encode()
+        content = f"{defect} {self.train}".encode()
         for path in files:
             if path.is_file():
                 content += path.read_bytes()
@@ -98,7 +82,6 @@ class Study(NamedTuple):
 
 
 TOUR = Variant()
-PYRAMID = Variant(SHORT)
 STUDIES = {
     # How far do seeds alone lead apart?
     "noise": Study(range(42, 52), {"default": TOUR}),
@@ -151,21 +134,6 @@ STUDIES = {
             "GVE-i": Variant(f"{PLAIN} --schedule proportional"),
             "GVE-s": Variant(f"{RICH} --schedule proportional"),
             "GVE": Variant(RICH),
-        },
-    ),
-    # Other schedules, other final sigmas, other probers
-    "curriculum": Study(
-        range(42, 47),
-        {
-            "pyramid": PYRAMID,
-            "proportional": Variant(f"{SHORT} --schedule proportional"),
-            "uniform": Variant(f"{SHORT} --schedule uniform"),
-            "staged": Variant(f"{SHORT} --schedule staged"),
-            "sigma to 0.3": Variant(f"{SHORT} --sigma-max 0.3"),
-            "sigma to 3": Variant(f"{SHORT} --sigma-max 3"),
-            "prober base": Variant(f"{SHORT} --prober mini/base"),
-            "prober trained": Variant(SHORT, prober=PYRAMID),
-            "prober random": Variant(f"{SHORT} --prober {RANDOM_PROBER}"),
         },
     ),
 }
@@ -231,8 +199,6 @@ def start(command, log, defect=""):
 
 def train(variant, seed):
     """Train a variant with a seed, unless that has been done."""
-    if variant.prober:
-        train(variant.prober, PROBER_SEED)
     folder = variant.folder(seed)
     folder.mkdir(parents=True, exist_ok=True)
     defect = "" if variant.late else variant.defect
@@ -241,7 +207,7 @@ def train(variant, seed):
         # Not the checkpoint itself: it may be that of an epoch's end.
         finished = folder / "trained"
         if not finished.is_file():
-            flags = f"--workers 0 {variant.train_flags()} --seed {seed} --out {folder}"
+            flags = f"--workers 0 {variant.train} --seed {seed} --out {folder}"
             start(f"python train.py {flags}", folder / "train.txt", defect)
             finished.touch()
 
@@ -415,14 +381,6 @@ def synthesise():
     run(f"python synth.py --videos {captions} --out {OUT}/synth --max-new-tokens 96 --shares V2V=0")
 
 
-def make_random_prober():
-    """Save mini/base with random weights."""
-    torch.manual_seed(0)
-    shutil.copytree("mini/base", RANDOM_PROBER)
-    config = Qwen2_5_VLConfig.from_pretrained("mini/base")
-    Qwen2_5_VLForConditionalGeneration(config).save_pretrained(RANDOM_PROBER)
-
-
 def result_files(name):
     """List the results.json files of a study, finished or not."""
     seeds, variants = STUDIES[name]
@@ -444,17 +402,20 @@ def compare_with_noise(scores):
         print("\nTo learn how much of this is noise: `python -m studies noise`, then this again.")
 
 
-def run_study(name):
-    """Train and score all variants of a study; print its tables and draw its picture."""
+def check_data():
+    """Raise ValueError where the tour has not been run, whose data all studies train on."""
     for path in (STAMP, UVRD):
         if not path.is_file():
             raise ValueError(f"{path}: not there; run `python -m mini` first")
+
+
+def run_study(name):
+    """Train and score all variants of a study; print its tables and draw its picture."""
+    check_data()
     OUT.mkdir(parents=True, exist_ok=True)
     write_mixtures()
     if name == "synth":
         synthesise()
-    if name == "curriculum" and not RANDOM_PROBER.is_dir():
-        make_random_prober()
 
     seeds, variants = STUDIES[name]
     jobs = {}

@@ -1,0 +1,346 @@
+"""In which order should one pass over the data be walked? `python -m studies curriculum`, hours.
+
+The tour's training under seven schedules (train.SCHEDULES), and a shorter one on sources that build
+on one another, each with ten seeds that the variants share. Beside the scores at the end:
+
+* the scores at a third and two thirds of the way, since an early lead is what an order can buy;
+* the loss of each source over the run;
+* forgetting: a source's R@1 among 64 held-out pairs of its own, right after its last step and at
+  the end. The held-out pairs are the same sources of another world (another seed).
+
+A finished run is a line of records/curriculum.jsonl and is not run again: the study may be stopped
+at any time, and goes on there. `python -m studies curriculum --table` only prints what is there.
+"""
+
+import collections
+import json
+import math
+import os
+import re
+import shutil
+import statistics
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from scipy import stats
+
+import train
+from data import content_id, load_mixture
+from mini import bench
+from model import GVE
+from studies import study
+from support.files import file_lock, git_commit, load_jsonl, write_json, write_jsonl
+
+RECORD = Path("records/curriculum.jsonl")
+HELD_OUT = study.OUT / "held-out"
+HELD_OUT_SEED = 1  # of its world; the tour's is bench.SEED
+HELD_OUT_PAIRS = 64
+EPOCHS = 3
+PARTS = 10  # of a run, over each of which a source's losses are averaged
+SEEDS = range(5, 15)
+
+# Sources that build on one another: words and pictures of single scenes, then clips of them, then
+# long videos and edited clips of such scenes. A third of the tour's steps.
+CHAIN = ("t2t", "t2i", "ti2i", "t2v", "v2v", "t2v-long", "tv2v")
+CHAIN_MIXTURE = study.OUT / "chain.json"
+LEAVE_STATES = "--save-every 10 --keep 99 --log-every 1"
+SOURCES = {
+    "tour": f"{study.BOTH} {LEAVE_STATES}",
+    "chain": f"--mixture {CHAIN_MIXTURE} --root runs/mini/train --steps 213 {LEAVE_STATES}",
+}
+
+# {name: (sources, more flags of train.py)}; differences are to the first of the same sources.
+VARIANTS = {
+    "pyramid-free": ("tour", "--schedule pyramid-free"),
+    "pyramid": ("tour", "--schedule pyramid"),
+    "reverse": ("tour", "--schedule reverse"),
+    "proportional": ("tour", "--schedule proportional"),
+    "pyramid by task": ("tour", "--schedule pyramid --relevance task"),
+    "staged": ("tour", "--schedule staged"),
+    "uniform": ("tour", "--schedule uniform"),
+    "chain: pyramid": ("chain", "--schedule pyramid"),
+    "chain: reverse": ("chain", "--schedule reverse"),
+    "chain: proportional": ("chain", "--schedule proportional"),
+}
+
+
+# One run
+
+
+def measure_run(name, seed):
+    """Train a variant with a seed, measure it along the way, and add it to the record."""
+    sources, more = VARIANTS[name]
+    how = study.Variant(f"{SOURCES[sources]} {more}")
+    study.train(how, seed)
+    run = how.folder(seed)
+    log = load_jsonl(run / "log.jsonl")
+    steps = [event for event in log if event["event"] == "step"]
+    gve = GVE.from_pretrained(str(run))
+
+    scores = {}
+    for epoch in range(EPOCHS):
+        step = train.epoch_steps(epoch, EPOCHS, len(steps)).stop
+        scores[step] = score_state(gve, run, step)
+
+    start = next(event for event in log if event["event"] == "start")
+    line = {
+        "variant": name,
+        "seed": seed,
+        "flags": how.train,
+        "commit": start["commit"],
+        "torch": start["torch"],
+        "scores": scores,
+        "losses": mean_losses(steps),
+        "held_out": measure_forgetting(gve, run, steps),
+    }
+    with file_lock(RECORD.with_suffix(".lock")):
+        lines = load_jsonl(RECORD) if RECORD.exists() else []
+        write_jsonl(RECORD, [*lines, line])
+    shutil.rmtree(run / "state")  # some 100 MB
+
+
+def mean_losses(steps):
+    """Average each source's losses over tenths of a run -> {source: [mean, or None, ...]}.
+
+    steps: the "step" events of a log, all of them.
+    """
+    losses = collections.defaultdict(lambda: [[] for _ in range(PARTS)])
+    for i, event in enumerate(steps):
+        losses[event["source"]][i * PARTS // len(steps)].append(event["loss"])
+    means = {}
+    for source, parts in losses.items():
+        means[source] = [round(statistics.mean(part), 4) if part else None for part in parts]
+    return means
+
+
+def restore(gve, run, step):
+    """Give a model the LoRA weights that a run had after a step at which it left a state."""
+    tensors = load_file(run / f"state/step-{step:08d}/tensors.safetensors")
+    with torch.no_grad():
+        for i, weight in enumerate(gve.lora_parameters().values()):
+            weight.copy_(tensors[f"{i}.weight"])
+
+
+def score_state(gve, run, step):
+    """Score the model of a step on mini-UVRB -> {"AVG-D", "AVG-A", "abilities": {...}}."""
+    restore(gve, run, step)
+    folder = run / f"at-{step}"
+    gve.save_pretrained(folder)
+    study.start(f"python eval.py --ckpt {folder} --out {folder}", run / f"eval-{step}.txt")
+    results = json.loads((folder / "results.json").read_text())
+    shutil.rmtree(folder)
+    return {key: results[key] for key in ("AVG-D", "AVG-A", "abilities")}
+
+
+def measure_forgetting(gve, run, steps):
+    """Measure R@1 on held-out pairs after a source's last step and at the end.
+
+    -> {source: {"step": of the state after its last step, "then": R@1, "end": R@1}}, for sources
+    that have held-out pairs.
+    """
+    flags = train.Flags(base="-", out="-", data=str(HELD_OUT), workers=0)
+    sources = {source.name: source for source in load_mixture(HELD_OUT / "train/mixture.json")}
+    states = sorted(int(path.name.removeprefix("step-")) for path in (run / "state").iterdir())
+    last = {event["source"]: event["step"] for event in steps if event["source"] in sources}
+    state_after = {}
+    for source, step in last.items():
+        state_after[source] = next(state for state in states if state >= step)
+
+    measured = {}
+    for state in sorted({*state_after.values(), len(steps)}):
+        restore(gve, run, state)
+        for source, its_state in state_after.items():
+            if state not in (its_state, len(steps)):
+                continue
+            recall = recall_at_1(gve, sources[source], flags)
+            entry = measured.setdefault(source, {"step": state, "then": recall})
+            entry["end"] = recall
+    return measured
+
+
+def recall_at_1(gve, source, flags):
+    """Return the share of held-out queries whose own positive, or its like, scores highest."""
+    gve.eval()
+    pairs, q, p = train.embed_pairs(gve, source, range(min(HELD_OUT_PAIRS, len(source))), flags)
+    ids = torch.tensor([content_id(positive) for _, _, positive in pairs])
+    best = (q @ p.T).argmax(1)
+    return round(float((ids[best] == ids).double().mean()), 4)
+
+
+# All runs
+
+
+def prepare():
+    """Render the held-out pairs and write the mixture of CHAIN."""
+    study.OUT.mkdir(parents=True, exist_ok=True)
+    bench.write(HELD_OUT, HELD_OUT_SEED)
+    mixture = json.loads(Path("runs/mini/train/mixture.json").read_text())
+    chain = [source for source in mixture if source["name"] in CHAIN]
+    write_json(CHAIN_MIXTURE, chain, indent=None)
+
+
+def run_missing():
+    """Run all that is not in the record yet, as many at once as there are cores, seed by seed."""
+    done = {(line["variant"], line["seed"]) for line in read_record()}
+    missing = []
+    for seed in SEEDS:
+        missing += [(name, seed) for name in VARIANTS if (name, seed) not in done]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        jobs = []
+        for name, seed in missing:
+            log = study.OUT / f"curriculum-{re.sub('[^a-z]+', '-', name)}-{seed}.txt"
+            command = f"python -m studies.curriculum {seed} {name}"
+            jobs.append(pool.submit(study.start, command, log))
+        for job in jobs:
+            job.result()
+
+
+def read_record():
+    """Return the finished runs, a list of the record's lines."""
+    return load_jsonl(RECORD) if RECORD.exists() else []
+
+
+# Tables
+
+
+def print_tables():
+    """Print the study's tables from the record, over the seeds that all variants have."""
+    found = collections.defaultdict(dict)  # {variant: {seed: line}}
+    for line in read_record():
+        found[line["variant"]][line["seed"]] = line
+    for sources in SOURCES:
+        names = [name for name in VARIANTS if VARIANTS[name][0] == sources]
+        runs = {name: found[name] for name in names}
+        seeds = sorted(set.intersection(*[set(lines) for lines in runs.values()]))
+        print(f"\n## Sources of {sources}: {len(seeds)} seeds that all variants have\n")
+        if len(seeds) < 2:
+            continue
+        runs = {name: [lines[seed] for seed in seeds] for name, lines in runs.items()}
+        study.print_table(seeds, {name: scores_at(lines, -1) for name, lines in runs.items()})
+        print_power(runs)
+        print_along_the_way(runs)
+        print_forgetting(runs)
+
+
+def scores_at(lines, point):
+    """Return the scores of runs at a point of measurement: 0, 1, ..., or -1 for the end."""
+    return [list(line["scores"].values())[point] for line in lines]
+
+
+def differences(runs, name, point):
+    """Return AVG-D of a variant's runs less that of the first variant's, seed by seed."""
+    first = next(iter(runs.values()))
+    pairs = zip(scores_at(runs[name], point), scores_at(first, point), strict=True)
+    return [theirs["AVG-D"] - ours["AVG-D"] for theirs, ours in pairs]
+
+
+def print_power(runs):
+    """Print the difference of AVG-D to the first variant that so many seeds would have shown."""
+    first, *others = runs
+    print(f"\nThe difference to {first} that this many pairs show with power .8 at 5 %:\n")
+    for name in others:
+        values = differences(runs, name, -1)
+        free = len(values) - 1
+        seen = stats.t.ppf(0.975, free) + stats.t.ppf(0.8, free)
+        print(f"* {name}: {seen * statistics.stdev(values) / math.sqrt(len(values)):.3f}")
+
+
+def print_along_the_way(runs):
+    """Print AVG-D at each point of measurement, and the paired differences to the first variant."""
+    first = next(iter(runs))
+    points = list(runs[first][0]["scores"])
+    print(f"\nAVG-D after so many steps: mean, and difference to {first} with 95 % interval\n")
+    study.print_row("", points)
+    study.print_row("---", ["---"] * len(points))
+    for name, lines in runs.items():
+        cells = []
+        for point in range(len(points)):
+            mean = statistics.mean(score["AVG-D"] for score in scores_at(lines, point))
+            difference, half = study.interval(differences(runs, name, point))
+            own = f"{mean:.3f}"
+            cells.append(own if name == first else f"{own} ({difference:+.3f} ± {half:.3f})")
+        study.print_row(name, cells)
+
+
+def print_forgetting(runs):
+    """Print each source's held-out R@1 after its last step, and what it has lost by the end."""
+    sources = list(next(iter(runs.values()))[0]["held_out"])
+    print("\nHeld-out R@1 after a source's last step, and its change by the end of the run\n")
+    study.print_row("", [*sources, "all"])
+    study.print_row("---", ["---"] * (len(sources) + 1))
+    for name, lines in runs.items():
+        cells = []
+        for source in sources:
+            entries = [line["held_out"][source] for line in lines if source in line["held_out"]]
+            then = statistics.mean(entry["then"] for entry in entries)
+            end = statistics.mean(entry["end"] for entry in entries)
+            cells.append(f"{then:.2f} {end - then:+.3f}")
+        changes = []
+        for line in lines:
+            entries = line["held_out"].values()
+            changes.append(statistics.mean(entry["end"] - entry["then"] for entry in entries))
+        mean, half = study.interval(changes)
+        study.print_row(name, [*cells, f"{mean:+.3f} ± {half:.3f}"])
+
+
+def draw(path):
+    """Plot AVG-D along the way, its differences at the end, and losses of the sources."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    found = collections.defaultdict(list)
+    for line in read_record():
+        found[line["variant"]].append(line)
+    names = [name for name in VARIANTS if len(found[name]) > 1]
+    size = (16, 4.5)
+    picture, (left, *right) = pyplot.subplots(1, 4, figsize=size, layout="constrained")
+    for name in names:
+        points = [int(step) for step in found[name][0]["scores"]]
+        means = []
+        halves = []
+        for point in range(len(points)):
+            scores = [score["AVG-D"] for score in scores_at(found[name], point)]
+            mean, half = study.interval(scores)
+            means.append(mean)
+            halves.append(half)
+        left.errorbar(points, means, halves, capsize=3, marker="o", label=name)
+    left.set(title="AVG-D, mean and 95 % interval", xlabel="steps")
+    left.legend(fontsize=7)
+
+    for ax, name in zip(right, ("pyramid", "reverse", "proportional"), strict=True):
+        curves = collections.defaultdict(list)
+        for line in found[name]:
+            for source, losses in line["losses"].items():
+                curves[source].append(losses)
+        for source, of_seeds in curves.items():
+            shown = []  # (part of the run, mean loss)
+            for part, values in enumerate(zip(*of_seeds, strict=True)):
+                there = [value for value in values if value is not None]
+                if there:
+                    shown.append(((part + 0.5) / PARTS, statistics.mean(there)))
+            ax.plot(*zip(*shown, strict=True), ".-", linewidth=1, label=source)
+        ax.set(title=f"loss by source: {name}", xlabel="share of the run", ylim=(0, None))
+    right[-1].legend(fontsize=5, loc="center left", bbox_to_anchor=(1, 0.5))
+    picture.savefig(path, dpi=100)
+    pyplot.close(picture)
+    print(f"\n{path}")
+
+
+def run_study(only_table):
+    """Run what is missing, unless only the table is asked for, and print and draw all results."""
+    if not only_table:
+        study.check_data()
+        prepare()
+        run_missing()
+    print(f"commit {(git_commit() or 'unknown')[:7]}, from {RECORD}")
+    print_tables()
+    draw(RECORD.with_suffix(".png"))
+
+
+if __name__ == "__main__":  # python -m studies.curriculum SEED VARIANT: see run_missing
+    measure_run(" ".join(sys.argv[2:]), int(sys.argv[1]))
