@@ -78,7 +78,7 @@ def measure_run(name, seed):
     run = how.folder(seed)
     log = load_jsonl(run / "log.jsonl")
     steps = [event for event in log if event["event"] == "step"]
-    gve = GVE.from_pretrained(str(run))
+    gve = GVE.from_pretrained(str(run), lora=True).eval()
 
     scores = {}
     for epoch in range(EPOCHS):
@@ -163,7 +163,6 @@ def measure_forgetting(gve, run, steps):
 
 def recall_at_1(gve, source, flags):
     """Return the share of held-out queries whose own positive, or its like, scores highest."""
-    gve.eval()
     pairs, q, p = train.embed_pairs(gve, source, range(min(HELD_OUT_PAIRS, len(source))), flags)
     ids = torch.tensor([content_id(positive) for _, _, positive in pairs])
     best = (q @ p.T).argmax(1)

@@ -4,16 +4,21 @@ import dataclasses
 import importlib
 import math
 import random
+import shutil
+import statistics
 
 import numpy as np
 import pytest
 import torch
+from conftest import write_mixture
 
 import data
 import model
+from data import content_id, load_mixture
 from mini import world
-from studies import ablate, report, study
-from support.files import write_jsonl
+from model import GVE
+from studies import ablate, curriculum, report, study
+from support.files import load_jsonl, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -227,20 +232,116 @@ def test_what_comes_first_is_named(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_variant_whose_prober_is_another_trains_that_one_first(tmp_path, monkeypatch):
-    """And its checkpoint depends on which prober that is."""
+def test_losses_are_averaged_over_tenths_of_a_run():
+    steps = [{"source": "ab"[i % 2], "loss": float(i)} for i in range(40)]
+    steps[39]["source"] = "a"
+    means = curriculum.mean_losses(steps)
+    assert means["a"] == [1, 5, 9, 13, 17, 21, 25, 29, 33, 37.6667]
+    assert means["b"] == [2, 6, 10, 14, 18, 22, 26, 30, 34, 37]
+    few = curriculum.mean_losses(steps[:5])  # fewer steps than tenths
+    assert few["b"] == [None, None, 1, None, None, None, 3, None, None, None]
+
+
+@pytest.mark.slow
+def test_a_run_s_line_holds_its_model_at_every_point(tiny, media, tmp_path, monkeypatch):
+    """The states along the way, scored as eval.py and a sum by hand would."""
     monkeypatch.setattr(study, "OUT", tmp_path)
+    monkeypatch.setattr(curriculum, "RECORD", tmp_path / "record.jsonl")
+    monkeypatch.setattr(curriculum, "HELD_OUT", tmp_path / "held-out")
+    mixture = write_mixture(media)
+    shutil.copytree(media, tmp_path / "held-out/train")
+    shutil.copy(mixture, tmp_path / "held-out/train/mixture.json")
+    flags = (
+        f"--base {tiny} --prober {tiny} --data {media} --mixture {mixture} --features= --steps 6 "
+        "--lr 0.005 --save-every 1 --keep 99 --log-every 1"
+    )
+    monkeypatch.setattr(curriculum, "SOURCES", {"tour": flags})
+
+    seen = []  # (step, sum of the LoRA weights) where eval.py would score a checkpoint
+
+    def score(gve, run, step):
+        curriculum.restore(gve, run, step)
+        weights = [float(w.detach().double().sum()) for w in gve.lora_parameters().values()]
+        seen.append((step, sum(weights)))
+        return {"AVG-D": step / 10}
+
+    monkeypatch.setattr(curriculum, "score_state", score)
+    curriculum.measure_run("pyramid", 5)
+    (line,) = load_jsonl(curriculum.RECORD)
+    assert (line["variant"], line["seed"]) == ("pyramid", 5)
+    assert list(line["scores"]) == ["2", "4", "6"]
+    assert len({weights for _, weights in seen}) == 3
+
+    # The last state is the checkpoint itself.
+    run = study.Variant(f"{flags} --schedule pyramid").folder(5)
+    gve = GVE.from_pretrained(str(run), lora=True).eval()
+    weights = [float(w.detach().double().sum()) for w in gve.lora_parameters().values()]
+    assert seen[-1] == (6, pytest.approx(sum(weights)))
+    assert not (run / "state").exists()
+
+    # Of the end, by hand
+    held_out = load_mixture(tmp_path / "held-out/train/mixture.json")
+    assert set(line["held_out"]) <= {source.name for source in held_out}
+    for source in held_out:
+        if source.name not in line["held_out"]:
+            continue
+        right = 0
+        pairs = [source.load(row, [str(tmp_path / "held-out")])[:2] for row in range(len(source))]
+        q = gve.embed([query for query, _ in pairs], source.instruction)
+        p = gve.embed([positive for _, positive in pairs])
+        for i, (_, positive) in enumerate(pairs):
+            best = int((p @ q[i]).argmax())
+            right += content_id(pairs[best][1]) == content_id(positive)
+        assert line["held_out"][source.name]["end"] == pytest.approx(right / len(pairs), abs=1e-4)
+
+
+def record_line(variant, seed, score):
+    scores = {step: results(score - late) for step, late in (("2", 0.2), ("4", 0.1), ("6", 0.0))}
+    held_out = {"a": {"step": 3, "then": 0.5, "end": 0.5 - score / 10}}
+    losses = {"a": [1.0] * 5 + [None] * 5}
+    return {
+        "variant": variant,
+        "seed": seed,
+        "scores": scores,
+        "losses": losses,
+        "held_out": held_out,
+    }
+
+
+def test_the_tables_pair_the_seeds_that_all_variants_have(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(curriculum, "RECORD", tmp_path / "record.jsonl")
+    names = [name for name, (sources, _) in curriculum.VARIANTS.items() if sources == "tour"]
+    lines = [record_line(names[0], 9, 0.9)]  # a seed that the others lack
+    for seed, luck in ((5, 0.00), (6, 0.04)):
+        for i, name in enumerate(names):
+            lines.append(record_line(name, seed, 0.4 + 0.01 * i + luck * (1 + i % 2)))
+    write_jsonl(curriculum.RECORD, lines)
+    curriculum.run_study(only_table=True)
+    printed = capsys.readouterr().out
+    assert "Sources of tour: 2 seeds" in printed and "Sources of chain: 0 seeds" in printed
+
+    # The second variant: .41 and .49, less .40 and .44; with two pairs t = 12.706.
+    half = 12.7062 * statistics.stdev([0.01, 0.05]) / math.sqrt(2)
+    assert f"| {names[1]} | 0.250 (+0.030 ± {half:.3f})" in printed
+    # And the difference seen with power .8: (t(.975) + t(.8)) sd / sqrt(2)
+    seen = (12.7062 + 1.37638) * statistics.stdev([0.01, 0.05]) / math.sqrt(2)
+    assert f"* {names[1]}: {seen:.3f}" in printed
+    assert (tmp_path / "record.png").stat().st_size > 10_000
+
+
+def test_runs_in_the_record_are_not_run_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "OUT", tmp_path)
+    monkeypatch.setattr(curriculum, "RECORD", tmp_path / "record.jsonl")
+    monkeypatch.setattr(curriculum, "SEEDS", range(5, 7))
+    first, second = list(curriculum.VARIANTS)[:2]
+    lines = [record_line(name, 5, 0.4) for name in curriculum.VARIANTS if name != second]
+    write_jsonl(curriculum.RECORD, lines)
     commands = []
-    monkeypatch.setattr(study, "start", lambda command, *_: commands.append(command))
-    first = study.Variant("--steps 1")
-    second = study.Variant("--steps 1", prober=first)
-    study.train(second, 5)
-    assert [command.split()[-1] for command in commands] == [
-        str(first.folder(study.PROBER_SEED)),
-        str(second.folder(5)),
-    ]
-    assert f"--prober {first.folder(study.PROBER_SEED)} " in commands[1]
-    assert second.folder(5) != first.folder(5)
+    monkeypatch.setattr(study, "start", lambda command, log: commands.append(command))
+    curriculum.run_missing()
+    assert f"python -m studies.curriculum 5 {second}" in commands
+    assert f"python -m studies.curriculum 5 {first}" not in commands
+    assert len(commands) == 1 + len(curriculum.VARIANTS)
 
 
 def test_the_nearest_wrong_answer_is_the_first_that_is_not_right(tmp_path):
