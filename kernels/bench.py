@@ -23,13 +23,15 @@ is their share of the rate of a plain matrix product, measured between the metho
 
 Errors are relative, against fp64 on the same inputs: of the loss, and of the gradients of the first
 256 rows of q and d. They are taken from the run that warms up, and show speed that was bought with
-accuracy. In bf16, rounding the gradients alone costs 1.7e-3.
+accuracy. Rounding exact gradients to bf16 would give 1.7e-3. Packages that take no scale are given
+scaled inputs, and the rounding of those counts against them.
 
-Time of `--sizes 1024 8192 32768 --dims 1536 2048 3584`: a unit at the nine sizes is 16.4 TFLOP, so
-20 methods of 4 units, 6 runs each, take half a minute at 300 TFLOP/s, and a method of 10 units at
-40 TFLOP/s another half. Compilation takes longer than both. --limit stops what is slower still.
-Memory of ours at N = 131072, D = 3584 in bf16, in GB of 1e9 bytes: q and d 1.9, their gradients
-1.9, the sums of d's gradient in fp32 1.9, those of a block of q's .2, the workspace .5: 6.4, below 8.
+Time of `--sizes 1024 8192 32768 --dims 1536 2048 3584`: one unit at all nine sizes is 16 TFLOP, so
+that 20 methods of 4 units, 6 runs each, would take half a minute at 300 TFLOP/s, and one method of
+10 units at 40 TFLOP/s as long again. Compilation comes on top. --limit stops what is slower still.
+
+Memory of ours at N = 131072, D = 3584 in bf16: q and d 1.9 GB (of 1e9 bytes), their gradients 1.9,
+sums of d's gradient in fp32 1.9, of one block of q's .2, the workspace .5; 6.4 in all, less than 8.
 """
 
 import ctypes
@@ -43,6 +45,8 @@ import math
 import statistics
 import sys
 import time
+import traceback
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -88,7 +92,7 @@ class Flags:
     dtype: str = flag("bf16" if CUDA else "fp32", "of q and d", choices=list(DTYPES))
     methods: list[str] = flag([], "run only methods whose loss or name has one of these words")
     repeats: int = flag(5 if CUDA else 3, "runs per method, after one that warms up")
-    limit: float = flag(30.0, "seconds; stop a method whose runs at one size would take longer")
+    limit: float = flag(60.0, "seconds; stop a method whose runs at one size would take longer")
     out: str = flag("", "also write the table to this file")
     json: str = flag("", "also write rows and conditions to this file, as one JSON object")
 
@@ -237,15 +241,23 @@ def siglip(q, d):
     return fused_siglip_loss(q, d, log_scale, bias, backend="chunked_bf16")
 
 
-def pretend_gpu():
-    """Tell peers that run interpreted that there is a GPU, for which they ask before they start.
+def is_installed(package):
+    """Say whether a package can be imported."""
+    return importlib.util.find_spec(package) is not None
 
-    They choose tile sizes for an H100.
-    """
+
+def let_peers_be_interpreted():
+    """Supply what peers expect of a GPU and the interpreter lacks. Peers' sums stay their own."""
+    # Peers ask which GPU there is, to choose tile sizes: an H100.
     torch.cuda.get_device_capability = lambda device=None: (9, 0)
-    if importlib.util.find_spec("memeff") is not None:
-        for name in ["memeff.clip_loss", "memeff.clip_qwen3_loss"]:
+    if is_installed("memeff"):
+        for name in ("memeff.clip_loss", "memeff.clip_qwen3_loss"):
             importlib.import_module(name)._validate_features = lambda q, d: None
+    if is_installed("cut_cross_entropy"):
+        import triton.language as tl
+
+        tools = importlib.import_module("cut_cross_entropy.tl_utils")
+        tools.tl_libdevice = types.SimpleNamespace(log1p=lambda x: tl.log(1 + x))
 
 
 @dataclasses.dataclass
@@ -256,9 +268,13 @@ class Method:
     bytes_per_logit: int = 0  # at the peak; a size that would not fit is not tried
     package: str = ""  # that must be installed
 
+    def is_named(self, words):
+        """Say whether one of the words is in the method's loss or name."""
+        return any(word in self.loss or word in self.name for word in words)
+
     def obstacle(self, size, free_bytes):
         """Return why the method cannot run with N = M = size; "" if it can."""
-        if self.package and importlib.util.find_spec(self.package) is None:
+        if self.package and not is_installed(self.package):
             return "not installed"
         if self.bytes_per_logit * size**2 > free_bytes:
             return "does not fit"
@@ -283,9 +299,8 @@ def list_methods(batch):
     if CUDA:
         compiled = torch.compile(plain(torch.float32))
         methods.append(Method(SYMMETRIC, "plain, torch.compile", compiled, 24))
-    if hasattr(F, "linear_cross_entropy"):
-        chunked = both_ways(torch_linear)
-        methods.append(Method(SYMMETRIC, "F.linear_cross_entropy x 2", chunked))
+    chunked = both_ways(torch_linear)
+    methods.append(Method(SYMMETRIC, "F.linear_cross_entropy x 2", chunked))
 
     if CUDA or INTERPRET:
         cce = both_ways(cut_cross_entropy)
@@ -556,11 +571,10 @@ def compare(size, dim, flags):
     d = batch.d
     methods = list_methods(batch)
     if flags.methods:
-        methods = [
-            m for m in methods if any(word in f"{m.loss}: {m.name}" for word in flags.methods)
-        ]
-    losses = {method.loss for method in methods}
-    exact = {loss: exact_loss(loss, batch) for loss in losses}
+        methods = [m for m in methods if m.is_named(flags.methods)]
+    exact = {}
+    for loss in {method.loss for method in methods}:
+        exact[loss] = exact_loss(loss, batch)
 
     free = free_memory()
     results = []
@@ -582,16 +596,17 @@ def compare(size, dim, flags):
             except Exception as error:  # one package that fails must not cost the others' rows
                 result.note = describe(error)
                 done.clear()
-                print(f"{method.loss}, {method.name}: {error}", file=sys.stderr)
+                print(f"{method.loss}, {method.name}: {error!r}", file=sys.stderr)
                 continue
 
             done.append(run)
             if turn == 0:
                 result.take_errors(exact[method.loss], run.loss, q, d)
-            # Most of the first run may be compilation, so it stands for itself alone.
-            to_come = run.seconds * max(repeats - turn if turn else 1, 1)
-            if turn < repeats and to_come > flags.limit:
-                result.note = f"stopped after {turn} timed runs" if turn else "the first run"
+            ahead = repeats - turn
+            if turn == 0:
+                ahead = min(ahead, 1)  # most of the first run may be compilation
+            if ahead * run.seconds > flags.limit:
+                result.note = f"stopped after {turn} runs" if turn else "its first run, compiling"
 
     if TIMED:
         matmul = statistics.median(rates[1:] or rates)
@@ -604,8 +619,9 @@ def describe(error):
     """Say in a few words why a method failed."""
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return "does not fit"
-    lines = str(error).splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:60]}".replace("|", "/")
+    # An assertion without a message is described by its line.
+    message = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
+    return f"{type(error).__name__}: {message.splitlines()[0][:70]}".replace("|", "/")
 
 
 def take_times(result, runs, matmul):
@@ -662,7 +678,7 @@ def describe_conditions(where):
 def main():
     flags = parse_flags(Flags, doc=__doc__)
     if not TIMED:
-        pretend_gpu()
+        let_peers_be_interpreted()
     where = conditions(flags)
     lines = []
 
