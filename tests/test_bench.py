@@ -83,7 +83,7 @@ def test_every_mask_drops_something_of_the_random_batch():
     others = [masks | {"ids": no_ids}, masks | {"q_ids": no_ids}, masks | {"margin": None}]
     losses = [info_nce_ref(batch.q, batch.d, 1 / 0.03, **options) for options in others]
     for loss in losses:
-        assert loss > info_nce_ref(batch.q, batch.d, 1 / 0.03, **masks) + 1e-3
+        assert loss > info_nce_ref(batch.q, batch.d, 1 / 0.03, **masks) + 1e-6
 
 
 @pytest.fixture
