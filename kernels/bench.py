@@ -1,7 +1,7 @@
 """Time the fused InfoNCE, forward and backward, beside every other way to compute it.
 
     python kernels/bench.py                      on a GPU: N 1k to 128k, D 768 to 3584, bf16
-    python kernels/bench.py --sizes 8192         on a CPU: D = 1536, fp32; 3 minutes on 2 idle cores
+    python kernels/bench.py --sizes 8192         on a CPU: D = 1536, fp32; 5 minutes on 2 idle cores
     python kernels/bench.py --out records/x.md --json x.json     also writes the table to files
     TRITON_INTERPRET=1 python kernels/bench.py --sizes 64 100 --dims 64
         on a CPU: the Triton kernels, peers' too, interpreted; only errors, as times mean nothing
@@ -447,6 +447,7 @@ def read_bytes(path, key):
 def free_memory():
     """Return the device's free bytes."""
     if CUDA:
+        torch.cuda.empty_cache()  # else what earlier sizes took would not count as free
         return torch.cuda.mem_get_info()[0]
     return read_bytes("/proc/meminfo", "MemAvailable")
 
