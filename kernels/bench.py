@@ -5,7 +5,6 @@
     python kernels/bench.py --out records/x.md --json x.json     also writes the table to files
     TRITON_INTERPRET=1 python kernels/bench.py --sizes 64 100 --dims 64
         on a CPU: the Triton kernels, peers' too, interpreted; only errors, as times mean nothing
-        (fp32 or fp16: the interpreter multiplies bf16 wrongly, except where infonce.py avoids it)
 
 The table justifies kernels/infonce.py, so losing cases stay in, and methods that are not installed,
 fail, or do not fit the device are listed as such. Each is one of four losses, and is measured
@@ -679,6 +678,8 @@ def describe_conditions(where):
 def main():
     flags = parse_flags(Flags, doc=__doc__)
     if not TIMED:
+        if flags.dtype == "bf16":
+            sys.exit("--dtype bf16: Triton's interpreter computes it wrongly; try fp16")
         let_peers_be_interpreted()
     where = conditions(flags)
     lines = []

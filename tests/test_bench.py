@@ -225,6 +225,12 @@ def test_rates_and_the_summary_follow_from_the_times(run_bench):
     assert "\nmasks and ids, D = 16: ours is faster than every other method at N = " in table
 
 
+def test_bf16_is_refused_where_the_interpreter_would_compute_it_wrongly(run_bench, monkeypatch):
+    monkeypatch.setattr(bench, "TIMED", False)
+    with pytest.raises(SystemExit, match="bf16"):
+        run_bench("--sizes 16 --dims 16 --dtype bf16")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype, limit", [("fp32", 2e-6), ("fp16", 1e-3)])
 def test_the_interpreted_table_has_errors_and_no_times(dtype, limit, tmp_path):
