@@ -643,8 +643,8 @@ def ours_is_faster(results):
 
 def conditions(flags):
     """Return what a reader needs to know about this run, for --json."""
-    versions = {}
-    for package in ["torch", "triton", *PEERS]:
+    versions = {"torch": torch.__version__}
+    for package in ["triton", *PEERS]:
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
