@@ -261,9 +261,11 @@ def let_peers_be_interpreted():
 
 @dataclasses.dataclass
 class Method:
+    """One way to compute one of the losses."""
+
     loss: str
     name: str
-    run: Callable
+    run: Callable  # (q, d) -> loss
     bytes_per_logit: int = 0  # at the peak; a size that would not fit is not tried
     package: str = ""  # that must be installed
 
