@@ -1,24 +1,51 @@
 """Time the fused InfoNCE, forward and backward, beside every other way to compute it.
 
     python kernels/bench.py                      on a GPU: N 1k to 128k, D 768 to 3584, bf16
-    python kernels/bench.py --sizes 8192         on a CPU: D = 1536, fp32; 2 minutes on 2 idle cores
-    python kernels/bench.py --out records/x.md   also writes the table to a file
+    python kernels/bench.py --sizes 8192         on a CPU: D = 1536, fp32; 5 minutes on 2 idle cores
+    python kernels/bench.py --out records/x.md --json x.json     also writes the table to files
+    TRITON_INTERPRET=1 python kernels/bench.py --sizes 64 100 --dims 64
+        on a CPU: the Triton kernels, peers' too, interpreted; only errors, as times mean nothing
 
-The table justifies kernels/infonce.py, so losing cases stay in, and methods that are not installed
-or do not fit the device are listed as such. Times are medians of runs taken in turn, so that a
-shared machine slows all methods alike. Extra memory is the peak less inputs and returned gradients.
-TFLOP/s count the four units of 2 N M D that infonce.py needs, for every method; the column after it
+The table justifies kernels/infonce.py, so losing cases stay in, and methods that are not installed,
+fail, or do not fit the device are listed as such. Each is one of four losses, and is measured
+against that loss:
+
+    symmetric        InfoNCE in both directions without masks
+    masks and ids    the same as training calls it: content ids, query ids and a margin
+    q to d, margin   query to document alone, with a margin (Qwen3-Embedding's)
+    sigmoid          SigLIP's, another loss: a row for its speed
+
+Times are medians of runs taken in turn, so that a shared machine slows all methods alike. Extra
+memory is the peak less inputs and returned gradients. TFLOP/s count the four units of 2 N M D that
+infonce.py needs, for every method (the last two losses can be had for three); the column after it
 is their share of the rate of a plain matrix product, measured between the methods.
+
+Errors are relative, against fp64 on the same inputs: of the loss, and of the gradients of the first
+256 rows of q and d. They are taken from the run that warms up, and show speed that was bought with
+accuracy. Rounding exact gradients to bf16 would give 1.7e-3. Packages that take no scale are given
+scaled inputs, and the rounding of those counts against them.
+
+Time of `--sizes 1024 8192 32768 --dims 1536 2048 3584`: one unit at all nine sizes is 16 TFLOP, so
+that 20 methods of 4 units, 6 runs each, would take half a minute at 300 TFLOP/s, and one method of
+10 units at 40 TFLOP/s as long again. Compilation comes on top. --limit stops what is slower still.
+
+Memory of ours at N = 131072, D = 3584 in bf16: q and d 1.9 GB (of 1e9 bytes), their gradients 1.9,
+sums of d's gradient in fp32 1.9, of one block of q's .2, the workspace .5; 6.4 in all, less than 8.
 """
 
 import ctypes
 import dataclasses
 import gc
+import importlib
+import importlib.metadata
 import importlib.util
 import itertools
+import math
 import statistics
 import sys
 import time
+import traceback
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,17 +55,31 @@ sys.path[0] = str(ROOT)  # not kernels/ itself, whose files are no top-level mod
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
-from kernels.infonce import info_nce, info_nce_ref  # noqa: E402
-from support.files import git_commit  # noqa: E402
+from kernels.infonce import INTERPRET, info_nce, info_nce_ref  # noqa: E402
+from support.files import git_commit, write_json  # noqa: E402
 from support.flags import flag, parse_flags  # noqa: E402
 
 SCALE = 1 / 0.03
+MARGIN = 0.1
+SIGMOID_SCALE = 10.0  # where SigLIP's training starts
+SIGMOID_BIAS = -10.0
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
+TIMED = CUDA or not INTERPRET
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 GPU_SIZES = [1024, 8192, 32768, 131072]
 GPU_DIMS = [768, 1536, 2048, 3584]
 OURS = "ours"  # how our methods' names begin
+PEERS = ["inf_cl", "liger_kernel", "cut_cross_entropy", "memeff", "siglip_kernel"]
+
+# The losses
+SYMMETRIC = "symmetric"
+MASKED = "masks and ids"
+ONE_WAY = "q to d, margin"
+SIGMOID = "sigmoid"
+
+CHECKED_ROWS = 256  # rows of q and of d whose gradients are compared with fp64
+BLOCK = 4096  # rows and columns of a block of fp64 logits: 134 MB
 
 
 @dataclasses.dataclass
@@ -48,27 +89,70 @@ class Flags:
     sizes: list[int] = flag(GPU_SIZES if CUDA else [1024, 8192], "N = M")
     dims: list[int] = flag(GPU_DIMS if CUDA else [1536], "D")
     dtype: str = flag("bf16" if CUDA else "fp32", "of q and d", choices=list(DTYPES))
-    methods: list[str] = flag([], "run only methods whose name contains one of these words")
+    methods: list[str] = flag([], "run only methods whose loss or name has one of these words")
     repeats: int = flag(5 if CUDA else 3, "runs per method, after one that warms up")
+    limit: float = flag(60.0, "seconds; stop a method whose runs at one size would take longer")
     out: str = flag("", "also write the table to this file")
+    json: str = flag("", "also write rows and conditions to this file, as one JSON object")
 
 
-# The methods. Each is a function (q, d) -> symmetric loss, 0-dim, row i's positive being d[i].
+@dataclasses.dataclass
+class Batch:
+    """Random inputs; row i's positive is d[i]."""
+
+    q: torch.Tensor  # (N, D) unit rows
+    d: torch.Tensor  # (N, D) unit rows
+    ids: torch.Tensor  # (N,) int64 content ids of d
+    q_ids: torch.Tensor  # (N,) int64 ids of q
+
+    def options(self, loss):
+        """Return the keyword arguments with which info_nce computes a loss of this table."""
+        if loss == SYMMETRIC:
+            return {}
+        if loss == MASKED:
+            return {"ids": self.ids, "q_ids": self.q_ids, "margin": MARGIN}
+        assert loss == ONE_WAY, loss
+        return {"margin": MARGIN, "symmetric": False}
 
 
-def ours_triton(q, d):
-    """Run the Triton kernels."""
-    return info_nce(q, d, SCALE, impl="triton")
+def random_batch(size, dim, dtype):
+    """Draw a batch with d[i] near q[i], in which every mask drops something.
+
+    Of every eight rows, one shares its document with its neighbour, one its query, and one has a
+    document that is much nearer to the neighbour's query than that query's own.
+    """
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    q = F.normalize(torch.randn(size, dim, generator=generator, device=DEVICE), dim=1)
+    noise = F.normalize(torch.randn(size, dim, generator=generator, device=DEVICE), dim=1)
+    d = q + 5 * noise
+    d[5::8] += 3 * q[4:-1:8]
+    d = F.normalize(d, dim=1)
+
+    number = torch.arange(size, device=DEVICE)
+    ids = number - (number % 8 == 1).long()
+    q_ids = number - (number % 8 == 3).long()
+    return Batch(q.to(dtype).requires_grad_(), d.to(dtype).requires_grad_(), ids, q_ids)
 
 
-def ours_torch(q, d):
-    """Run the kernels' torch twin."""
-    return info_nce(q, d, SCALE, impl="torch")
+# The methods. Each is a function (q, d) -> loss, 0-dim, row i's positive being d[i].
 
 
-def definition(q, d):
-    """Run the definition, which stores the similarities and the masks."""
-    return info_nce_ref(q, d, SCALE)
+def fused(impl, options):
+    """Return our loss: the Triton kernels, or their torch twin."""
+
+    def loss(q, d):
+        return info_nce(q, d, SCALE, impl=impl, **options)
+
+    return loss
+
+
+def definition(options):
+    """Return the loss by its definition, which stores the similarities and the masks."""
+
+    def loss(q, d):
+        return info_nce_ref(q, d, SCALE, **options)
+
+    return loss
 
 
 def plain(logits_dtype):
@@ -80,6 +164,13 @@ def plain(logits_dtype):
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
     return loss
+
+
+def plain_sigmoid(q, d):
+    """Run SigLIP's loss (arXiv 2303.15343) with stored logits."""
+    logits = (q @ d.T).float() * SIGMOID_SCALE + SIGMOID_BIAS
+    labels = torch.eye(len(q), device=q.device)
+    return F.binary_cross_entropy_with_logits(logits, labels, reduction="sum") / len(q)
 
 
 def both_ways(cross_entropy):
@@ -103,8 +194,10 @@ def inf_cl(q, d):
     """Run Inf-CL (arXiv 2410.17243), which has its own scale."""
     from inf_cl import cal_flash_loss
 
-    forward = cal_flash_loss(q, d, scale=SCALE).mean()
-    return (forward + cal_flash_loss(d, q, scale=SCALE).mean()) / 2
+    # It works on parts of the vectors that are a power of two wide, 256 by default.
+    part = math.gcd(q.shape[1], 256)
+    forward = cal_flash_loss(q, d, scale=SCALE, head_dim=part).mean()
+    return (forward + cal_flash_loss(d, q, scale=SCALE, head_dim=part).mean()) / 2
 
 
 def liger(queries, candidates, target):
@@ -121,38 +214,227 @@ def cut_cross_entropy(queries, candidates, target):
     return linear_cross_entropy(queries, candidates, target, filter_eps=None)
 
 
+# memeff's stable=True, the default, would multiply the gradients by sqrt(N / SCALE).
+
+
+def memeff_clip(q, d):
+    """Run memeff's symmetric loss."""
+    from memeff import MemoryEfficientCLIPLoss
+
+    return MemoryEfficientCLIPLoss(1 / SCALE, normalized_inputs=True, stable=False)(q, d)
+
+
+def memeff_qwen3(q, d):
+    """Run memeff's InfoNCE of Qwen3-Embedding, without its negatives from q to q and d to d."""
+    from memeff import MemoryEfficientQwen3Loss
+
+    return MemoryEfficientQwen3Loss(1 / SCALE, MARGIN, normalized_inputs=True, stable=False)(q, d)
+
+
+def siglip(q, d):
+    """Run siglip-kernel's chunked loss, its own choice for bf16 and fp16."""
+    from siglip_kernel import fused_siglip_loss
+
+    log_scale = torch.full((), math.log(SIGMOID_SCALE), device=q.device)
+    bias = torch.full((), SIGMOID_BIAS, device=q.device)
+    return fused_siglip_loss(q, d, log_scale, bias, backend="chunked_bf16")
+
+
+def is_installed(package):
+    """Say whether a package can be imported."""
+    return importlib.util.find_spec(package) is not None
+
+
+def let_peers_be_interpreted():
+    """Supply what peers expect of a GPU and the interpreter lacks. Peers' sums stay their own."""
+    # Peers ask which GPU there is, to choose tile sizes: an H100.
+    torch.cuda.get_device_capability = lambda device=None: (9, 0)
+    if is_installed("memeff"):
+        for name in ("memeff.clip_loss", "memeff.clip_qwen3_loss"):
+            importlib.import_module(name)._validate_features = lambda q, d: None
+    if is_installed("cut_cross_entropy"):
+        import triton.language as tl
+
+        tools = importlib.import_module("cut_cross_entropy.tl_utils")
+        tools.tl_libdevice = types.SimpleNamespace(log1p=lambda x: tl.log(1 + x))
+
+
 @dataclasses.dataclass
 class Method:
+    """One way to compute one of the losses."""
+
+    loss: str
     name: str
-    loss: Callable | None  # None: not installed
+    run: Callable  # (q, d) -> loss
     bytes_per_logit: int = 0  # at the peak; a size that would not fit is not tried
+    package: str = ""  # that must be installed
+
+    def is_named(self, words):
+        """Say whether one of the words is in the method's loss or name."""
+        return any(word in self.loss or word in self.name for word in words)
+
+    def obstacle(self, size, free_bytes):
+        """Return why the method cannot run with N = M = size; "" if it can."""
+        if self.package and not is_installed(self.package):
+            return "not installed"
+        if self.bytes_per_logit * size**2 > free_bytes:
+            return "does not fit"
+        return ""
 
 
-def list_methods(dtype):
-    """List all methods for inputs of `dtype` on this device."""
+def list_methods(batch):
+    """List all methods for this batch's dtype on this device."""
+    dtype = batch.q.dtype
     methods = []
-    if CUDA:
-        methods.append(Method(f"{OURS} (triton)", ours_triton))
-    methods.append(Method(f"{OURS} (torch twin)", ours_torch))
-    methods.append(Method("plain, fp32 logits", plain(torch.float32), 24))
-    methods.append(Method("the definition, info_nce_ref", definition, 40))
-    if dtype != torch.float32:
-        methods.append(Method("plain, half logits", plain(dtype), 14))
-    if CUDA:
-        methods.append(Method("plain, torch.compile", torch.compile(plain(torch.float32)), 24))
-    if hasattr(F, "linear_cross_entropy"):
-        methods.append(Method("F.linear_cross_entropy x 2", both_ways(torch_linear)))
+    for loss in (SYMMETRIC, MASKED, ONE_WAY):
+        options = batch.options(loss)
+        if CUDA or INTERPRET:
+            methods.append(Method(loss, f"{OURS} (triton)", fused("triton", options)))
+        methods.append(Method(loss, f"{OURS} (torch twin)", fused("torch", options)))
+        methods.append(Method(loss, "the definition, info_nce_ref", definition(options), 40))
 
+    methods.append(Method(SYMMETRIC, "plain, fp32 logits", plain(torch.float32), 24))
+    methods.append(Method(SIGMOID, "plain, fp32 logits", plain_sigmoid, 24))
+    if dtype != torch.float32:
+        methods.append(Method(SYMMETRIC, "plain, half logits", plain(dtype), 14))
     if CUDA:
-        packages = {
-            "inf_cl": inf_cl,
-            "liger_kernel": both_ways(liger),
-            "cut_cross_entropy": both_ways(cut_cross_entropy),
-        }
-        for package, loss in packages.items():
-            installed = importlib.util.find_spec(package) is not None
-            methods.append(Method(f"{package} x 2", loss if installed else None))
-    return methods
+        compiled = torch.compile(plain(torch.float32))
+        methods.append(Method(SYMMETRIC, "plain, torch.compile", compiled, 24))
+    chunked = both_ways(torch_linear)
+    methods.append(Method(SYMMETRIC, "F.linear_cross_entropy x 2", chunked))
+
+    if CUDA or INTERPRET:
+        cce = both_ways(cut_cross_entropy)
+        methods += [
+            Method(SYMMETRIC, "inf_cl x 2", inf_cl, package="inf_cl"),
+            Method(SYMMETRIC, "liger_kernel x 2", both_ways(liger), package="liger_kernel"),
+            Method(SYMMETRIC, "cut_cross_entropy x 2", cce, package="cut_cross_entropy"),
+            Method(SYMMETRIC, "memeff", memeff_clip, package="memeff"),
+            Method(ONE_WAY, "memeff", memeff_qwen3, package="memeff"),
+            Method(SIGMOID, "siglip_kernel", siglip, package="siglip_kernel"),
+        ]
+    order = [SYMMETRIC, MASKED, ONE_WAY, SIGMOID]
+    return sorted(methods, key=lambda method: order.index(method.loss))
+
+
+# The same losses in fp64, block by block: memory does not grow with N M.
+
+
+@dataclasses.dataclass
+class Exact:
+    """A loss, and its gradients for the first rows of q and d, (CHECKED_ROWS, D) fp64."""
+
+    loss: float
+    dq: torch.Tensor
+    dd: torch.Tensor
+
+
+def exact_loss(loss, batch):
+    """Compute one of the table's losses in fp64 -> Exact."""
+    q = batch.q.detach()
+    d = batch.d.detach()
+    if loss == SIGMOID:
+        return exact_sigmoid(q, d)
+    return exact_infonce(q, d, **batch.options(loss))
+
+
+def exact_infonce(q, d, ids=None, q_ids=None, margin=None, symmetric=True):
+    """Compute InfoNCE, with info_nce's arguments, in fp64 -> Exact.
+
+    A first pass over all blocks collects the log-sum-exps of rows and columns; with them, any part
+    of the gradient with respect to the logits is exact by itself.
+    """
+    n = len(q)
+    positive = [(q[rows].double() * d[rows].double()).sum(1) for rows in blocks(n)]
+    positive = torch.cat(positive)  # (N,) cosines
+
+    def logits(rows, columns):
+        cosines = q[rows].double() @ d[columns].double().T
+        dropped = torch.zeros_like(cosines, dtype=torch.bool)
+        if ids is not None:
+            dropped |= ids[rows, None] == ids[columns]
+            dropped |= q_ids[rows, None] == q_ids[columns]
+        if margin is not None:
+            dropped |= cosines > positive[rows, None] + margin
+        dropped &= ~on_diagonal(rows, columns, q.device)
+        return (SCALE * cosines).masked_fill(dropped, -torch.inf)
+
+    row_lse = torch.full_like(positive, -torch.inf)
+    column_lse = torch.full_like(positive, -torch.inf)
+    for rows, columns in itertools.product(blocks(n), blocks(n)):
+        z = logits(rows, columns)
+        row_lse[rows] = torch.logaddexp(row_lse[rows], z.logsumexp(1))
+        column_lse[columns] = torch.logaddexp(column_lse[columns], z.logsumexp(0))
+
+    losses = row_lse - SCALE * positive  # (N,)
+    if symmetric:
+        losses = (losses + column_lse - SCALE * positive) / 2
+
+    def gradient(rows, columns):
+        z = logits(rows, columns)
+        p = (z - row_lse[rows, None]).exp()
+        if symmetric:
+            p = (p + (z - column_lse[columns]).exp()) / 2
+        return (p - on_diagonal(rows, columns, q.device).double()) * SCALE / n
+
+    return Exact(losses.mean().item(), *first_gradients(q, d, gradient))
+
+
+def exact_sigmoid(q, d):
+    """Compute SigLIP's loss in fp64 -> Exact."""
+    n = len(q)
+
+    def logits(rows, columns):
+        return q[rows].double() @ d[columns].double().T * SIGMOID_SCALE + SIGMOID_BIAS
+
+    # softplus(-z) of a positive is softplus(z) - z.
+    total = 0.0
+    for rows, columns in itertools.product(blocks(n), blocks(n)):
+        z = logits(rows, columns)
+        total += F.softplus(z).sum().item()
+        total -= z[on_diagonal(rows, columns, q.device)].sum().item()
+
+    def gradient(rows, columns):
+        p = logits(rows, columns).sigmoid()
+        return (p - on_diagonal(rows, columns, q.device).double()) * SIGMOID_SCALE / n
+
+    return Exact(total / n, *first_gradients(q, d, gradient))
+
+
+def blocks(n):
+    """Cut n rows or columns into slices of at most BLOCK."""
+    return [slice(start, min(start + BLOCK, n)) for start in range(0, n, BLOCK)]
+
+
+def on_diagonal(rows, columns, device):
+    """Mark the positives in a block, bool; rows and columns are slices."""
+    i = torch.arange(rows.start, rows.stop, device=device)
+    j = torch.arange(columns.start, columns.stop, device=device)
+    return i[:, None] == j
+
+
+def first_gradients(q, d, gradient):
+    """Return dq and dd of the first CHECKED_ROWS rows in fp64.
+
+    gradient(rows, columns): a block of the gradient with respect to the cosines q d^T.
+    """
+    n = len(q)
+    first = slice(0, min(CHECKED_ROWS, n))
+    dq = torch.zeros_like(q[first], dtype=torch.float64)
+    dd = torch.zeros_like(d[first], dtype=torch.float64)
+    for others in blocks(n):
+        dq += gradient(first, others) @ d[others].double()
+        dd += gradient(others, first).T @ q[others].double()
+    return dq, dd
+
+
+def relative_error(x, exact):
+    """Return |x - exact| / |exact| of two tensors, in the Euclidean norm."""
+    exact_norm = torch.linalg.vector_norm(exact)
+    return (torch.linalg.vector_norm(x[: len(exact)].double() - exact) / exact_norm).item()
+
+
+# Measurements
 
 
 def read_bytes(path, key):
@@ -166,6 +448,7 @@ def read_bytes(path, key):
 def free_memory():
     """Return the device's free bytes."""
     if CUDA:
+        torch.cuda.empty_cache()  # else what earlier sizes took would not count as free
         return torch.cuda.mem_get_info()[0]
     return read_bytes("/proc/meminfo", "MemAvailable")
 
@@ -204,12 +487,12 @@ class Run:
 
 
 def run_method(method, q, d):
-    """Run a method forward and backward once."""
+    """Run a method forward and backward once; q and d then hold its gradients."""
     loss = None
 
     def step():
         nonlocal loss
-        loss = method.loss(q, d)
+        loss = method.run(q, d)
         loss.backward()
 
     q.grad = None
@@ -221,40 +504,58 @@ def run_method(method, q, d):
 
 @dataclasses.dataclass
 class Result:
-    """One method at one size: the medians of its runs, or the reason why there are none."""
+    """One method at one size: medians of its runs, its errors, and a note where some are missing.
+
+    What was not measured is None.
+    """
 
     size: int  # N = M
     dim: int
+    loss: str  # which of the losses
     method: str
-    matmul: float  # FLOP/s of a plain product between the methods
-    seconds: float = float("inf")
-    extra: float = 0.0  # bytes
-    loss: float = float("nan")
-    reason: str = ""
+    matmul: float | None = None  # FLOP/s of a plain product between the methods
+    seconds: float | None = None
+    extra: float | None = None  # bytes
+    value: float | None = None  # of the loss, in nats
+    loss_error: float | None = None  # relative, like the other two
+    dq_error: float | None = None
+    dd_error: float | None = None
+    note: str = ""
 
     def row(self):
         """Return the Markdown table's row."""
-        if self.reason:
-            cells = ["-", "-", "-", "-", self.reason]
-        else:
+        times = ["-", "-", "-", "-"]
+        if self.seconds is not None:
             rate = 8 * self.size**2 * self.dim / self.seconds  # four units of 2 N M D
-            cells = [
+            times = [
                 f"{self.seconds * 1e3:,.2f}",
                 f"{self.extra / 2**20:,.0f}",
                 f"{rate / 1e12:,.2f}",
                 f"{rate / self.matmul:.0%}",
-                f"{self.loss:.5f}",
             ]
-        return "| " + " | ".join([f"{self.size:,}", str(self.dim), self.method, *cells]) + " |"
+        errors = []
+        for error in (self.loss_error, self.dq_error, self.dd_error):
+            errors.append("-" if error is None else f"{error:.1e}")
+
+        cells = [f"{self.size:,}", str(self.dim), self.loss, self.method]
+        cells += [*times, *errors, self.note] if TIMED else [*errors, self.note]
+        return "| " + " | ".join(cells) + " |"
+
+    def take_errors(self, exact, value, q, d):
+        """Compare a run's loss and the gradients that it left behind with fp64."""
+        self.value = value
+        self.loss_error = abs(value - exact.loss) / abs(exact.loss)
+        self.dq_error = relative_error(q.grad, exact.dq)
+        self.dd_error = relative_error(d.grad, exact.dd)
 
 
-def random_batch(size, dim, dtype):
-    """Draw q and d, (size, dim) unit rows with d[i] near q[i]; both require gradients."""
-    generator = torch.Generator(DEVICE).manual_seed(0)
-    q = F.normalize(torch.randn(size, dim, generator=generator, device=DEVICE), dim=1)
-    noise = F.normalize(torch.randn(size, dim, generator=generator, device=DEVICE), dim=1)
-    d = F.normalize(q + 5 * noise, dim=1)
-    return q.to(dtype).requires_grad_(), d.to(dtype).requires_grad_()
+def header():
+    """Return the Markdown table's first two lines."""
+    columns = ["N = M", "D", "loss", "method"]
+    if TIMED:
+        columns += ["ms", "extra MiB", "TFLOP/s", "of matmul"]
+    columns += ["loss error", "dq error", "dd error", "note"]
+    return ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
 
 
 def matmul_rate(q, d):
@@ -267,89 +568,156 @@ def matmul_rate(q, d):
 
 def compare(size, dim, flags):
     """Run all methods at one size, turn by turn -> a Result for each."""
-    dtype = DTYPES[flags.dtype]
-    q, d = random_batch(size, dim, dtype)
-    methods = list_methods(dtype)
+    batch = random_batch(size, dim, DTYPES[flags.dtype])
+    q = batch.q
+    d = batch.d
+    methods = list_methods(batch)
     if flags.methods:
-        methods = [m for m in methods if any(word in m.name for word in flags.methods)]
+        methods = [m for m in methods if m.is_named(flags.methods)]
+    exact = {}
+    for loss in {method.loss for method in methods}:
+        exact[loss] = exact_loss(loss, batch)
 
     free = free_memory()
-    reasons = {}
-    for method in methods:
-        if method.loss is None:
-            reasons[method.name] = "not installed"
-        elif method.bytes_per_logit * size**2 > free:
-            reasons[method.name] = "does not fit"
-
-    runs = {method.name: [] for method in methods}
-    rates = []
-    for _ in range(1 + flags.repeats):
-        rates.append(matmul_rate(q, d))
-        for method in methods:
-            if method.name in reasons:
-                continue
-            try:
-                runs[method.name].append(run_method(method, q, d))
-            except Exception as error:  # one package that fails must not cost the others' rows
-                reasons[method.name] = type(error).__name__
-                if isinstance(error, torch.cuda.OutOfMemoryError):
-                    reasons[method.name] = "does not fit"
-                print(f"{method.name}: {error}", file=sys.stderr)
-
-    # The first turn warmed up: compilation, the allocator.
-    matmul = statistics.median(rates[1:])
     results = []
     for method in methods:
-        result = Result(size, dim, method.name, matmul, reason=reasons.get(method.name, ""))
-        if not result.reason:
-            timed = runs[method.name][1:]
-            result.seconds = statistics.median(run.seconds for run in timed)
-            result.extra = statistics.median(run.extra for run in timed)
-            result.loss = timed[-1].loss
-        results.append(result)
+        note = method.obstacle(size, free)
+        results.append(Result(size, dim, method.loss, method.name, note=note))
+
+    # The first turn warms up: compilation, the allocator. Errors are taken there.
+    runs = [[] for _ in methods]
+    rates = []
+    repeats = flags.repeats if TIMED else 0
+    for turn in range(1 + repeats):
+        rates.append(matmul_rate(q, d))
+        for method, result, done in zip(methods, results, runs, strict=True):
+            if result.note:
+                continue
+            try:
+                run = run_method(method, q, d)
+            except Exception as error:  # one package that fails must not cost the others' rows
+                result.note = describe(error)
+                done.clear()
+                print(f"{method.loss}, {method.name}: {error!r}", file=sys.stderr)
+                continue
+
+            done.append(run)
+            if turn == 0:
+                result.take_errors(exact[method.loss], run.loss, q, d)
+            ahead = repeats - turn
+            if turn == 0:
+                ahead = min(ahead, 1)  # most of the first run may be compilation
+            if ahead * run.seconds > flags.limit:
+                result.note = f"stopped after {turn} runs" if turn else "its first run, compiling"
+
+    if TIMED:
+        matmul = statistics.median(rates[1:] or rates)
+        for result, done in zip(results, runs, strict=True):
+            take_times(result, done[1:] or done, matmul)
     return results
+
+
+def describe(error):
+    """Say in a few words why a method failed."""
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return "does not fit"
+    # An assertion without a message is described by its line.
+    message = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
+    return f"{type(error).__name__}: {message.splitlines()[0][:70]}".replace("|", "/")
+
+
+def take_times(result, runs, matmul):
+    """Enter the medians of the runs, if there were any, into a result."""
+    if not runs:
+        return
+    result.matmul = matmul
+    result.seconds = statistics.median(run.seconds for run in runs)
+    result.extra = statistics.median(run.extra for run in runs)
 
 
 def ours_is_faster(results):
     """Say whether the fastest of our methods beats the fastest of the others at one size."""
-    ours = [r.seconds for r in results if r.method.startswith(OURS)]
-    others = [r.seconds for r in results if not r.method.startswith(OURS)]
+    timed = [r for r in results if r.seconds is not None]
+    ours = [r.seconds for r in timed if r.method.startswith(OURS)]
+    others = [r.seconds for r in timed if not r.method.startswith(OURS)]
     return bool(ours and others) and min(ours) < min(others)
+
+
+def conditions(flags):
+    """Return what a reader needs to know about this run, for --json."""
+    versions = {"torch": torch.__version__}
+    for package in ["triton", *PEERS]:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+
+    device = f"CPU, {torch.get_num_threads()} threads"
+    if CUDA:
+        device = torch.cuda.get_device_name()
+    elif INTERPRET:
+        device += ", Triton interpreted"
+    return {
+        "command": " ".join(["python kernels/bench.py", *sys.argv[1:]]),
+        "commit": git_commit(),
+        "device": device,
+        "versions": versions,
+        "flags": dataclasses.asdict(flags),
+    }
+
+
+def describe_conditions(where):
+    """Return the sentence above the table."""
+    flags = where["flags"]
+    installed = [f"{name} {version}" for name, version in where["versions"].items() if version]
+    runs = f"median of {flags['repeats']} runs" if TIMED else "one run"
+    return (
+        f"`{where['command']}` at commit {(where['commit'] or 'unknown')[:7]}; {where['device']}; "
+        f"{', '.join(installed)}; {flags['dtype']}, {runs}"
+    )
 
 
 def main():
     flags = parse_flags(Flags, doc=__doc__)
+    if not TIMED:
+        if flags.dtype == "bf16":
+            sys.exit("--dtype bf16: Triton's interpreter computes it wrongly; try fp16")
+        let_peers_be_interpreted()
+    where = conditions(flags)
     lines = []
 
     def say(line):
         lines.append(line)
         print(line, flush=True)
+        # At once, so that a run that is cut off leaves what it has.
+        if flags.out:
+            Path(flags.out).write_text("\n".join(lines) + "\n")
 
-    where = f"CPU, {torch.get_num_threads()} threads"
-    if CUDA:
-        where = torch.cuda.get_device_name()
-    command = " ".join(["python kernels/bench.py", *sys.argv[1:]])
-    say(
-        f"`{command}` at commit {(git_commit() or 'unknown')[:7]}; {where}; torch "
-        f"{torch.__version__}; {flags.dtype}, median of {flags.repeats} runs"
-    )
+    say(describe_conditions(where))
     say("")
-    say("| N = M | D | method | ms | extra MiB | TFLOP/s | of matmul | loss |")
-    say("|---|---|---|---|---|---|---|---|")
+    for line in header():
+        say(line)
 
-    faster_at = {dim: [] for dim in flags.dims}
+    results = []
     for dim, size in itertools.product(flags.dims, flags.sizes):
-        results = compare(size, dim, flags)
-        for result in results:
+        at_size = compare(size, dim, flags)
+        for result in at_size:
             say(result.row())
-        if ours_is_faster(results):
-            faster_at[dim].append(f"{size:,}")
+        results += at_size
+        if flags.json:
+            rows = [dataclasses.asdict(result) for result in results]
+            write_json(flags.json, {"where": where, "rows": rows})
 
-    for dim, sizes in faster_at.items():
-        listed = ", ".join(sizes) if sizes else "none of these sizes"
-        say(f"\nD = {dim}: ours is faster than every other method at N = {listed}.")
-    if flags.out:
-        Path(flags.out).write_text("\n".join(lines) + "\n")
+    if not TIMED:
+        return
+    for loss, dim in itertools.product((SYMMETRIC, MASKED, ONE_WAY), flags.dims):
+        faster_at = []
+        for size in flags.sizes:
+            same = [r for r in results if (r.loss, r.dim, r.size) == (loss, dim, size)]
+            if ours_is_faster(same):
+                faster_at.append(f"{size:,}")
+        listed = ", ".join(faster_at) or "none of these sizes"
+        say(f"\n{loss}, D = {dim}: ours is faster than every other method at N = {listed}.")
 
 
 if __name__ == "__main__":

@@ -1508,46 +1508,6 @@ def test_model_py_prints_the_sizes_of_a_checkpoint(world, capsys):
     assert capsys.readouterr().out.strip() == wanted
 
 
-def test_the_kernel_s_table_has_every_size_and_equal_losses(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "path", list(sys.path))  # the module changes it
-    from kernels import bench
-
-    monkeypatch.setattr(bench, "CUDA", False)
-    monkeypatch.setattr(bench, "DEVICE", "cpu")
-    monkeypatch.setattr(bench, "measure", lambda run: (run(), (1e-3, 0))[1])  # without its waits
-    watch = Watch(monkeypatch, bench, "run_method")
-    words = "--sizes 32 48 --dims 16 --dtype bf16 --repeats 2 --out".split()
-    names = ["ours (torch twin)", "plain, fp32 logits", "the definition, info_nce_ref"]
-    words = ["bench.py", *words, str(tmp_path / "t.md"), "--methods", "twin", "fp32", "definition"]
-    monkeypatch.setattr(sys, "argv", words)
-    bench.main()
-
-    rows = [line.split("|")[1:-1] for line in (tmp_path / "t.md").read_text().splitlines()]
-    rows = [[cell.strip() for cell in row] for row in rows if len(row) == 8][2:]
-    assert [row[:3] for row in rows] == [[n, "16", name] for n in ("32", "48") for name in names]
-    for first in (0, 3):
-        losses = [float(row[7]) for row in rows[first : first + 3]]
-        assert losses == pytest.approx([losses[0]] * 3, rel=2e-2)
-    assert len(watch.calls["run_method"]) == 2 * 3 * (1 + 2)
-    assert watch.calls["run_method"][0]["q"].dtype == torch.bfloat16
-
-    q, d = (x.detach() for x in bench.random_batch(8, 4, torch.float32))
-    d = torch.nn.functional.normalize(d + d[:1], dim=1)  # the two directions differ
-    logits = q @ d.T / 0.03
-    target = torch.arange(8)
-    both = [torch.nn.functional.cross_entropy(x, target) for x in (logits, logits.T)]
-    assert both[0] != pytest.approx(both[1], rel=1e-2)
-    for loss in (bench.plain(torch.float32), bench.definition, bench.ours_torch):
-        assert float(loss(q, d)) == pytest.approx(float(sum(both)) / 2, rel=1e-5)
-
-    slow = bench.Result(100, 1000, "plain", matmul=16e9, seconds=0.01, loss=1.0)
-    assert slow.row().split("|")[5:8] == [" 0 ", " 0.01 ", " 50% "]
-    fast = bench.Result(100, 1000, "ours (torch twin)", matmul=16e9, seconds=0.001)
-    assert bench.ours_is_faster([slow, fast])
-    fast.seconds = 0.1
-    assert not bench.ours_is_faster([slow, fast])
-
-
 # Faults that these and all other tests are to catch
 
 
