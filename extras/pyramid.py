@@ -131,7 +131,7 @@ def plot(epochs, levels, path):
     matplotlib.use("Agg")  # draws into files, needs no screen
     from matplotlib import pyplot
 
-    size = (17, 5)
+    size = (19, 5.5)
     picture, (left, middle, right) = pyplot.subplots(1, 3, figsize=size, layout="constrained")
     x = [event["epoch"] + 1 for event in epochs]
 
@@ -170,8 +170,9 @@ def plot(epochs, levels, path):
     right.set_title("steps of each level by the epoch's end")
     for ax in (left, middle, right):
         ax.set(xlabel="curriculum epoch", xticks=x)
-    right.legend(fontsize=7)
-    left.legend(fontsize=5, title="level: source", title_fontsize=6)
+    right.legend(fontsize=7, loc="upper left")
+    handles, labels = middle.get_legend_handles_labels()
+    picture.legend(handles, labels, fontsize=6, loc="outside right center", title="level: source")
     picture.savefig(path, dpi=100)
     pyplot.close(picture)
 

@@ -472,3 +472,18 @@ def test_the_walk_up_the_pyramid_is_drawn_from_the_log(uninterrupted, tmp_path, 
     for content in ("", "{", "[1]", '{"event": "start"}', '{"event": "start", "sources": {}}'):
         log.write_text(content)
         assert "log.jsonl: not a log of this train.py" in pyramid.main([str(log)])
+
+
+def test_the_walk_of_a_mixture_is_shown_before_it_is_trained(tmp_path, capsys):
+    path = tmp_path / "walk.png"
+    assert pyramid.main(["mixtures/gve-3b.json", "--out", str(path)]) is None
+    text = capsys.readouterr().out
+    levels = [line.split() for line in text.splitlines() if " all " in line]
+    used = [int(words[-2]) for words in levels]
+    left = [int(words[-1]) for words in levels]
+    for epoch, ending in enumerate((3721, 7442, 11_163)):  # thirds of one pass over Tables 6 and 7
+        assert sum(used[4 * epoch : 4 * epoch + 4]) == ending
+        assert sum(left[4 * epoch : 4 * epoch + 4]) == 11_163 - ending
+    assert path.stat().st_size > 5000
+    assert "not a mixture" in pyramid.main([str(path)])
+    assert "expected 4 numbers" in pyramid.main(["mixtures/gve-3b.json", "--profile", "0.5"])
