@@ -27,6 +27,7 @@ image is likely to lack (a wheel of 36 MB), and peft: `pip install --no-index --
 import collections
 import dataclasses
 import datetime
+import importlib.metadata
 import multiprocessing
 import os
 import platform
@@ -78,6 +79,7 @@ class Sizes:
 
     clips: int  # made; also the global batch
     train_steps: int
+    micro_tokens: int  # per forward in training; the preset's own in full size
     most_encoded: int  # clips in one measurement of encoding
     batch_tokens: tuple  # tokens per forward in encoding
     matmul: int  # rows and columns of the matrices whose product is the card's own rate
@@ -87,8 +89,8 @@ class Sizes:
     profiled_clips: int
 
 
-FULL = Sizes(1024, 4, 1024, (4096, 32768), 8192, 32, 4, 64, 256)
-TINY = Sizes(16, 3, 8, (4096,), 256, 8, 2, 4, 4)
+FULL = Sizes(1024, 4, 32768, 1024, (4096, 32768), 8192, 32, 4, 64, 256)
+TINY = Sizes(16, 3, 4096, 8, (4096,), 256, 8, 2, 4, 4)
 
 
 @dataclasses.dataclass
@@ -129,7 +131,7 @@ def describe_machine(flags):
         "commit": flags.commit,
         "torch": torch.__version__,
         "triton": version("triton"),
-        "transformers": transformers.__version__,
+        "transformers": version("transformers"),
     }
     return ["| | |", "| --- | --- |"] + [f"| {name} | {value} |" for name, value in rows.items()]
 
@@ -137,30 +139,39 @@ def describe_machine(flags):
 def version(package):
     """Return an installed package's version, "not installed" without it."""
     try:
-        return __import__(package).__version__
-    except ImportError:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
         return "not installed"
+
+
+def read_sections(flags):
+    """Read the sections of an earlier call's record -> {stage: text}.
+
+    Raises ValueError if it is of another machine or commit.
+    """
+    path = Path(flags.out)
+    if not path.exists():
+        return {}
+    head, *parts = path.read_text().split("\n## ")
+    if "\n".join(describe_machine(flags)) not in head:
+        raise ValueError(f"{path} is of another machine or commit; name another --out")
+    sections = {}
+    for part in parts:
+        stage, _, text = part.partition("\n\n")
+        sections[stage] = text.strip()
+    return sections
 
 
 def write_section(flags, stage, lines):
     """Put a stage's lines into the record, in place of those of an earlier call."""
-    path = Path(flags.out)
-    machine = describe_machine(flags)
-    sections = {}
-    if path.exists():
-        head, *parts = path.read_text().split("\n## ")
-        if "\n".join(machine) not in head:
-            raise ValueError(f"{path} is of another machine or commit; name another --out")
-        for part in parts:
-            name, _, body = part.partition("\n\n")
-            sections[name] = body.strip()
+    sections = read_sections(flags)
     sections[stage] = "\n".join(lines)
-
     today = datetime.datetime.now(datetime.UTC).date()
-    text = "\n".join([f"# {today}: speed on one device", "", *machine, ""])
+    text = "\n".join([f"# {today}: speed on one device", "", *describe_machine(flags), ""])
     for name in STAGES:
         if name in sections:
             text += f"\n## {name}\n\n{sections[name]}\n"
+    path = Path(flags.out)
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as file:
         file.write(text)
@@ -326,6 +337,7 @@ def train_words(flags, pairs, **more):
         "schedule": "uniform",  # no probing: there is one source
         "epochs": 1,
         "batch-scale": pairs / 32,
+        "micro-tokens": flags.size.micro_tokens,
         "log-every": 1,
         **more,
     }
@@ -513,7 +525,8 @@ def time_sentence_transformers(flags, items, vectors):
     _, inline = timed(flags.device, lambda: embed(read_items(paths)))
     read = read_items(paths)
     theirs, alone = timed(flags.device, lambda: embed(read))
-    apart = 1 - (theirs.float().cpu() * vectors[: len(paths)]).sum(1)
+    theirs = torch.nn.functional.normalize(theirs.float().cpu(), dim=1)
+    apart = 1 - (theirs * vectors[: len(paths)]).sum(1)
     return [
         ["sentence-transformers", *speed(inline / len(paths))],
         ["sentence-transformers, frames read before", *speed(alone / len(paths))],
@@ -533,7 +546,7 @@ def compare_dry_run(flags):
     if done.returncode:
         raise ValueError(f"train.py --dry-run: {done.stderr[-2000:]}")
     taken = [event["memory_gib"] for event in step_events(flags)]
-    last = f"{max(taken):.2f} GiB at peak" if taken else "not run in this folder"
+    last = f"{max(taken):.2f} GiB at peak" if taken else "no figure: it has not run in WORK"
     return ["```", done.stdout.strip(), "```", "", f"Stage train took: {last}."]
 
 
@@ -608,7 +621,7 @@ def train_few_steps(flags, dtype, lora):
         norm = torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        curve.append((float(loss), float(norm)))
+        curve.append((loss.item(), norm.item()))
     return curve
 
 
@@ -648,6 +661,8 @@ def largest_items(flags, work):
         spent[name] += item.self_device_time_total if on_gpu else item.self_cpu_time_total
         calls[name] += item.count
     whole = sum(spent.values())
+    if not whole:
+        raise ValueError("the profiler saw nothing on the device")
     rows = []
     for name, microseconds in spent.most_common(10):
         share = percent(microseconds / whole)
@@ -668,6 +683,7 @@ STAGES = {
 
 
 def main(flags):
+    read_sections(flags)  # a record that cannot be added to is met before the work
     for stage in flags.stages or STAGES:
         began = time.perf_counter()
         print(f"\n== {stage}", flush=True)

@@ -1,0 +1,149 @@
+"""tests/speed_gpu.py --tiny: every stage runs on a CPU, and its figures are possible ones."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+PROGRAM = ROOT / "tests/speed_gpu.py"
+
+
+def run(*words):
+    return subprocess.run(
+        [sys.executable, PROGRAM, *map(str, words)], cwd=ROOT, capture_output=True, text=True
+    )
+
+
+def read_record(path):
+    """Read a record -> {stage: text}, the head under ""."""
+    head, *parts = path.read_text().split("\n## ")
+    sections = {"": head}
+    for part in parts:
+        stage, _, text = part.partition("\n\n")
+        sections[stage] = text
+    return sections
+
+
+def read_tables(text):
+    """Read the rows of a section's tables -> {first cell: the other cells}."""
+    rows = {}
+    for line in text.splitlines():
+        if line.startswith("| "):
+            first, *others = [cell.strip() for cell in line.strip("|").split("|")]
+            rows[first] = others
+    return rows
+
+
+def number(text):
+    """Read the first number of a cell; a share in per cent as written."""
+    return float(re.search(r"-?[\d.]+(e[+-]?\d+)?", text)[0])
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory):
+    """The record of all stages, built by two calls."""
+    folder = tmp_path_factory.mktemp("speed")
+    path = folder / "record.md"
+    words = ["--tiny", "--work", folder / "work", "--out", path, "--commit", "c0ffee"]
+    for stages in (["make", "train"], ["encode", "dry-run", "bf16", "profile"]):
+        done = run(*words, "--stages", *stages)
+        assert done.returncode == 0, done.stderr[-3000:]
+    return read_record(path)
+
+
+@pytest.mark.slow
+def test_every_stage_has_its_section_under_one_head(record):
+    assert list(record) == ["", "make", "train", "encode", "dry-run", "bf16", "profile"]
+    head = read_tables(record[""])
+    assert head["torch"] == [torch.__version__]
+    assert head["commit"] == ["c0ffee"]
+    assert f"{os.cpu_count()} cores" in head["device"][0]
+
+
+@pytest.mark.slow
+def test_training_figures_are_possible(record):
+    rows = read_tables(record["train"])
+    value = {name: number(cells[0]) for name, cells in rows.items() if re.search(r"\d", cells[0])}
+    # Batches of 16 pairs: two ways to say how long a step takes.
+    assert value["pairs/s"] * value["s a step"] == pytest.approx(16, rel=0.01)
+    assert 0 < value["share of the measured product"] < 100
+    assert 0 <= value["waiting for data"] < 100
+    assert 0.1 < value["peak memory, GiB"] < 20
+    # A clip has 180 vision tokens in each of four pairs of frames; a weight costs 4 FLOPs a token
+    # at least, and the two layers have 4 x 64^2 + 3 x 64 x 96 weights or a little less each.
+    at_least = value["pairs/s"] * 720 * 4 * 2 * 3 * 64 * 96 / 1e12
+    assert at_least < value["TFLOP/s"] < 100 * at_least
+
+
+@pytest.mark.slow
+def test_encoding_figures_are_possible(record):
+    rows = read_tables(record["encode"])
+    for name, cells in rows.items():
+        if len(cells) > 1 and cells[0].replace(".", "").isdigit():
+            assert number(cells[0]) * number(cells[1]) == pytest.approx(1000, rel=0.01), name
+    whole = number(rows["embed.encode, 4096 tokens a forward"][1])
+    parts = []
+    for part in ("decode", "vision tower", "language model"):
+        cells = rows[f"{part}, alone"]
+        parts.append(number(cells[1]))
+        assert number(cells[5]) == pytest.approx(100 * parts[-1] / whole, rel=0.01), part
+    # One decoding process beside one that computes: no faster than the slower of them, and hardly
+    # slower than one after the other. (The machine may be busy with something else meanwhile.)
+    assert 0.5 * max(parts) < whole < 3 * sum(parts)
+    apart = next(name for name in rows if name.startswith("1 - cosine"))
+    assert number(apart.split("max")[1]) < 0.01  # bfloat16 and their own positions
+    assert "sentence-transformers" in rows
+
+
+@pytest.mark.slow
+def test_the_forecast_stands_beside_what_training_took(record):
+    forecast, taken = record["dry-run"].split("Stage train took:")
+    peaks = re.findall(r"([\d.]+) GiB", forecast)
+    assert peaks
+    measured = read_tables(record["train"])["peak memory, GiB"][0]
+    assert number(taken) == pytest.approx(float(measured), abs=0.01)
+
+
+@pytest.mark.slow
+def test_bf16_tracks_float32(record):
+    rows = read_tables(record["bf16"])
+    steps = [rows[str(step)] for step in range(1, 11)]
+    for loss, exact_loss, _, norm, exact_norm, _ in steps:
+        assert number(loss) == pytest.approx(number(exact_loss), rel=0.02)
+        assert number(norm) == pytest.approx(number(exact_norm), rel=0.2)
+        assert loss != exact_loss or norm != exact_norm  # they are two runs
+    assert "they do." in record["bf16"]
+
+
+@pytest.mark.slow
+def test_ten_items_of_training_and_of_encoding_are_profiled(record):
+    training, encoding = record["profile"].split("Encoding")
+    for text in (training, encoding):
+        items = {name: cells for name, cells in read_tables(text).items() if "`" in name}
+        shares = [number(cells[2]) for cells in items.values()]
+        assert len(items) == 10
+        assert shares == sorted(shares, reverse=True)
+        assert 30 < sum(shares) < 100.5
+
+
+@pytest.mark.slow
+def test_a_stage_replaces_its_section_alone_and_another_commit_is_refused(tmp_path):
+    path = tmp_path / "record.md"
+    words = ["--tiny", "--work", tmp_path / "work", "--out", path, "--stages", "make"]
+    assert run(*words, "--commit", "a").returncode == 0
+    assert "16 of them rendered now" in path.read_text()
+    path.write_text(path.read_text() + "\n## bf16\n\nkept\n")
+    assert run(*words, "--commit", "a").returncode == 0
+    sections = read_record(path)
+    assert "0 of them rendered now" in sections["make"]
+    assert sections["bf16"].strip() == "kept"
+
+    refused = run(*words, "--commit", "b")
+    assert refused.returncode == 1
+    assert "another machine or commit" in refused.stderr
+    assert "unknown stages" in run(*words, "sing").stderr
