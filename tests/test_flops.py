@@ -42,7 +42,7 @@ def test_a_step_costs_what_torch_counts_and_at_most_a_tenth_more(tiny, media, na
 
 
 def test_a_forward_pass_alone_costs_what_torch_counts(tiny, media):
-    gve = GVE.from_pretrained(tiny)
+    gve = GVE.from_pretrained(tiny, lora=True)
     batch = Collator(gve.processor)([{"video": str(media / "a.mp4"), "text": "at night"}])
     with torch.no_grad(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         gve(batch)
