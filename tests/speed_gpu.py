@@ -22,7 +22,7 @@ about four times as long as with the real tokenizer; clips are as long as ever.
 
 Half an hour on a bare machine, in commands of less than ten minutes (the minutes are foreseen, not
 measured). Of requirements.txt it needs the lines from torch to filelock, scipy and pytest. Where
-pip reaches no index, bring wheels of those missing: a GPU image is likely to lack av (36 MB).
+pip reaches no index, bring wheels of those missing; av, if nothing else (36 MB).
 
     pip install --no-index --no-deps wheels/*.whl
     python tests/speed_gpu.py --out R.md --commit C --stages make encode bf16                # 7
@@ -30,8 +30,8 @@ pip reaches no index, bring wheels of those missing: a GPU image is likely to la
     python tests/speed_gpu.py --out R.md --commit C --stages profile                         # 3
 
 C is the commit, for a copy without .git. Files in WORK must outlast a command; if they do not, each
-command names `make` first, which takes 2 to 3 minutes. A --clips folder that was brought along, made
-by `make` elsewhere, spares the rendering (0.6 GB).
+command names `make` first, which takes 2 to 3 minutes. A folder of clips that `make` rendered
+elsewhere, brought along (0.6 GB) and named by --clips, spares the rendering.
 """
 
 import collections
@@ -100,8 +100,30 @@ class Sizes:
     profiled_clips: int
 
 
-FULL = Sizes(1024, 4, 32768, 1024, (4096, 32768), 8192, 32, 4, 64, 256)
-TINY = Sizes(16, 3, 4096, 8, (4096,), 256, 8, 2, 4, 4)
+FULL = Sizes(
+    clips=1024,
+    train_steps=4,
+    micro_tokens=32768,
+    most_encoded=1024,
+    batch_tokens=(4096, 32768),
+    matmul=8192,
+    pairs=32,
+    layers=4,
+    profiled_pairs=64,
+    profiled_clips=256,
+)
+TINY = Sizes(
+    clips=16,
+    train_steps=3,
+    micro_tokens=4096,
+    most_encoded=8,
+    batch_tokens=(4096,),
+    matmul=256,
+    pairs=8,
+    layers=2,
+    profiled_pairs=4,
+    profiled_clips=4,
+)
 
 
 @dataclasses.dataclass
@@ -119,7 +141,9 @@ class Flags:
         unknown = [name for name in self.stages if name not in STAGES]
         if unknown:
             raise ValueError(f"unknown stages {unknown}; accepted: {', '.join(STAGES)}")
-        self.clips = self.clips or f"{self.work}/clips"
+        # Absolute: train.py may start in another folder.
+        self.work = os.path.abspath(self.work)
+        self.clips = os.path.abspath(self.clips or f"{self.work}/clips")
         self.commit = self.commit or git_commit() or "unknown"
         self.model = f"{self.work}/model"
         self.mixture = f"{self.work}/train/mixture.json"
