@@ -2,17 +2,19 @@
 
     python tests/speed_gpu.py --out records/DATE-gpu.md                          # all stages
     python tests/speed_gpu.py --stages train profile --out records/DATE-gpu.md   # some of them
-    python tests/speed_gpu.py --tiny --out /tmp/tiny.md      # every line on a CPU, in 2 minutes
+    python tests/speed_gpu.py --tiny --out tiny.md      # every line on a CPU, in 2 to 4 minutes
 
 The model is Qwen2.5-VL-3B at its true sizes with random weights, its clips are rendered: nothing is
 downloaded. Each stage writes its own section of the record, in place of an earlier one, so that
-separate calls build one file. Stages and what bounds their time; SECONDS is the flag (300):
+separate calls build one file; if one fails, the next still runs. Stages and what bounds their time;
+SECONDS is the flag (300):
 
     make      model folder, clips, training file. A fixed amount of work: about 16 minutes of
               rendering over the number of cores, then 7.5 GB of weights to make and write
-    train     train.py as it is, gve-3b preset, for 4 steps or SECONDS, then the step under way
+    train     train.py as it is, gve-3b preset: 4 steps or SECONDS, then at most 150 s for the step
+              under way and saving
     encode    embed.encode and sentence-transformers; each measurement at most a sixth of SECONDS
-    dry-run   what `train.py --dry-run` foresees beside what `train` took; two micro-batches
+    dry-run   what `train.py --dry-run` foresees beside what `train` took; at most SECONDS + 150 s
     bf16      ten steps in bfloat16 beside the same ten in float32, four layers; 320 pairs each
     profile   the ten largest items of ten training steps of 64 pairs, and of encoding 256 clips
 
@@ -47,6 +49,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -413,9 +416,11 @@ def measure_training(flags):
     words = train_words(flags, batch, steps=flags.size.train_steps)
     run_train([*words, "--no-dry-run"], flags.seconds)
 
-    first, *steps = step_events(flags) or [None]
-    if not steps:
-        raise ValueError(f"train.py made fewer than two steps in {flags.seconds:.0f} s (--seconds)")
+    events = step_events(flags)
+    if not events:
+        raise ValueError(f"train.py made no step in {flags.seconds:.0f} s (--seconds)")
+    steps = events[1:] or events
+    note = "the first left out" if len(events) > 1 else "warming up and loading included"
     seconds = [event["rows"] / event["items_per_s"] for event in steps]
     pairs = sum(event["rows"] for event in steps)
     waiting = sum(event["waiting"] * s for event, s in zip(steps, seconds, strict=True))
@@ -429,12 +434,11 @@ def measure_training(flags):
         ["s a step", f"{sum(seconds) / len(steps):.4g}", ""],
         ["waiting for data", percent(waiting / sum(seconds)), ""],
         ["peak memory, GiB", f"{steps[-1]['memory_gib']:.2f}", ""],
-        ["loss, first to last", f"{first['loss']:.3f} to {steps[-1]['loss']:.3f}", ""],
+        ["loss, first to last", f"{events[0]['loss']:.3f} to {events[-1]['loss']:.3f}", ""],
     ]
     return [
         f"train.py, gve-3b preset, one rank: batches of {batch} T2V pairs, GradCache, "
-        f"checkpointing, 8 frames x at most {FRAME_TOKENS} tokens; {len(steps)} steps, "
-        "the first left out.",
+        f"checkpointing, 8 frames x at most {FRAME_TOKENS} tokens. Steps: {len(steps)}, {note}.",
         rates.line,
         "",
         *table(["", "measured", "asked"], rows),
@@ -718,21 +722,31 @@ STAGES = {
 
 
 def main(flags):
+    """Run the stages that flags name -> names of those that failed."""
     read_sections(flags)  # a record that cannot be added to is met before the work
+    failed = []
     for stage in flags.stages or STAGES:
         began = time.perf_counter()
         print(f"\n== {stage}", flush=True)
-        lines = STAGES[stage](flags)
+        try:
+            lines = STAGES[stage](flags)
+        except Exception as error:  # the others need not wait for another half hour
+            traceback.print_exc()
+            lines = ["```", f"failed: {error!r}", "```"]
+            failed.append(stage)
         seconds = time.perf_counter() - began
         lines += ["", f"The stage took {seconds:.0f} s."]
         print("\n".join(lines), flush=True)
         write_section(flags, stage, lines)
         gc.collect()  # models refer to themselves
         torch.cuda.empty_cache()  # for the processes of the next stage
+    return failed
 
 
 if __name__ == "__main__":
     try:
-        main(parse_flags(Flags, doc=__doc__))
+        failures = main(parse_flags(Flags, doc=__doc__))
     except (ValueError, OSError) as problem:
         sys.exit(f"error: {problem}")
+    if failures:
+        sys.exit(f"error: failed: {', '.join(failures)}")

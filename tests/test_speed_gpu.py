@@ -170,3 +170,13 @@ def test_a_record_of_another_commit_and_unknown_stages_are_refused(folder):
     unknown = run_in(folder, "--stages", "sing")
     assert unknown.returncode == 1
     assert "accepted: make, train, encode, dry-run, bf16, profile" in unknown.stderr
+
+
+@pytest.mark.slow
+def test_a_stage_that_fails_says_so_in_the_record(tmp_path):
+    done = run_in(tmp_path, "--stages", "encode", "bf16")  # nothing was made
+    assert done.returncode == 1
+    assert done.stderr.strip().endswith("error: failed: encode, bf16")
+    record = read_record(tmp_path / "record.md")
+    assert "neither a checkpoint folder" in record["encode"]
+    assert "failed" in record["bf16"]
