@@ -37,8 +37,10 @@ def peak_memory_gib(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30
 
 
-def step_flops(gve):
+def step_flops(gve, backward=True):
     """Return a function: collated micro-batch -> FLOPs (float) of its forward and backward pass.
+
+    backward: False counts the forward pass alone, which is what encoding costs.
 
     Not counted: padding, features that were on disk, recomputation (GradCache, checkpointing),
     norms, softmax, the loss. Causal attention counts in full, although half of it is masked.
@@ -57,13 +59,16 @@ def step_flops(gve):
     per_token = 0
     for weight in layers.parameters():
         if weight.dim() == 2:
-            per_token += 4 * weight.numel()
-            if weight.requires_grad:
+            per_token += 2 * weight.numel()
+            if backward:
+                per_token += 2 * weight.numel()
+            if backward and weight.requires_grad:
                 per_token += 2 * weight.numel()
 
     # Attention, per pair of tokens and channel: 2 for scores, 2 for values, twice that backward.
     channels = text.num_attention_heads * layers[0].self_attn.head_dim
-    per_token_pair = 12 * channels * text.num_hidden_layers
+    per_channel = 12 if backward else 4
+    per_token_pair = per_channel * channels * text.num_hidden_layers
 
     # Vision tower, forward only. The merger sees one token where the blocks see several patches.
     per_patch = 0

@@ -1548,6 +1548,20 @@ LIST = r"""
 - dd += gradient(others, first).T @ q[others].double()
 + dd = gradient(others, first).T @ q[others].double()
 
+# support/flops.py: what a step costs
+
+@ support/flops.py: test_flops::a_forward_pass_alone
+- per_channel = 12 if backward else 4
++ per_channel = 12
+
+@ support/flops.py: test_flops::a_forward_pass_alone
+- if backward and weight.requires_grad:
++ if weight.requires_grad:
+
+@ support/flops.py: test_flops::trained_weights_cost
+- if backward and weight.requires_grad:
++ if backward and not weight.requires_grad:
+
 # support/media.py: what a player shows, and when
 
 @ support/media.py: test_media::windows_of_a_variable

@@ -64,12 +64,13 @@ def plain_loop(model, processor, paths, batch_size=8):
     return torch.cat(out)
 
 
-def sentence_transformers(model, paths):
+def read_items(paths):
+    """Read clips as the items that sentence-transformers takes."""
     items = []
     for path in paths:
         frames, metadata = read(path)
         items.append({"video": {"array": frames, "video_metadata": metadata}})
-    return model.encode(items, convert_to_tensor=True)
+    return items
 
 
 def processor_seconds():
@@ -100,7 +101,7 @@ def main(checkpoint="mini/prober", clips="500", workers="2"):
     ways = {
         "embed.encode": ours,
         "plain loop": lambda paths: plain_loop(model, processor, paths),
-        "sentence-transformers": lambda paths: sentence_transformers(st, paths),
+        "sentence-transformers": lambda paths: st.encode(read_items(paths), convert_to_tensor=True),
     }
     for way in ways.values():
         way(paths[:16])  # warm up

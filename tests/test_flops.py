@@ -41,6 +41,15 @@ def test_a_step_costs_what_torch_counts_and_at_most_a_tenth_more(tiny, media, na
     assert 1 < step_flops(gve)(batch) / expected < 1.1
 
 
+def test_a_forward_pass_alone_costs_what_torch_counts(tiny, media):
+    gve = GVE.from_pretrained(tiny, lora=True)
+    batch = Collator(gve.processor)([{"video": str(media / "a.mp4"), "text": "at night"}])
+    with torch.no_grad(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        gve(batch)
+    forward = step_flops(gve, backward=False)(batch)
+    assert forward == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
 def test_trained_weights_cost_half_as_much_again(tiny):
     frozen = GVE.from_pretrained(tiny)
     trained = GVE.from_pretrained(tiny)
