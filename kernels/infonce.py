@@ -273,8 +273,8 @@ def _slices(s, WIDTH: tl.constexpr):
     """Cut a (BM, BN) tile into a tuple of (BM, WIDTH) slices, left to right.
 
     The kernels work through the slices one after the other. With masks and weights for a whole
-    128 x 256 tile at once they would spill registers (tests/test_infonce.py compiles them ahead of
-    time for sm_80 and sm_90 and looks).
+    128 x 256 tile at once they would spill registers (tests/compiled_kernels.py compiles them ahead
+    of time and looks).
     """
     # Triton compiles only the branch that applies, so both branches must return.
     if s.shape[1] == WIDTH:
@@ -468,8 +468,10 @@ def grad_kernel(
 # Tiles by kind of device. They do not depend on N, M or D, spill no registers, and fit the shared
 # memory of the smallest device of their kind.
 TILES = {
-    # Hopper and datacentre Blackwell: 192 KiB
+    # Hopper: 192 KiB
     "hopper": dict(BM=128, BN=256, BK=64, WIDTH=32, num_warps=8, num_stages=4),
+    # datacentre Blackwell: as Hopper, but with slices of 32 Triton 3.6 spills there
+    "blackwell": dict(BM=128, BN=256, BK=64, WIDTH=16, num_warps=8, num_stages=4),
     # Ampere, Ada and small Blackwell: 72 KiB
     "ampere": dict(BM=128, BN=256, BK=32, WIDTH=64, num_warps=8, num_stages=4),
     # fp32 inputs: exact products, on the plain cores
@@ -506,8 +508,10 @@ def _prepare_launch(q, d):
         tile = TILES["interpreter"]
     elif not half:
         tile = TILES["fp32"]
-    elif major in (9, 10):
+    elif major == 9:
         tile = TILES["hopper"]
+    elif major == 10:
+        tile = TILES["blackwell"]
     else:
         tile = TILES["ampere"]
 
