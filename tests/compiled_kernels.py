@@ -93,10 +93,9 @@ class Alternative(NamedTuple):
 
 # Those to try first stand first.
 ALTERNATIVES = (
-    Alternative(H100, "taller", dict(BM=256, BN=128), 1),
-    Alternative(H100, "two an SM", dict(BM=128, BN=128, num_warps=4, num_stages=3), 2),
+    Alternative(H100, "taller", dict(BM=256, BN=128, WIDTH=16), 1),
+    Alternative(H100, "two an SM", dict(BM=128, BN=128, WIDTH=16, num_warps=4, num_stages=3), 2),
     Alternative(A100, "taller", dict(BM=256, BN=128, WIDTH=32), 1),
-    Alternative(B200, "two an SM", dict(BM=128, BN=128, num_stages=3), 2),
 )
 
 
