@@ -18,7 +18,8 @@ The counts are facts about one Triton version. Cycles and efficiency are arithme
   starts the matrix instructions, but they count for all warps: a few dozen of thousands.
 
 "Alone": the tensor cores rest during the epilogue, which holds where one program fills an SM.
-"Together": another program's products run during the epilogue. That needs two programs per SM.
+"Together": another program's products run during the epilogue. That needs two programs an SM, or a
+persistent kernel with warps of its own for the epilogue, and no kernel here is one.
 """
 
 from __future__ import annotations
@@ -63,6 +64,12 @@ H100 = Chip("H100", 90, "hopper", True, 4096, 232_448, 233_472, "HGMMA")
 B200 = Chip("B200", 100, "blackwell", True, 8192, 232_448, 233_472, "UTCHMMA")
 H100_POINTERS = H100._replace(name="H100, pointers", tma=False)  # rows that do not lie on 16 bytes
 CHIPS = (A100, H100, H100_POINTERS, B200)
+# These are compiled by a slow test alone.
+RARE_CHIPS = (
+    B200._replace(name="B200, pointers", tma=False),
+    Chip("RTX 4090", 89, "ampere", False, 512, 101_376, 102_400, "HMMA"),
+    Chip("RTX 5090", 120, "ampere", True, 512, 101_376, 102_400, "HMMA"),
+)
 
 # Instructions per warp outside of the loop: the larger count of Triton 3.6.0 and 3.7.1. The test
 # lets them grow by 15 %.

@@ -771,7 +771,7 @@ def test_infcl_c_d_ranks_equal_one_process(tmp_path):
 @pytest.mark.parametrize("chip", compiled_kernels.CHIPS, ids=lambda chip: chip.name)
 @compiled
 def test_kernels_compile_ahead_of_time(chip):
-    """Every tile that bf16 can choose: fast products, no spills, and an epilogue that stays short.
+    """The tiles of large GPUs: fast products, no spills, and an epilogue that stays short.
 
     The bounds are explained in compiled_kernels.py.
     """
@@ -781,6 +781,15 @@ def test_kernels_compile_ahead_of_time(chip):
         epilogue = sum(program.once.values())
         bound = 1.15 * compiled_kernels.EPILOGUE[chip.name, kernel.__name__]
         assert epilogue <= bound, f"{kernel.__name__} on {chip.name}: {epilogue} instructions"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", compiled_kernels.RARE_CHIPS, ids=lambda chip: chip.name)
+@compiled
+def test_kernels_compile_for_rare_chips(chip):
+    for kernel in compiled_kernels.KERNELS:
+        program = compiled_kernels.compile_program(kernel, infonce.TILES[chip.tile], chip)
+        check_program(program, chip, per_sm=1)
 
 
 @pytest.mark.slow
