@@ -88,9 +88,7 @@ try:
 
     # Blocks come in many sizes: do not compile a kernel anew for N or M = 1 or a multiple of 16.
     jit = functools.partial(triton.jit, do_not_specialize=["N", "M"])
-    # The hardware computes exp2 and log2: exp(x) = exp2(x * LOG2_E), log(x) = log2(x) * LN_2.
-    LOG2_E = tl.constexpr(1.4426950408889634)
-    LN_2 = tl.constexpr(0.6931471805599453)
+    LOG2_E = tl.constexpr(1.4426950408889634)  # the hardware has exp2: exp(x) = exp2(x * LOG2_E)
     NO_TOP = tl.constexpr(LOWEST)
 except ImportError:  # no wheel for this platform: the torch twin does everything
     triton = None
@@ -275,8 +273,8 @@ def _slices(s, WIDTH: tl.constexpr):
     """Cut a (BM, BN) tile into a tuple of (BM, WIDTH) slices, left to right.
 
     The kernels work through the slices one after the other. With masks and weights for a whole
-    128 x 256 tile at once they would spill registers (tests/test_infonce.py compiles them ahead of
-    time for sm_80 and sm_90 and looks).
+    128 x 256 tile at once they would spill registers (tests/compiled_kernels.py compiles them ahead
+    of time and looks).
     """
     # Triton compiles only the branch that applies, so both branches must return.
     if s.shape[1] == WIDTH:
@@ -317,9 +315,9 @@ def lse_kernel(
     asker_id_ptr,
     # results: (tiles_n, N) twice, (tiles_m, M) twice
     row_top_ptr,
-    row_rest_ptr,
+    row_sum_ptr,
     col_top_ptr,
-    col_rest_ptr,
+    col_sum_ptr,
     # sizes and strides, in elements
     N,
     M,
@@ -372,11 +370,11 @@ def lse_kernel(
         col_sum = tl.sum(tl.exp2((s - col_top[None, :]) * scale), 0)
         col_offset = m.to(tl.int64) * M + j
         tl.store(col_top_ptr + col_offset, col_top, mask=j < M)
-        tl.store(col_rest_ptr + col_offset, tl.log2(col_sum) * LN_2, mask=j < M)
+        tl.store(col_sum_ptr + col_offset, col_sum, mask=j < M)
 
     row_offset = n.to(tl.int64) * N + i
     tl.store(row_top_ptr + row_offset, row_top, mask=i < N)
-    tl.store(row_rest_ptr + row_offset, tl.log2(row_sum) * LN_2, mask=i < N)
+    tl.store(row_sum_ptr + row_offset, row_sum, mask=i < N)
 
 
 @jit
@@ -461,17 +459,21 @@ def grad_kernel(
         grad = tl.where(target == j[None, :], -weight, grad)
 
         offset = i.to(tl.int64)[:, None] * stride_grad + j[None, :]
-        inside = (i < N)[:, None] & (j < M)[None, :]
+        # Up to the end of G's row, a multiple of 16: with M as the limit, no two columns could be
+        # stored at once. Nobody reads columns from M on.
+        inside = (i < N)[:, None] & (j < stride_grad)[None, :]
         tl.store(grad_ptr + offset, grad.to(grad_ptr.dtype.element_ty), mask=inside)
 
 
 # Tiles by kind of device. They do not depend on N, M or D, spill no registers, and fit the shared
 # memory of the smallest device of their kind.
 TILES = {
-    # Hopper and datacentre Blackwell: 192 KiB
+    # Hopper: 192 KiB
     "hopper": dict(BM=128, BN=256, BK=64, WIDTH=32, num_warps=8, num_stages=4),
+    # datacentre Blackwell: as Hopper, but with slices of 32 Triton 3.6 spills there
+    "blackwell": dict(BM=128, BN=256, BK=64, WIDTH=16, num_warps=8, num_stages=4),
     # Ampere, Ada and small Blackwell: 72 KiB
-    "ampere": dict(BM=128, BN=256, BK=32, WIDTH=32, num_warps=8, num_stages=4),
+    "ampere": dict(BM=128, BN=256, BK=32, WIDTH=64, num_warps=8, num_stages=4),
     # fp32 inputs: exact products, on the plain cores
     "fp32": dict(BM=64, BN=64, BK=32, WIDTH=32, num_warps=4, num_stages=3),
     # small, so that tests cross many edges
@@ -506,8 +508,10 @@ def _prepare_launch(q, d):
         tile = TILES["interpreter"]
     elif not half:
         tile = TILES["fp32"]
-    elif major in (9, 10):
+    elif major == 9:
         tile = TILES["hopper"]
+    elif major == 10:
+        tile = TILES["blackwell"]
     else:
         tile = TILES["ampere"]
 
@@ -535,9 +539,9 @@ def _lse_triton(q, d, scale, masks, workspace):
     """
     launch = _prepare_launch(q, d)
     row_top = scale.new_empty(launch.tiles_n, len(q))
-    row_rest = scale.new_empty(launch.tiles_n, len(q))
+    row_sum = scale.new_empty(launch.tiles_n, len(q))
     col_top = scale.new_empty(launch.tiles_m, len(d))
-    col_rest = scale.new_empty(launch.tiles_m, len(d))
+    col_sum = scale.new_empty(launch.tiles_m, len(d))
 
     with torch.cuda.device_of(scale):
         lse_kernel[(launch.tiles_m * launch.tiles_n,)](
@@ -551,13 +555,14 @@ def _lse_triton(q, d, scale, masks, workspace):
             asker_id_ptr=masks.asker_id,
             # results
             row_top_ptr=row_top,
-            row_rest_ptr=row_rest,
+            row_sum_ptr=row_sum,
             col_top_ptr=col_top,
-            col_rest_ptr=col_rest,
+            col_sum_ptr=col_sum,
             **launch.settings,
         )
-    rows = LogSum.merge(row_top, row_rest, scale)
-    columns = LogSum.merge(col_top, col_rest, scale)
+    # The logarithms are taken here: in the kernel they took a quarter of its epilogue.
+    rows = LogSum.merge(row_top, row_sum.log_(), scale)
+    columns = LogSum.merge(col_top, col_sum.log_(), scale)
     return rows, columns
 
 

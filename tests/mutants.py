@@ -1004,6 +1004,26 @@ LIST = r"""
 - loss = losses.mean(0) if symmetric else losses[0]
 + loss = losses.mean(0)
 
+@ kernels/infonce.py: test_infonce::kernels_compile
+- "hopper": dict(BM=128, BN=256, BK=64, WIDTH=32, num_warps=8, num_stages=4),
++ "hopper": dict(BM=128, BN=256, BK=64, WIDTH=256, num_warps=8, num_stages=4),
+
+@ kernels/infonce.py: test_infonce::kernels_compile
+- "hopper": dict(BM=128, BN=256, BK=64, WIDTH=32, num_warps=8, num_stages=4),
++ "hopper": dict(BM=128, BN=256, BK=64, WIDTH=32, num_warps=8, num_stages=5),
+
+@ kernels/infonce.py: test_infonce::kernels_compile
+- "hopper": dict(BM=128, BN=256, BK=64, WIDTH=32, num_warps=8, num_stages=4),
++ "hopper": dict(BM=128, BN=256, BK=64, WIDTH=32, num_warps=2, num_stages=4),
+
+@ kernels/infonce.py: test_infonce::kernels_compile
+- inside = (i < N)[:, None] & (j < stride_grad)[None, :]
++ inside = (i < N)[:, None] & (j < M)[None, :]
+
+@ kernels/infonce.py: test_infonce::kernels_compile
+- tl.store(col_sum_ptr + col_offset, col_sum, mask=j < M)
++ tl.store(col_sum_ptr + col_offset, tl.exp(tl.log(col_sum)), mask=j < M)
+
 @ kernels/windows.py: test_model::windows_of_one
 - scale=scaling,
 + scale=1.0,

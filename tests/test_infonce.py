@@ -14,6 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import compiled_kernels
 import pytest
 import torch
 import torch.distributed as dist
@@ -767,67 +768,49 @@ def test_infcl_c_d_ranks_equal_one_process(tmp_path):
     torch.multiprocessing.spawn(rank_main, (str(tmp_path),), len(WORLDS))
 
 
-@pytest.mark.parametrize(
-    "kind,arch,limit,product",
-    [("hopper", 90, 232_448, "wgmma.mma_async"), ("ampere", 80, 166_912, "mma.sync")],
-)
-@pytest.mark.parametrize("D", [1536, 2048, 3584])
+@pytest.mark.parametrize("chip", compiled_kernels.CHIPS, ids=lambda chip: chip.name)
 @compiled
-def test_kernels_compile_ahead_of_time(D, kind, arch, limit, product, tmp_path):
-    """Every tile that bf16 can choose on sm_90 and sm_80.
+def test_kernels_compile_ahead_of_time(chip):
+    """The tiles of large GPUs: fast products, no spills, and an epilogue that stays short.
 
-    Tensor cores multiply, nothing is spilled, shared memory suffices.
+    The bounds are explained in compiled_kernels.py.
     """
-    assert D % 16 == 0  # compile_kernel says so to Triton
-    for kernel in (infonce.lse_kernel, infonce.grad_kernel):
-        for tma in (True, False) if kind == "hopper" else (False,):
-            binary = compile_kernel(kernel, infonce.TILES[kind], tma, arch)
-            usage = resource_usage(binary, tmp_path)
-            stack, local = re.search(r"STACK:(\d+) .*LOCAL:(\d+)", usage).groups()
-            case = f"{kernel.__name__} sm_{arch} descriptors {tma}: {usage}"
-            assert (stack, local) == ("0", "0"), case
-            assert binary.metadata.shared <= limit and product in binary.asm["ptx"], case
+    for kernel in compiled_kernels.KERNELS:
+        program = compiled_kernels.compile_program(kernel, infonce.TILES[chip.tile], chip)
+        check_program(program, chip, per_sm=1)
+        epilogue = sum(program.once.values())
+        bound = 1.15 * compiled_kernels.EPILOGUE[chip.name, kernel.__name__]
+        assert epilogue <= bound, f"{kernel.__name__} on {chip.name}: {epilogue} instructions"
 
 
-def compile_kernel(kernel, tile, tma, arch):
-    """Compile a kernel for bf16 inputs as a launch would, with no GPU at hand."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-
-    constants = {name: tile[name] for name in ("BM", "BN", "BK", "WIDTH")} | {"TMA": tma}
-    integers = {f"{name}_ptr" for name in Masks._fields if name != "threshold"} | {"target_ptr"}
-    multiples_of_16 = {"stride_q", "stride_d", "stride_grad", "D"}
-    signature, values, attributes = {}, {}, {}
-    for at, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-            values[(at,)] = constants[name]
-        elif name in ("q", "d"):
-            rows = tile["BM"] if name == "q" else tile["BN"]
-            signature[name] = f"tensordesc<bf16[{rows}, {tile['BK']}]>" if tma else "*bf16"
-        elif name == "grad_ptr":
-            signature[name] = "*bf16"
-        elif name.endswith("_ptr"):
-            signature[name] = "*i32" if name in integers else "*fp32"
-        else:
-            signature[name] = "i32"
-        if signature[name].startswith("*") or name in multiples_of_16:
-            attributes[(at,)] = [["tt.divisibility", 16]]
-
-    source = triton.compiler.ASTSource(kernel, signature, values, attributes)
-    options = dict(num_warps=tile["num_warps"], num_stages=tile["num_stages"])
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", compiled_kernels.RARE_CHIPS, ids=lambda chip: chip.name)
+@compiled
+def test_kernels_compile_for_rare_chips(chip):
+    for kernel in compiled_kernels.KERNELS:
+        program = compiled_kernels.compile_program(kernel, infonce.TILES[chip.tile], chip)
+        check_program(program, chip, per_sm=1)
 
 
-def resource_usage(binary, folder):
-    """Return cuobjdump's line on registers, stack and local memory."""
-    import triton
+@pytest.mark.slow
+@pytest.mark.parametrize("other", compiled_kernels.ALTERNATIVES, ids=lambda x: x.chip.name + x.name)
+@compiled
+def test_alternative_tiles_compile_ahead_of_time(other):
+    for kernel in compiled_kernels.KERNELS:
+        program = compiled_kernels.compile_program(kernel, other.tile(), other.chip)
+        check_program(program, other.chip, other.per_sm)
 
-    cubin = folder / "cubin"
-    cubin.write_bytes(binary.asm["cubin"])
-    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    command = [cuobjdump, "--dump-resource-usage", cubin]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+def check_program(program, chip, per_sm):
+    """Assert that the chip's fast matrix instruction multiplies, and that nothing is spilled."""
+    case = f"{chip.name}: {program}"
+    multiply = {opcode for opcode in compiled_kernels.MATRIX if program.loop[opcode]}
+    assert multiply == {chip.matrix}, case
+    assert program.stack == program.local == 0, case
+    assert program.shared <= chip.block_shared, case
+    assert program.per_sm(chip) >= per_sm, case
+    # Single numbers of G would take 128 stores of a thread.
+    assert program.once["STG"] <= 64, case
 
 
 def bad(**changes):
