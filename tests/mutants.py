@@ -2010,6 +2010,28 @@ LIST = r"""
 @ uvrb.py: test_uvrb::check_lists
 - for line in first_few(lines, show, f"more like these (--show {len(lines)} lists them)"):
 + for line in lines:
+
+# Two devices: tensors that stay on the CPU
+
+@ train.py: test_devices::training
+- q_ids = batch.query.ids.to(device)
++ q_ids = batch.query.ids
+
+@ train.py: test_devices::losses
+- first = order[new].to(p.device)  # (U,) the first row of each content
++ first = order[new]
+
+@ model.py: test_devices::encoding
+- features = torch.cat([media.to(embeds) for media in batch[f"{kind}_features"]])  # (V, D)
++ features = torch.cat([media for media in batch[f"{kind}_features"]])
+
+@ model.py: test_devices::encoding
+- vectors = gve(to_device(inputs, gve.device)).float().cpu()
++ vectors = gve(to_device(inputs, gve.device)).float()
+
+@ kernels/windows.py: test_devices::encoding
+- offsets = torch.arange(n, device=query.device)
++ offsets = torch.arange(n)
 """
 
 

@@ -27,6 +27,7 @@ import train
 from embed import encode, top_k
 from kernels.infonce import info_nce
 from model import GVE
+from support.cache import FeatureStore
 
 FAR = torch.device("meta")
 
@@ -178,31 +179,38 @@ def test_training_on_a_second_device_gives_the_numbers_of_the_cpu(
 
 
 def test_encoding_and_ranking_on_a_second_device_give_the_numbers_of_the_cpu(
-    tiny, media, monkeypatch
+    tiny, media, tmp_path, monkeypatch
 ):
     items = [item for kind in items_of(media).values() for item in kind]
     near, _ = encode(GVE.from_pretrained(tiny, dtype="float64"), items, batch_tokens=400)
     with second_device(monkeypatch):
         gve = GVE.from_pretrained(tiny, dtype="float64", device=FAR)
         far, failed = encode(gve, items, batch_tokens=400)
+        collate = gve.collator(store=FeatureStore(tmp_path))
+        for _ in ("computed and kept", "from the store"):
+            batch = gve.encode_vision(train.to_device(collate(items), FAR))
+            collate.store.keep(batch)
+        with torch.no_grad():
+            stored = gve(batch).cpu()
         ranked = top_k(far.to(FAR), far, 3)
         from_the_device = top_k(far.to(FAR), far.to(FAR), 3)
     assert not failed
     torch.testing.assert_close(far, near, rtol=0, atol=1e-6)
+    torch.testing.assert_close(stored, near.double(), rtol=0, atol=1e-6)
     assert identical(ranked, from_the_device)
     assert torch.equal(ranked[1], top_k(near, near, 3)[1])
 
 
-@pytest.mark.parametrize("q_ids", [True, False])
-def test_losses_and_mining_on_a_second_device_give_the_numbers_of_the_cpu(q_ids, monkeypatch):
+@pytest.mark.parametrize("known", ["with q_ids", "without q_ids"])
+def test_losses_and_mining_on_a_second_device_give_the_numbers_of_the_cpu(known, monkeypatch):
     q, d, kw = batch(30, 50, 8, 3, MASKS["all"], shared=True, ignored=True)
-    if not q_ids:
+    if known == "without q_ids":
         del kw["q_ids"]
     ids = kw["ids"]
 
     def results(device):
-        q_ids = kw["q_ids"].to(device) if "q_ids" in kw else None
         moved = {name: x.to(device) for name, x in kw.items() if isinstance(x, torch.Tensor)}
+        q_ids = moved.get("q_ids")
         a, b = (x.to(device, copy=True).requires_grad_() for x in (q, d))
         loss = info_nce(a, b, 33.3, **moved, margin=kw["margin"], impl="torch")
         p, n, p_ids, n_ids = b[:30], b[30:], moved["ids"][:30], moved["ids"][30:]
