@@ -397,8 +397,6 @@ class GradCache:
     def __init__(self, encode, empty):
         self.encode = encode
         self.empty = empty
-        # The module whose random state dropout draws from
-        self.random = torch.cuda if empty.is_cuda else torch
 
     @torch.no_grad()
     def forward(self, batches):
@@ -408,21 +406,23 @@ class GradCache:
         vectors = [self.empty]
         for batch in batches:
             self.batches.append(batch)
-            self.random_states.append(self.random.get_rng_state())
+            # Dropout draws from the generator of the device that the vectors lie on.
+            self.random_states.append(get_rng_state(self.empty.device))
             vectors.append(self.encode(batch))
         self.vectors = torch.cat(vectors).requires_grad_()
         return self.vectors
 
     def backward(self):
         """Send the gradient of the vectors through fresh forwards of the same micro-batches."""
-        random_state = self.random.get_rng_state()
+        device = self.empty.device
+        random_state = get_rng_state(device)
         start = 0
         for batch, before in zip(self.batches, self.random_states, strict=True):
-            self.random.set_rng_state(before)
+            set_rng_state(device, before)
             vectors = self.encode(batch)
             vectors.backward(self.vectors.grad[start : start + len(vectors)])
             start += len(vectors)
-        self.random.set_rng_state(random_state)
+        set_rng_state(device, random_state)
         self.batches = self.vectors = None
 
 

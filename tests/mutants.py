@@ -114,7 +114,7 @@ LIST = r"""
 + return batch * (1 + negatives) >= FUSED_FROM
 
 @ train.py: test_train::grad_cache_replays
-- self.random.set_rng_state(before)
+- set_rng_state(device, before)
 + pass
 
 @ train.py: test_wiring::a_run_with_every_setting
@@ -2012,6 +2012,10 @@ LIST = r"""
 + for line in lines:
 
 # Two devices: tensors that stay on the CPU
+
+@ train.py: test_devices::grad_cache
+- self.random_states.append(get_rng_state(self.empty.device))
++ self.random_states.append(get_rng_state(torch.device("cpu")))
 
 @ train.py: test_devices::training
 - q_ids = batch.query.ids.to(device)
