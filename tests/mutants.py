@@ -114,7 +114,7 @@ LIST = r"""
 + return batch * (1 + negatives) >= FUSED_FROM
 
 @ train.py: test_train::grad_cache_replays
-- set_rng_state(device, before)
+- self.generator.set_state(before)
 + pass
 
 @ train.py: test_wiring::a_run_with_every_setting
@@ -2014,8 +2014,8 @@ LIST = r"""
 # Two devices: tensors that stay on the CPU
 
 @ train.py: test_devices::grad_cache
-- self.random_states.append(get_rng_state(self.empty.device))
-+ self.random_states.append(get_rng_state(torch.device("cpu")))
+- self.generator = torch.cuda.default_generators[empty.device.index]
++ self.generator = torch.cuda.default_generators[0]
 
 @ train.py: test_devices::training
 - q_ids = batch.query.ids.to(device)

@@ -161,7 +161,7 @@ def test_training_on_a_second_device_gives_the_numbers_of_the_cpu(
     """
     more = (
         "--dtype float64 --steps 2 --epochs 1 --seed 900 --remine --probe-pairs 2 --grad-cache "
-        "--frames 2 --max-tokens 6 --fused"
+        "--frames 2 --max-tokens 6 --device cpu --fused"
     )
     go(*flags_for(tiny, mixture, tmp_path / "cpu", more, "off"))
     flags = flags_for(tiny, mixture, tmp_path / "far", more, "on --features", tmp_path / "features")
@@ -235,30 +235,25 @@ class OnSecondGpu(torch.Tensor):
     """A tensor of the CPU that says it lies on the GPU that is not the current one."""
 
     device = torch.device("cuda", 1)
+    is_cuda = True
 
 
-def test_grad_cache_takes_the_random_states_of_the_vectors_own_device(monkeypatch):
-    asked = []
-
-    def get_state(device):
-        asked.append(device)
-        return torch.get_rng_state()
-
-    def set_state(state, device):
-        asked.append(device)
-        torch.set_rng_state(state)
-
-    monkeypatch.setattr(torch.cuda, "get_rng_state", get_state)
-    monkeypatch.setattr(torch.cuda, "set_rng_state", set_state)
+def test_grad_cache_replays_the_random_numbers_of_the_vectors_own_device(monkeypatch):
+    generators = (torch.Generator(), torch.Generator().manual_seed(5))
+    monkeypatch.setattr(torch.cuda, "default_generators", generators)
     weight = torch.ones(3, requires_grad=True)
-    cache = train.GradCache(
-        lambda batch: batch * weight, torch.zeros(0, 3).as_subclass(OnSecondGpu)
-    )
-    cache.forward([torch.ones(2, 3)]).sum().backward()
+
+    def encode(batch):
+        dropout = torch.rand(batch.shape, generator=generators[1]) < 0.5
+        return batch * weight * dropout
+
+    cache = train.GradCache(encode, torch.zeros(0, 3).as_subclass(OnSecondGpu))
+    vectors = cache.forward([torch.randn(4, 3), torch.randn(4, 3)])
+    after = generators[1].get_state()
+    (vectors**2).sum().backward()
     cache.backward()
-    # before the batch; before its replay, for the replay, and back
-    assert asked == [torch.device("cuda", 1)] * 4
-    assert weight.grad.tolist() == [2, 2, 2]
+    assert torch.equal(weight.grad, 2 * (vectors.detach() ** 2).sum(0))
+    assert torch.equal(generators[1].get_state(), after)
 
 
 @pytest.mark.slow
