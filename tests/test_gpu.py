@@ -626,8 +626,8 @@ def test_a_captioner_answers_on_this_device(media):
         assert reply.text.strip() and 0 < reply.tokens_written <= 8
 
 
-def test_the_commands_run_on_this_device(tiny, media, tmp_path):
-    """embed.py, and the decoders that it starts once the device is in use."""
+def test_embed_py_decodes_in_processes_forked_while_the_device_is_in_use(tiny, media, tmp_path):
+    """A decoder must not touch the GPU, which a forked process cannot use."""
     items = items_of(media)["mixed"] + items_of(media)["video"]
     (tmp_path / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
     out = ["--out", tmp_path / "out", "--root", media, "--device", DEVICE, "--workers", 2]
