@@ -483,8 +483,10 @@ class GradCache:
     def __init__(self, encode, empty):
         self.encode = encode
         self.empty = empty
-        # The module whose random state dropout draws from
-        self.random = torch.cuda if empty.is_cuda else torch
+        # Dropout draws from the generator of the device that the vectors lie on.
+        self.generator = torch.default_generator
+        if empty.is_cuda:
+            self.generator = torch.cuda.default_generators[empty.device.index]
 
     @torch.no_grad()
     def forward(self, batches):
@@ -494,21 +496,21 @@ class GradCache:
         vectors = [self.empty]
         for batch in batches:
             self.batches.append(batch)
-            self.random_states.append(self.random.get_rng_state())
+            self.random_states.append(self.generator.get_state())
             vectors.append(self.encode(batch))
         self.vectors = torch.cat(vectors).requires_grad_()
         return self.vectors
 
     def backward(self):
         """Send the gradient of the vectors through fresh forwards of the same micro-batches."""
-        random_state = self.random.get_rng_state()
+        random_state = self.generator.get_state()
         start = 0
         for batch, before in zip(self.batches, self.random_states, strict=True):
-            self.random.set_rng_state(before)
+            self.generator.set_state(before)
             vectors = self.encode(batch)
             vectors.backward(self.vectors.grad[start : start + len(vectors)])
             start += len(vectors)
-        self.random.set_rng_state(random_state)
+        self.generator.set_state(random_state)
         self.batches = self.vectors = None
 
 

@@ -114,7 +114,7 @@ LIST = r"""
 + return batch * (1 + negatives) >= FUSED_FROM
 
 @ train.py: test_train::grad_cache_replays
-- self.random.set_rng_state(before)
+- self.generator.set_state(before)
 + pass
 
 @ train.py: test_wiring::a_run_with_every_setting
@@ -2108,6 +2108,32 @@ LIST = r"""
 @ uvrb.py: test_uvrb::check_lists
 - for line in first_few(lines, show, f"more like these (--show {len(lines)} lists them)"):
 + for line in lines:
+
+# Two devices: tensors that stay on the CPU
+
+@ train.py: test_devices::grad_cache
+- self.generator = torch.cuda.default_generators[empty.device.index]
++ self.generator = torch.cuda.default_generators[0]
+
+@ train.py: test_devices::training
+- q_ids = batch.query.ids.to(device)
++ q_ids = batch.query.ids
+
+@ train.py: test_devices::losses
+- first = order[new].to(p.device)  # (U,) the first row of each content
++ first = order[new]
+
+@ model.py: test_devices::encoding
+- features = torch.cat([media.to(embeds) for media in batch[f"{kind}_features"]])  # (V, D)
++ features = torch.cat([media for media in batch[f"{kind}_features"]])
+
+@ model.py: test_devices::encoding
+- vectors = gve(to_device(inputs, gve.device)).float().cpu()
++ vectors = gve(to_device(inputs, gve.device)).float()
+
+@ kernels/windows.py: test_devices::encoding
+- offsets = torch.arange(n, device=query.device)
++ offsets = torch.arange(n)
 """
 
 
