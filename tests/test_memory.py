@@ -1,0 +1,209 @@
+"""support/memory.py: the arithmetic beside every storage that torch makes, and beside a process."""
+
+import json
+import re
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import Qwen2_5_VLConfig
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "tests"))
+import train  # noqa: E402
+from kernels.infonce import info_nce_dist  # noqa: E402
+from model import BACKBONES, GVE, add_adapter  # noqa: E402
+from real_size import real_config  # noqa: E402
+from support import memory  # noqa: E402
+from support.memory import MicroBatch, PeakMemory, StepMemory, loss_bytes, peak_bytes  # noqa: E402
+
+
+class StorageTracker(TorchDispatchMode):
+    """Follow every storage from the operation that makes it to its end; peak: most bytes at once.
+
+    Knows nothing of the arithmetic, and sees what autograd saves, as well as what it computes.
+    """
+
+    def __init__(self, existing=()):
+        super().__init__()
+        self.alive = {}  # the storage's address: (bytes, a reference that tells of its end)
+        self.now = 0
+        self.peak = 0
+        for tensor in existing:
+            self.follow(tensor)
+
+    def follow(self, tensor):
+        storage = tensor.untyped_storage()
+        address = storage._cdata
+        if address in self.alive:
+            return
+        size = storage.nbytes()
+        self.alive[address] = size, weakref.ref(storage, lambda _: self.forget(address))
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+    def forget(self, address):
+        size, _ = self.alive.pop(address)
+        self.now -= size
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor):
+                self.follow(tensor)
+        return made
+
+
+SIZES = {
+    "tiny": dict(hidden=64, intermediate=176, layers=2, vision=32, vision_layers=2),
+    "middle": dict(hidden=192, intermediate=768, layers=7, vision=80, vision_layers=4),
+}
+
+
+def make_gve(size, dtype, dropout, checkpointing):
+    """A random Qwen2.5-VL with LoRA, ready to train."""
+    sizes = SIZES[size]
+    text = dict(
+        hidden_size=sizes["hidden"],
+        intermediate_size=sizes["intermediate"],
+        num_hidden_layers=sizes["layers"],
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=300,
+        bos_token_id=1,
+        eos_token_id=1,
+        rope_parameters={"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4},
+    )
+    head = sizes["hidden"] // 4
+    text["rope_parameters"]["mrope_section"] = [head // 2 - 2 * (head // 6), head // 6, head // 6]
+    vision = dict(
+        depth=sizes["vision_layers"],
+        hidden_size=sizes["vision"],
+        intermediate_size=2 * sizes["vision"],
+        num_heads=2,
+        out_hidden_size=sizes["hidden"],
+        fullatt_block_indexes=[1],
+        tokens_per_second=2,
+    )
+    config = Qwen2_5_VLConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=5,
+        video_token_id=6,
+        vision_start_token_id=7,
+        vision_end_token_id=8,
+    )
+    torch.manual_seed(0)
+    spec = BACKBONES["qwen2_5_vl"]
+    core = spec.model_class._from_config(config, dtype=dtype, attn_implementation="sdpa")
+    core.requires_grad_(False)
+    spec.install_fixes(core.visual)
+    backbone = add_adapter(core, spec, {"lora_dropout": dropout})
+    for module in backbone.modules():
+        module.cast_input_dtype_enabled = dtype != torch.bfloat16
+    gve = GVE(backbone, None, spec).train()
+    if checkpointing:
+        gve.core.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+    return gve
+
+
+def make_batch(kind, items, length):
+    """A collated micro-batch of random texts or videos -> (batch, its shape)."""
+    ids = torch.randint(10, 300, (items, length))
+    types = torch.zeros_like(ids)
+    batch = {"input_ids": ids, "mm_token_type_ids": types}
+    patches = 0
+    if kind == "videos":
+        grid = (4, 8, 2 * ((length - 20) // 16))  # in patches; four of them are a token
+        tokens = grid[0] * grid[1] * grid[2] // 4
+        ids[:, 8 : 8 + tokens] = 6
+        types[:, 8 : 8 + tokens] = 2
+        patches = items * 4 * tokens
+        batch["pixel_values_videos"] = torch.randn(patches, 1176)
+        batch["video_grid_thw"] = torch.tensor([grid] * items)
+        batch["second_per_grid_ts"] = torch.ones(items)
+    batch["attention_mask"] = torch.ones_like(ids)
+    if items > 1:
+        batch["attention_mask"][-1, -1] = 0
+    return batch, MicroBatch(items, length, patches)
+
+
+def count_step(gve, batch, grad_cache):
+    """Run two steps of one micro-batch -> bytes at the peak of each moment of the second."""
+    optimizer = torch.optim.AdamW(gve.lora_parameters().values())
+    for step in range(2):
+        existing = [*gve.parameters(), *[p.grad for p in gve.lora_parameters().values() if step]]
+        for state in optimizer.state.values():
+            existing += [state["exp_avg"], state["exp_avg_sq"]]
+
+        peaks = {}
+        with StorageTracker([*existing, *batch.values()]) as tracker:
+            encoded = batch
+            if "pixel_values_videos" in batch:
+                pixels = batch["pixel_values_videos"].nbytes
+                encoded = gve.encode_vision(batch)
+                # A loader's pixels are bytes, which stay beside the floats.
+                peaks["vision tower"] = tracker.peak + pixels // 4
+                tracker.now -= pixels  # dropped once they are features
+                tracker.peak = tracker.now
+            cache = train.GradCache(gve, torch.zeros(0, gve.dim))
+            vectors = cache.forward([encoded]) if grad_cache else gve(encoded)
+            vectors.square().sum().backward()
+            if grad_cache:
+                cache.backward()
+            peaks["language model"] = tracker.peak
+        optimizer.step()
+        del encoded, vectors, cache
+    return peaks
+
+
+def predicted_and_counted(size, kind, dtype, checkpointing, dropout, grad_cache, items, length):
+    """Peaks of one micro-batch by the arithmetic and by the tracker -> {moment: (bytes, bytes)}."""
+    gve = make_gve(size, dtype, dropout, checkpointing)
+    batch, shape = make_batch(kind, items, length)
+    count = StepMemory(gve.core, grad_cache, checkpointing, dropout, "cpu")
+    moments = count.micro_batch(shape)
+    counted = count_step(gve, batch, grad_cache)
+    return {name: (sum(moments[name].values()), peak) for name, peak in counted.items()}
+
+
+OPTIONS = [
+    # size, kind, dtype, checkpointing, dropout, GradCache
+    ("middle", "texts", torch.bfloat16, True, 0.1, True),  # the gve presets'
+    ("middle", "videos", torch.bfloat16, True, 0.1, True),
+    ("middle", "videos", torch.float32, False, 0.0, False),  # the mini preset's
+]
+MORE_OPTIONS = []
+for size in SIZES:
+    for kind in ("texts", "videos"):
+        for dtype in (torch.float32, torch.bfloat16):
+            for checkpointing in (False, True):
+                for dropout in (0.0, 0.1):
+                    for cached in (False, True):
+                        MORE_OPTIONS.append((size, kind, dtype, checkpointing, dropout, cached))
+
+
+@pytest.mark.parametrize(
+    "option",
+    [*OPTIONS, *[pytest.param(option, marks=pytest.mark.slow) for option in MORE_OPTIONS]],
+    ids=lambda option: "-".join(str(part).removeprefix("torch.") for part in option),
+)
+def test_the_arithmetic_is_within_a_tenth_of_every_storage_that_a_step_makes(option):
+    peaks = predicted_and_counted(*option, items=4, length=180)
+    for moment, (predicted, counted) in peaks.items():
+        print(option, moment, predicted / counted)
+        assert abs(predicted / counted - 1) < 0.05, (moment, predicted, counted)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_an_item_alone_has_no_mask(dropout):
+    option = ("tiny", "texts", torch.float32, True, dropout, True)
+    peaks = predicted_and_counted(*option, items=1, length=900)
+    predicted, counted = peaks["language model"]
+    assert abs(predicted / counted - 1) < 0.05, (predicted, counted)
