@@ -1059,7 +1059,7 @@ def print_memory(flags, world, device):
     for name in ("videos", "texts"):
         shape = shapes[name].limited(flags.micro_batch, flags.micro_tokens)
         for moment, terms in count.micro_batch(shape).items():
-            columns[f"{shape.items} {name} of {shape.tokens}: {moment}"] = terms
+            columns[f"{name}, {shape.items} x {shape.tokens}: {moment}"] = terms
     tqdm.write(memory_table(columns))
 
     # The step that needs most. Without GradCache it keeps the graphs of all its micro-batches.

@@ -87,7 +87,9 @@ class StepMemory:
         layers = len(model.language_model.layers)
         width = model.dtype.itemsize
         if self.checkpointing:
-            between = layers * model.config.text_config.hidden_size * width * tokens
+            # A float32 layer at work keeps its input for its first norm: do not count it twice.
+            inputs_kept = layers if width < FLOAT else layers - 1
+            between = inputs_kept * model.config.text_config.hidden_size * width * tokens
         else:
             between = (layers - 1) * kept * tokens
             if width < FLOAT:  # autocast's copies of the LoRA weights
@@ -269,19 +271,20 @@ def loss_bytes(rows, candidates, dim, *, ranks=1, workspace=None):
         # on top: scores, logits, log-softmax and a mask.
         matrices = rows * candidates * (2 * FLOAT + 1)
         matrices += rows * ranks * rows * (3 * FLOAT + 1)
-    # The curves: scores of this rank's own vectors, the same masked, two masks
-    curves = rows * own * (2 * FLOAT + 2)
+    # The training curves: scores of this rank's own vectors, the same masked, a mask
+    curves = rows * own * (2 * FLOAT + 1)
     return vectors + max(gathered + matrices, curves)
 
 
 def largest_that_fits(count, shape, free):
     """Return the most items of a shape whose peak is at most `free` bytes; 0 if not one fits.
 
-    count: StepMemory. The peak grows in proportion to the items, above the weights.
+    count: StepMemory.
     """
-    one = peak_bytes(count.micro_batch(shape.resized(1)))
-    two = peak_bytes(count.micro_batch(shape.resized(2)))
-    return max(0, int(1 + (free - one) // (two - one)))
+    one, two, three = [peak_bytes(count.micro_batch(shape.resized(n))) for n in (1, 2, 3)]
+    if two > free:  # one is special: it has no mask
+        return int(one <= free)
+    return int(2 + (free - two) // (three - two))  # from two on, each item costs the same
 
 
 def peak_bytes(moments):

@@ -1,27 +1,33 @@
 """support/memory.py: the arithmetic beside every storage that torch makes, and beside a process."""
 
-import json
 import re
-import subprocess
 import sys
 import weakref
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import Qwen2_5_VLConfig
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "tests"))
-import train  # noqa: E402
-from kernels.infonce import info_nce_dist  # noqa: E402
-from model import BACKBONES, GVE, add_adapter  # noqa: E402
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from real_size import real_config  # noqa: E402
-from support import memory  # noqa: E402
-from support.memory import MicroBatch, PeakMemory, StepMemory, loss_bytes, peak_bytes  # noqa: E402
+
+import train  # noqa: E402
+from kernels.infonce import CPU_BLOCK, info_nce_dist  # noqa: E402
+from model import BACKBONES, GVE, add_adapter  # noqa: E402
+from support.flags import parse_flags  # noqa: E402
+from support.memory import (  # noqa: E402
+    MicroBatch,
+    PeakMemory,
+    StepMemory,
+    largest_that_fits,
+    loss_bytes,
+    peak_bytes,
+)
 
 
 class StorageTracker(TorchDispatchMode):
@@ -197,7 +203,6 @@ for size in SIZES:
 def test_the_arithmetic_is_within_a_tenth_of_every_storage_that_a_step_makes(option):
     peaks = predicted_and_counted(*option, items=4, length=180)
     for moment, (predicted, counted) in peaks.items():
-        print(option, moment, predicted / counted)
         assert abs(predicted / counted - 1) < 0.05, (moment, predicted, counted)
 
 
@@ -207,3 +212,133 @@ def test_an_item_alone_has_no_mask(dropout):
     peaks = predicted_and_counted(*option, items=1, length=900)
     predicted, counted = peaks["language model"]
     assert abs(predicted / counted - 1) < 0.05, (predicted, counted)
+
+
+@pytest.mark.parametrize("negatives", [0, 1])
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_loss_takes_what_the_arithmetic_says(fused, negatives):
+    rows, dim = 1500, 72
+    made = []
+    for count in (rows, rows, rows * negatives):
+        made.append(F.normalize(torch.randn(count, dim), dim=1).requires_grad_())
+    ids = torch.arange(rows * (2 + negatives))
+    p_ids = ids[:rows]
+    n_ids = ids[2 * rows :]
+
+    with StorageTracker(made) as tracker:
+        q, p, n = [vectors[torch.arange(len(vectors))] for vectors in made]
+        names = dict(p_ids=p_ids, n_ids=n_ids, q_ids=p_ids, margin=0.1)
+        if fused:
+            loss = info_nce_dist(q, p, 1 / 0.03, n=n, **names, impl="torch")
+        else:
+            loss = train.contrastive_loss(q, p, n, tau=0.03, **names)
+        loss.backward()
+        train.curve_sums(q, p, n, p_ids, n_ids, p_ids)
+    workspace = 2 * CPU_BLOCK**2 * 4 if fused else None
+    predicted = loss_bytes(rows, rows * (1 + negatives), dim, workspace=workspace)
+    assert abs(predicted / tracker.peak - 1) < 0.1, (predicted, tracker.peak)
+
+
+def embed_role(gve, cache, encoded, grad_cache):
+    """A role's micro-batches, as train.py's loop embeds them -> (n, D)."""
+    if grad_cache:
+        return cache.forward(encoded)
+    return torch.cat([*map(gve, encoded)])
+
+
+@pytest.mark.parametrize("grad_cache", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_whole_step_keeps_what_the_arithmetic_says(grad_cache, checkpointing):
+    gve = make_gve("tiny", torch.float32, 0.0, checkpointing)
+    batches = {"texts": [], "videos": []}
+    roles = []
+    for kind, length in (("texts", 40), ("videos", 180)):
+        for _ in range(6):
+            batch, shape = make_batch(kind, 2, length)
+            batches[kind].append(batch)
+        roles.append(shape.resized(12))
+
+    lora = gve.lora_parameters().values()
+    for parameter in lora:
+        parameter.grad = torch.zeros_like(parameter)
+    with StorageTracker([*gve.parameters(), *[p.grad for p in lora]]) as tracker:
+        caches = {kind: train.GradCache(gve, torch.zeros(0, gve.dim)) for kind in batches}
+        vectors = {}
+        for kind in batches:
+            encoded = map(gve.encode_vision, batches[kind])
+            vectors[kind] = embed_role(gve, caches[kind], encoded, grad_cache)
+        (vectors["texts"] @ vectors["videos"].T).sum().backward()
+        for cache in caches.values():
+            if grad_cache:
+                cache.backward()
+
+    count = StepMemory(gve.core, grad_cache, checkpointing, 0.0, "cpu")
+    moments = count.step(roles, loss_bytes(12, 12, gve.dim), micro_batch=2, micro_tokens=0)
+    sums = {}
+    for moment, terms in moments.items():
+        sums[moment] = sum(terms.values()) - terms["AdamW"]  # no optimiser here
+    sums["vision tower"] -= moments["vision tower"]["inputs"]  # the loader's, not followed here
+    assert abs(max(sums.values()) / tracker.peak - 1) < 0.1, (sums, tracker.peak)
+
+
+def test_as_many_items_fit_as_the_memory_holds():
+    gve = make_gve("tiny", torch.float32, 0.1, True)
+    count = StepMemory(gve.core, True, True, 0.1, "cpu")
+    shape = MicroBatch(1, 300)
+    for free in (5e7, 3e8):
+        items = largest_that_fits(count, shape, free)
+        assert peak_bytes(count.micro_batch(shape.resized(items))) <= free
+        assert peak_bytes(count.micro_batch(shape.resized(items + 1))) > free
+    assert largest_that_fits(count, shape, 1e6) == 0
+
+
+def test_the_peak_of_a_process_is_measured():
+    with PeakMemory(torch.device("cpu")) as peak:
+        held = torch.ones(40, 2**20)  # 160 MiB
+        del held
+    assert abs(peak.rise / (160 * 2**20) - 1) < 0.05
+
+
+# The command
+
+
+def config_folder(folder, size):
+    """A folder that holds a released checkpoint's config.json and nothing else."""
+    real_config(size).save_pretrained(folder)
+    assert [file.name for file in folder.iterdir()] == ["config.json"]
+    return str(folder)
+
+
+def dry_run(capsys, *words):
+    """What `python train.py --dry-run` prints, in this process."""
+    flags = parse_flags(train.Flags, presets=train.PRESETS, argv=["--dry-run", *words])
+    assert train.main(flags) is None  # nothing was tried
+    return capsys.readouterr().out
+
+
+# Parameters of the released checkpoints' towers and language models, their files' sum without the
+# output projection; six projections of every layer with LoRA of rank 16.
+WEIGHTS = {"3b": ("3,754,622,976", "27,574,272"), "7b": ("7,747,169,280", "37,158,912")}
+
+
+@pytest.mark.parametrize("size", WEIGHTS)
+def test_a_config_alone_is_enough_for_the_arithmetic(size, tmp_path, capsys):
+    base = config_folder(tmp_path / "base", size)
+    out = tmp_path / "out"
+    printed = dry_run(capsys, "--preset", f"gve-{size}", "--base", base, "--out", str(out))
+    frozen, trained = WEIGHTS[size]
+    assert f"{frozen} frozen weights in bfloat16, {trained} of LoRA" in printed
+    assert "no weights, so nothing was tried" in printed
+    assert "A whole step of the source that needs most" in printed
+    assert not out.exists()
+
+    # bfloat16: two bytes; LoRA in float32 with AdamW: sixteen
+    weights = int(frozen.replace(",", "")) * 2 / 2**30
+    lora = int(trained.replace(",", "")) * 16 / 2**30
+    rows = {}
+    for line in printed.splitlines():
+        name, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+        rows.setdefault(name, [float(c) for c in cells if re.fullmatch(r"[0-9.]+", c)])
+    assert abs(rows["base weights"][0] - weights) < 1e-3
+    total = rows["LoRA weights"][0] + rows["LoRA gradients"][0] + rows["AdamW"][0]
+    assert abs(total - lora) < 2e-3
