@@ -981,17 +981,23 @@ def dry_run(flags, rank, world, device):
     step of the largest micro-batch of videos that the flags admit, then one of texts. Nothing is
     written. Returns the model, None without weights.
     """
-    if rank == 0:
-        print_memory(flags, world, device)
     base, _ = find_full(flags.base)
     files = ("model.safetensors.index.json", "model.safetensors")
-    if not any(checkpoint_file(base, file) for file in files):
+    has_weights = any(checkpoint_file(base, file) for file in files)
+    if rank == 0:
+        # What cannot be tried here is counted for the GPU that it will run on.
+        device_type = device.type if has_weights else "cuda"
+        room = CARD
+        if device.type == "cuda":
+            room = torch.cuda.get_device_properties(device).total_memory
+        print_memory(flags, world, device_type, room)
+    if not has_weights:
         if rank == 0:
             tqdm.write(f"{base}: no weights, so nothing was tried")
         return None
 
     gve, optimizer, collate = build_model(flags, rank, device)
-    count = StepMemory(gve.core, **step_options(flags, device))
+    count = step_memory(gve.core, flags, device.type)
     collate.store = None  # nothing is written
     high, wide = frame_sides(flags.max_tokens)
     side = gve.geometry.token_side  # of a vision token, in pixels
@@ -1042,18 +1048,22 @@ def try_step(gve, optimizer, samples, collate, flags):
     optimizer.step()
 
 
-def print_memory(flags, world, device):
-    """Print the arithmetic of the largest micro-batches and of the heaviest source's whole step."""
+def print_memory(flags, world, device_type, room):
+    """Print the arithmetic of the largest micro-batches and of the heaviest source's whole step.
+
+    world: ranks; device_type: "cuda" or "cpu"; room: bytes of the device's memory.
+    """
     core, spec = backbone_on_meta(flags)
-    count = StepMemory(core, **step_options(flags, device))
+    count = step_memory(core, flags, device_type)
     merge = core.config.vision_config.spatial_merge_size**2  # patches per vision token
     shapes = item_shapes(flags, prompt_length(flags.base, spec), merge)
     trained = sum(p.numel() for p in core.parameters() if p.requires_grad)
     total = sum(p.numel() for p in core.parameters())
-    ways = f"checkpointing {flags.checkpointing}, GradCache {flags.grad_cache}"
     tqdm.write(
         f"{flags.base}: {total - trained:,} frozen weights in {flags.dtype}, {trained:,} of LoRA; "
-        f"{ways}, dropout {flags.dropout}\n\nThe largest micro-batches, by arithmetic:\n"
+        f"checkpointing {flags.checkpointing}, GradCache {flags.grad_cache}, "
+        f"dropout {flags.dropout}, on {device_type}\n\n"
+        "The largest micro-batches, by arithmetic:\n"
     )
     columns = {}
     for name in ("videos", "texts"):
@@ -1066,7 +1076,7 @@ def print_memory(flags, world, device):
     heaviest = {}
     largest = 0
     for source in read_sources(flags):
-        rows, moments = count_source(count, shapes, source, flags, world, device)
+        rows, moments = count_source(count, shapes, source, flags, world)
         if peak_bytes(moments) > largest:
             largest = peak_bytes(moments)
             heaviest = moments
@@ -1077,9 +1087,6 @@ def print_memory(flags, world, device):
             f"are taken to have {TEXT_TOKENS} tokens:\n\n{memory_table(heaviest)}"
         )
 
-    room = CARD
-    if device.type == "cuda":
-        room = torch.cuda.get_device_properties(device).total_memory
     fitting = []
     for name in ("videos", "texts"):
         items = largest_that_fits(count, shapes[name], FILLED * room)
@@ -1090,14 +1097,9 @@ def print_memory(flags, world, device):
     )
 
 
-def step_options(flags, device):
-    """Return the arguments of support.memory.StepMemory that flags decide."""
-    return {
-        "grad_cache": flags.grad_cache,
-        "checkpointing": flags.checkpointing,
-        "dropout": flags.dropout,
-        "device_type": device.type,
-    }
+def step_memory(core, flags, device_type):
+    """Return the count of a step's memory that the flags decide."""
+    return StepMemory(core, flags.grad_cache, flags.checkpointing, flags.dropout, device_type)
 
 
 def find_full(path):
@@ -1173,27 +1175,34 @@ def read_sources(flags):
     return sources
 
 
-def count_source(count, shapes, source, flags, world, device):
+def item_of_form(form, shapes):
+    """Return the shape of a task's query or candidate: "T", "I", "V", "TI" or "TV"."""
+    kinds = {"V": "videos", "I": "images"}
+    one = MicroBatch(1, TEXT_TOKENS)
+    for letter, kind in kinds.items():
+        if letter in form:
+            text = TEXT_TOKENS if "T" in form else 0
+            one = MicroBatch(1, shapes[kind].tokens + text, shapes[kind].patches)
+    return one
+
+
+def count_source(count, shapes, source, flags, world):
     """Count the step of a mixture's entry -> (rows of a rank, {moment: {term: bytes}})."""
     batch = max(1, round(source["batch_size"] * flags.batch_scale))
     rows = math.ceil(batch / world)
-    query, candidate = source["task"].split("2")
     negatives = source["negatives"]
-    roles = []
-    for form, items in ((query, rows), (candidate, rows), (candidate, rows * negatives)):
-        one = MicroBatch(1, TEXT_TOKENS)
-        for letter, kind in (("V", "videos"), ("I", "images")):
-            if letter in form:
-                text = TEXT_TOKENS if "T" in form else 0
-                one = MicroBatch(1, shapes[kind].tokens + text, shapes[kind].patches)
-                break
-        if items:
-            roles.append(one.resized(items))
+    query, candidate = source["task"].split("2")
+    roles = [
+        item_of_form(query, shapes).resized(rows),
+        item_of_form(candidate, shapes).resized(rows),
+    ]
+    if negatives:
+        roles.append(item_of_form(candidate, shapes).resized(rows * negatives))
 
     candidates = batch * (1 + negatives)
     workspace = None
     if use_fused(flags.fused, flags.loss, batch, negatives):
-        limit = WORKSPACE if device.type == "cuda" else 2 * CPU_BLOCK**2 * FLOAT
+        limit = WORKSPACE if count.device_type == "cuda" else 2 * CPU_BLOCK**2 * FLOAT
         workspace = min(limit, rows * candidates * FLOAT)
     dim = count.model.config.text_config.hidden_size
     loss = loss_bytes(rows, candidates, dim, ranks=world, workspace=workspace)

@@ -29,6 +29,7 @@ N this rank's rows, M candidates of all ranks; width: bytes of a number of the m
 import ctypes
 import dataclasses
 import gc
+import math
 from pathlib import Path
 
 import torch
@@ -321,12 +322,12 @@ class PeakMemory:
         peak.rise
 
     On a GPU these are torch's own allocations; on a CPU the process's resident memory (Linux only:
-    elsewhere rise is None).
+    elsewhere rise is not a number).
     """
 
     def __init__(self, device):
         self.device = device
-        self.rise = None
+        self.rise = math.nan
 
     def __enter__(self):
         gc.collect()

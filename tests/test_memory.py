@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import Qwen2_5_VLConfig
@@ -19,6 +20,7 @@ from real_size import real_config  # noqa: E402
 import train  # noqa: E402
 from kernels.infonce import CPU_BLOCK, info_nce_dist  # noqa: E402
 from model import BACKBONES, GVE, add_adapter  # noqa: E402
+from support import memory  # noqa: E402
 from support.flags import parse_flags  # noqa: E402
 from support.memory import (  # noqa: E402
     MicroBatch,
@@ -302,6 +304,11 @@ def test_the_peak_of_a_process_is_measured():
 # The command
 
 
+def parse(*words):
+    """The flags of a dry run of train.py."""
+    return parse_flags(train.Flags, presets=train.PRESETS, argv=["--dry-run", *words])
+
+
 def config_folder(folder, size):
     """A folder that holds a released checkpoint's config.json and nothing else."""
     real_config(size).save_pretrained(folder)
@@ -311,8 +318,7 @@ def config_folder(folder, size):
 
 def dry_run(capsys, *words):
     """What `python train.py --dry-run` prints, in this process."""
-    flags = parse_flags(train.Flags, presets=train.PRESETS, argv=["--dry-run", *words])
-    assert train.main(flags) is None  # nothing was tried
+    assert train.main(parse(*words)) is None  # nothing was tried
     return capsys.readouterr().out
 
 
@@ -342,3 +348,67 @@ def test_a_config_alone_is_enough_for_the_arithmetic(size, tmp_path, capsys):
     assert abs(rows["base weights"][0] - weights) < 1e-3
     total = rows["LoRA weights"][0] + rows["LoRA gradients"][0] + rows["AdamW"][0]
     assert abs(total - lora) < 2e-3
+
+
+def test_an_adapter_is_counted_from_its_base_s_config():
+    core, _ = train.backbone_on_meta(parse("--base", str(ROOT / "mini/prober")))
+    config = json.loads((ROOT / "mini/prober/adapter_config.json").read_text())
+    assert memory.lora_rank(core) == config["r"]
+    assert all(weight.is_meta for weight in core.parameters())
+    stored = load_file(ROOT / "mini/prober/adapter_model.safetensors")
+    trained = sum(p.numel() for p in core.parameters() if p.requires_grad)
+    assert trained == sum(tensor.numel() for tensor in stored.values())
+
+
+@pytest.mark.parametrize(
+    ("form", "shape"),
+    [
+        ("T", (1, 128, 0)),
+        ("I", (1, 256 + 24, 1024)),
+        ("TI", (1, 256 + 24 + 128, 1024)),
+        ("V", (1, 4 * 196 + 24, 3136)),
+        ("TV", (1, 4 * 196 + 24 + 128, 3136)),
+    ],
+)
+def test_a_task_s_items_have_their_media_s_tokens(form, shape):
+    # 200 tokens a frame are 14 x 14, two frames a grid; four patches a token.
+    shapes = train.item_shapes(parse(), prompt=22, merge=4)
+    assert dataclasses.astuple(train.item_of_form(form, shapes)) == shape
+
+
+@pytest.mark.slow
+def test_a_hub_id_of_which_only_the_config_is_cached(tmp_path):
+    folder = tmp_path / "models--someone--a-model"
+    config_folder(folder / "snapshots" / ("0" * 40), "3b")
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("0" * 40)
+    words = ["--preset", "gve-3b", "--base", "someone/a-model", "--out", str(tmp_path / "out")]
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "train.py", "--dry-run", *words]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert "someone/a-model: no weights, so nothing was tried" in run.stdout
+
+
+MINI = [
+    "--micro-tokens 6500 --max-length 3000",
+    "--micro-tokens 6500 --max-length 3000 --fused on --dropout 0.1",
+    "--micro-tokens 16384 --max-length 3000 --checkpointing --fused off",
+    "--micro-tokens 16384 --max-length 3000 --checkpointing --grad-cache --fused on",
+    "--micro-tokens 6500 --max-length 3000 --grad-cache --dropout 0.1",
+    "--micro-tokens 6500 --max-length 3000 --grad-cache --checkpointing --dtype bfloat16",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", MINI)
+def test_a_process_takes_what_the_dry_run_of_the_mini_model_says(words):
+    command = [sys.executable, "train.py", "--dry-run", "--device", "cpu", *words.split()]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    line = r"\d+ (\w+) of \d+ tokens in a forward: (.*) GiB at peak, (.*) GiB by arithmetic"
+    tried = re.findall(line, run.stdout)
+    print(words, tried)
+    assert [kind for kind, _, _ in tried] == ["videos", "texts"]
+    for kind, measured, predicted in tried:
+        assert abs(float(predicted) / float(measured) - 1) < 0.1, (kind, measured, predicted)
