@@ -1122,6 +1122,8 @@ def backbone_on_meta(flags):
         if is_adapter:
             adapter = PeftConfig.from_pretrained(flags.base)
             adapter.inference_mode = False
+            core.name_or_path = full  # PEFT compares the two
+            adapter.base_model_name_or_path = full
             get_peft_model(core, adapter)
         else:
             add_adapter(core, spec, {"lora_dropout": flags.dropout})

@@ -1,6 +1,10 @@
 """support/memory.py: the arithmetic beside every storage that torch makes, and beside a process."""
 
+import dataclasses
+import json
+import os
 import re
+import subprocess
 import sys
 import weakref
 from pathlib import Path
@@ -70,7 +74,7 @@ class StorageTracker(TorchDispatchMode):
 
 SIZES = {
     "tiny": dict(hidden=64, intermediate=176, layers=2, vision=32, vision_layers=2),
-    "middle": dict(hidden=192, intermediate=768, layers=7, vision=80, vision_layers=4),
+    "middle": dict(hidden=192, intermediate=768, layers=5, vision=80, vision_layers=3),
 }
 
 
@@ -184,7 +188,6 @@ def predicted_and_counted(size, kind, dtype, checkpointing, dropout, grad_cache,
 OPTIONS = [
     # size, kind, dtype, checkpointing, dropout, GradCache
     ("middle", "texts", torch.bfloat16, True, 0.1, True),  # the gve presets'
-    ("middle", "videos", torch.bfloat16, True, 0.1, True),
     ("middle", "videos", torch.float32, False, 0.0, False),  # the mini preset's
 ]
 MORE_OPTIONS = []
@@ -203,15 +206,14 @@ for size in SIZES:
     ids=lambda option: "-".join(str(part).removeprefix("torch.") for part in option),
 )
 def test_the_arithmetic_is_within_a_tenth_of_every_storage_that_a_step_makes(option):
-    peaks = predicted_and_counted(*option, items=4, length=180)
+    peaks = predicted_and_counted(*option, items=4, length=132)
     for moment, (predicted, counted) in peaks.items():
         assert abs(predicted / counted - 1) < 0.05, (moment, predicted, counted)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_an_item_alone_has_no_mask(dropout):
-    option = ("tiny", "texts", torch.float32, True, dropout, True)
-    peaks = predicted_and_counted(*option, items=1, length=900)
+def test_an_item_alone_has_no_mask():
+    option = ("tiny", "texts", torch.float32, True, 0.0, True)
+    peaks = predicted_and_counted(*option, items=1, length=600)
     predicted, counted = peaks["language model"]
     assert abs(predicted / counted - 1) < 0.05, (predicted, counted)
 
@@ -248,8 +250,15 @@ def embed_role(gve, cache, encoded, grad_cache):
     return torch.cat([*map(gve, encoded)])
 
 
-@pytest.mark.parametrize("grad_cache", [False, True])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("grad_cache", "checkpointing"),
+    [
+        (False, False),
+        (True, True),
+        pytest.param(False, True, marks=pytest.mark.slow),
+        pytest.param(True, False, marks=pytest.mark.slow),
+    ],
+)
 def test_a_whole_step_keeps_what_the_arithmetic_says(grad_cache, checkpointing):
     gve = make_gve("tiny", torch.float32, 0.0, checkpointing)
     batches = {"texts": [], "videos": []}
@@ -327,7 +336,7 @@ def dry_run(capsys, *words):
 WEIGHTS = {"3b": ("3,754,622,976", "27,574,272"), "7b": ("7,747,169,280", "37,158,912")}
 
 
-@pytest.mark.parametrize("size", WEIGHTS)
+@pytest.mark.parametrize("size", ["3b", pytest.param("7b", marks=pytest.mark.slow)])
 def test_a_config_alone_is_enough_for_the_arithmetic(size, tmp_path, capsys):
     base = config_folder(tmp_path / "base", size)
     out = tmp_path / "out"
