@@ -405,7 +405,7 @@ MINI = [
     "--micro-tokens 16384 --max-length 3000 --checkpointing --fused off",
     "--micro-tokens 16384 --max-length 3000 --checkpointing --grad-cache --fused on",
     "--micro-tokens 6500 --max-length 3000 --grad-cache --dropout 0.1",
-    "--micro-tokens 6500 --max-length 3000 --grad-cache --checkpointing --dtype bfloat16",
+    "--micro-tokens 16384 --max-length 3000 --grad-cache --checkpointing --dtype bfloat16",
 ]
 
 
