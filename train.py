@@ -970,7 +970,7 @@ def curve_sums(q, p, n, p_ids, n_ids, q_ids=None):
 
 CARD = 79.2 * 2**30  # bytes that an 80 GB card has for programs
 FILLED = 0.9  # share of a card that tensors may fill; the rest: the CUDA context, gaps
-PROMPT_TOKENS = 22  # of an item without text and media, by Qwen's tokenizer
+PROMPT_TOKENS = 20  # of an item without text and media, by Qwen's tokenizer
 TEXT_TOKENS = 128  # of a text in a real batch: a guess, as the data need not be there
 
 

@@ -373,15 +373,15 @@ def test_an_adapter_is_counted_from_its_base_s_config():
     ("form", "shape"),
     [
         ("T", (1, 128, 0)),
-        ("I", (1, 256 + 24, 1024)),
-        ("TI", (1, 256 + 24 + 128, 1024)),
-        ("V", (1, 4 * 196 + 24, 3136)),
-        ("TV", (1, 4 * 196 + 24 + 128, 3136)),
+        ("I", (1, 256 + 22, 1024)),
+        ("TI", (1, 256 + 22 + 128, 1024)),
+        ("V", (1, 4 * 196 + 22, 3136)),
+        ("TV", (1, 4 * 196 + 22 + 128, 3136)),
     ],
 )
 def test_a_task_s_items_have_their_media_s_tokens(form, shape):
     # 200 tokens a frame are 14 x 14, two frames a grid; four patches a token.
-    shapes = train.item_shapes(parse(), prompt=22, merge=4)
+    shapes = train.item_shapes(parse(), prompt=20, merge=4)
     assert dataclasses.astuple(train.item_of_form(form, shapes)) == shape
 
 
