@@ -4,7 +4,8 @@
     torchrun --nproc-per-node 2 train.py                # the same from two ranks
     torchrun --nproc-per-node 8 train.py --preset gve-3b --data DIR
 
-The last line trains on the files that mixtures/gve-3b.json names, under DIR.
+The last line trains on the files that mixtures/gve-3b.json names, under DIR. With --dry-run it
+prints the memory of a step instead, on any machine: the base's config.json is enough.
 
 Every step draws one source. At the start of each curriculum epoch the prober Psi_t measures how
 well each source's pairs agree, R_k = mean cosine of N_p positive pairs. Sources are then drawn by

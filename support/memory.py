@@ -302,8 +302,9 @@ def memory_table(columns):
     for name in names:
         cells = [terms.get(name, 0) for terms in columns.values()]
         if any(cells):
-            rows.append([name, *(gib(cell) for cell in cells)])
-    rows.append(["**total**", *(gib(sum(terms.values())) for terms in columns.values())])
+            rows.append([name, *map(gib, cells)])
+    totals = [sum(terms.values()) for terms in columns.values()]
+    rows.append(["**total**", *map(gib, totals)])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
