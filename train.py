@@ -4,7 +4,8 @@
     torchrun --nproc-per-node 2 train.py                # the same from two ranks
     torchrun --nproc-per-node 8 train.py --preset gve-3b --data DIR
 
-The last line trains on the files that mixtures/gve-3b.json names, under DIR.
+The last line trains on the files that mixtures/gve-3b.json names, under DIR. With --dry-run it
+prints the memory of a step instead, on any machine: the base's config.json is enough.
 
 Every step draws one source. At the start of each curriculum epoch the prober Psi_t measures how
 well each source's pairs agree, R_k = mean cosine of N_p positive pairs. Sources are then drawn by
@@ -39,13 +40,24 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from peft import PeftConfig, get_peft_model
 from PIL import Image
 from tqdm import tqdm
 
-from data import OutsideRoots, TrainLoader, content_id, load_mixture
+from data import IMAGE_TOKENS, Collator, OutsideRoots, TrainLoader, content_id, load_mixture
 from embed import encode
-from kernels.infonce import info_nce_dist
-from model import GVE, POOLINGS, POSITIONS, to_device
+from kernels.infonce import CPU_BLOCK, WORKSPACE, info_nce_dist
+from model import (
+    GVE,
+    POOLINGS,
+    POSITIONS,
+    add_adapter,
+    checkpoint_file,
+    find_base,
+    find_spec,
+    load_processor,
+    to_device,
+)
 from support.cache import FeatureStore, VectorCache, hash_weights
 from support.checkpoint import (
     check_data,
@@ -61,9 +73,28 @@ from support.checkpoint import (
     save_state,
     set_rng_state,
 )
-from support.files import file_lock, git_commit, load_jsonl, name_what_failed, write_jsonl
+from support.files import (
+    file_lock,
+    git_commit,
+    load_jsonl,
+    name_what_failed,
+    parse_json,
+    write_jsonl,
+)
 from support.flags import flag, parse_flags
 from support.flops import peak_flops, peak_memory_gib, step_flops
+from support.memory import (
+    FLOAT,
+    MicroBatch,
+    PeakMemory,
+    StepMemory,
+    gib,
+    largest_that_fits,
+    loss_bytes,
+    memory_table,
+    peak_bytes,
+    weight_bytes,
+)
 from support.progress import track
 from support.ranks import (
     all_gather_object,
@@ -769,7 +800,11 @@ class Flags:
     save_every: int = flag(0, "steps between states to resume from; 0: at each epoch's end only")
     keep: int = flag(2, "newest states to keep")
     log_every: int = flag(10, "steps between log lines")
-    dry_run: bool = flag(False, "only try the largest micro-batch, print its memory, write nothing")
+    dry_run: bool = flag(
+        False,
+        "only print a step's memory: by arithmetic, and of the largest micro-batch tried; writes "
+        "nothing, needs no data and, for the arithmetic, no weights",
+    )
     seed: int = flag(42, "random seed")
     device: str = flag("", "cpu or cuda; empty: cuda if there is one")
 
@@ -1023,16 +1058,41 @@ def curve_sums(q, p, n, p_ids, n_ids, q_ids=None):
     }
 
 
-def dry_run(gve, optimizer, collate, flags):
-    """Try the largest micro-batch that the flags admit, of videos, then of texts; print the memory.
+# The dry run: what a step needs, by arithmetic and by trying
 
-    Each makes a training step of its own. Without --grad-cache a real step keeps the graphs of all
-    its micro-batches, so its peak is higher than the one printed. Nothing is written.
+CARD = 79.2 * 2**30  # bytes that an 80 GB card has for programs
+FILLED = 0.9  # share of a card that tensors may fill; the rest: the CUDA context, gaps
+PROMPT_TOKENS = 20  # of an item without text and media, by Qwen's tokenizer
+TEXT_TOKENS = 128  # of a text in a real batch: a guess, as the data need not be there
+
+
+def dry_run(flags, rank, world, device):
+    """Print what a training step needs, by arithmetic and, where the weights are, by trying it.
+
+    The arithmetic needs the base's config.json and no weights, data or GPU. The trial is a training
+    step of the largest micro-batch of videos that the flags admit, then one of texts. Nothing is
+    written. Returns the model, None without weights.
     """
-    side = gve.geometry.token_side  # of a vision token, in pixels
-    high = math.isqrt(flags.max_tokens)
-    wide = flags.max_tokens // high
+    base, _ = find_full(flags.base)
+    files = ("model.safetensors.index.json", "model.safetensors")
+    has_weights = any(checkpoint_file(base, file) for file in files)
+    if rank == 0:
+        # What cannot be tried here is counted for the GPU that it will run on.
+        device_type = device.type if has_weights else "cuda"
+        room = CARD
+        if device.type == "cuda":
+            room = torch.cuda.get_device_properties(device).total_memory
+        print_memory(flags, world, device_type, room)
+    if not has_weights:
+        if rank == 0:
+            tqdm.write(f"{base}: no weights, so nothing was tried")
+        return None
+
+    gve, optimizer, collate = build_model(flags, rank, device)
+    count = step_memory(gve.core, flags, device.type)
     collate.store = None  # nothing is written
+    high, wide = frame_sides(flags.max_tokens)
+    side = gve.geometry.token_side  # of a vision token, in pixels
     with tempfile.TemporaryDirectory() as folder:
         for i in range(flags.frames):
             Image.new("RGB", (wide * side, high * side)).save(f"{folder}/{i:04d}.png")
@@ -1041,29 +1101,206 @@ def dry_run(gve, optimizer, collate, flags):
             "texts": collate.prepare({"text": "a " * flags.max_length}),
         }
 
-    cache = GradCache(gve, torch.zeros(0, gve.dim, device=gve.device))
+    # A short step first: it makes gradients and AdamW's state, which every later step finds there.
     gve.train()
+    with PeakMemory(device):
+        try_step(gve, optimizer, [collate.prepare({"text": "a"})] * 2, collate, flags)
     for name, sample in samples.items():
         length = len(sample["ids"])
-        n = flags.micro_batch
-        if flags.micro_tokens:
-            n = min(n, max(1, flags.micro_tokens // length))
+        one = MicroBatch(1, length, sum(len(sample[key]) for key in sample if "pixel" in key))
+        shape = one.limited(flags.micro_batch, flags.micro_tokens)
 
         # One shorter sample makes the batch uneven, like real ones: attention then takes a mask.
         shorter = {**sample, "ids": sample["ids"][1:]}
-        batch = collate.batch([sample] * (n - 1) + [shorter], raw=True)
-        batch = gve.encode_vision(to_device(batch, gve.device))
+        with PeakMemory(device) as peak:
+            try_step(gve, optimizer, [sample] * (shape.items - 1) + [shorter], collate, flags)
+        predicted = peak_bytes(count.micro_batch(shape))
+        measured = peak.rise + sum(weight_bytes(gve.core).values())
+        tqdm.write(
+            f"{shape.items} {name} of {length} tokens in a forward: {gib(measured)} GiB at peak, "
+            f"{gib(predicted)} GiB by arithmetic ({predicted / measured - 1:+.1%})"
+        )
+    return gve
 
-        vectors = cache.forward([batch]) if flags.grad_cache else gve(batch)
-        ids = torch.arange(n, device=gve.device)
+
+def try_step(gve, optimizer, samples, collate, flags):
+    """Make a training step of one micro-batch whose items are queries and positives at once."""
+    batch = gve.encode_vision(to_device(collate.batch(samples, raw=True), gve.device))
+    cache = GradCache(gve, torch.zeros(0, gve.dim, device=gve.device))
+    vectors = cache.forward([batch]) if flags.grad_cache else gve(batch)
+    ids = torch.arange(len(vectors), device=gve.device)
+    if use_fused(flags.fused, flags.loss, len(vectors), 0):
+        loss = info_nce_dist(vectors, vectors, 1 / flags.temperature, p_ids=ids, q_ids=ids)
+    else:
         compute_loss = LOSSES[flags.loss]
         loss = compute_loss(vectors, vectors, vectors[:0], ids, ids[:0], tau=flags.temperature)
-        loss.backward()
-        if flags.grad_cache:
-            cache.backward()
-        optimizer.step()
-        peak = peak_memory_gib(gve.device)
-        tqdm.write(f"{n} {name} of {length} tokens in a forward: {peak:.2f} GiB at peak")
+    loss.backward()
+    if flags.grad_cache:
+        cache.backward()
+    optimizer.step()
+
+
+def print_memory(flags, world, device_type, room):
+    """Print the arithmetic of the largest micro-batches and of the heaviest source's whole step.
+
+    world: ranks; device_type: "cuda" or "cpu"; room: bytes of the device's memory.
+    """
+    core, spec = backbone_on_meta(flags)
+    count = step_memory(core, flags, device_type)
+    merge = core.config.vision_config.spatial_merge_size**2  # patches per vision token
+    shapes = item_shapes(flags, prompt_length(flags.base, spec), merge)
+    trained = sum(p.numel() for p in core.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in core.parameters())
+    tqdm.write(
+        f"{flags.base}: {total - trained:,} frozen weights in {flags.dtype}, {trained:,} of LoRA; "
+        f"checkpointing {flags.checkpointing}, GradCache {flags.grad_cache}, "
+        f"dropout {flags.dropout}, on {device_type}\n\n"
+        "The largest micro-batches, by arithmetic:\n"
+    )
+    columns = {}
+    for name in ("videos", "texts"):
+        shape = shapes[name].limited(flags.micro_batch, flags.micro_tokens)
+        for moment, terms in count.micro_batch(shape).items():
+            columns[f"{name}, {shape.items} x {shape.tokens}: {moment}"] = terms
+    tqdm.write(memory_table(columns))
+
+    # The step that needs most. Without GradCache it keeps the graphs of all its micro-batches.
+    heaviest = {}
+    largest = 0
+    for source in read_sources(flags):
+        rows, moments = count_source(count, shapes, source, flags, world)
+        if peak_bytes(moments) > largest:
+            largest = peak_bytes(moments)
+            heaviest = moments
+            about = f"{source['name']} ({source['task']}, {rows} rows on each of {world} ranks)"
+    if heaviest:
+        tqdm.write(
+            f"\nA whole step of the source that needs most, {about}; texts beside media or alone "
+            f"are taken to have {TEXT_TOKENS} tokens:\n\n{memory_table(heaviest)}"
+        )
+
+    fitting = []
+    for name in ("videos", "texts"):
+        items = largest_that_fits(count, shapes[name], FILLED * room)
+        fitting.append(f"{items * shapes[name].tokens:,} of {name}")
+    tqdm.write(
+        f"\nA micro-batch's tokens that fit {FILLED:.0%} of {gib(room)} GiB (--micro-tokens, "
+        f"--micro-batch): {', '.join(fitting)}\n"
+    )
+
+
+def step_memory(core, flags, device_type):
+    """Return the count of a step's memory that the flags decide."""
+    return StepMemory(core, flags.grad_cache, flags.checkpointing, flags.dropout, device_type)
+
+
+def find_full(path):
+    """Find the full weights of a checkpoint -> (their folder or hub id, is it an adapter's?)."""
+    is_adapter = checkpoint_file(path, "adapter_config.json") is not None
+    return (find_base(path) if is_adapter else path), is_adapter
+
+
+def backbone_on_meta(flags):
+    """Build the backbone with LoRA from its config alone, without memory -> (backbone, its spec).
+
+    flags.base may be a folder that holds config.json alone, or a LoRA folder whose base is one.
+    """
+    full, is_adapter = find_full(flags.base)
+    spec = find_spec(full)
+    config = spec.config_class.from_pretrained(full)
+    with torch.device("meta"):
+        core = spec.model_class._from_config(config, dtype=getattr(torch, flags.dtype))
+        core.requires_grad_(False)
+        if is_adapter:
+            adapter = PeftConfig.from_pretrained(flags.base)
+            adapter.inference_mode = False
+            core.name_or_path = full  # PEFT compares the two
+            adapter.base_model_name_or_path = full
+            get_peft_model(core, adapter)
+        else:
+            add_adapter(core, spec, {"lora_dropout": flags.dropout})
+    return core, spec
+
+
+def prompt_length(path, spec):
+    """Count the tokens of an item without text and media; PROMPT_TOKENS without a tokenizer."""
+    try:
+        processor = load_processor(path, spec)
+    except ValueError:
+        return PROMPT_TOKENS
+    return len(Collator(processor).prepare({"text": "a"})["ids"]) - 1
+
+
+def frame_sides(max_tokens):
+    """Choose the sides of a frame of at most so many vision tokens -> (high, wide), in tokens."""
+    high = math.isqrt(max_tokens)
+    return high, max_tokens // high
+
+
+def item_shapes(flags, prompt, merge):
+    """Return the largest items that the flags admit -> {kind: MicroBatch of one}.
+
+    prompt: tokens of an item without text and media, to which a medium adds two around its own.
+    merge: patches per vision token.
+    """
+    high, wide = frame_sides(flags.max_tokens)
+    video = flags.frames // 2 * high * wide  # a patch is two frames deep
+    return {
+        "videos": MicroBatch(1, video + prompt + 2, video * merge),
+        "images": MicroBatch(1, IMAGE_TOKENS + prompt + 2, IMAGE_TOKENS * merge),
+        "texts": MicroBatch(1, flags.max_length),
+    }
+
+
+def read_sources(flags):
+    """Read the mixtures' entries and no training files -> list of dict; none without mixtures.
+
+    Raises ValueError for an entry that is no source.
+    """
+    sources = []
+    for mixture in flags.mixture or [f"{flags.data}/mixture.json"]:
+        if not os.path.isfile(mixture):
+            tqdm.write(f"{mixture}: no such mixture, so no source's whole step is counted")
+            continue
+        for source in parse_json(Path(mixture).read_bytes(), mixture, list):
+            if not isinstance(source, dict) or source.get("task") not in LEVEL:
+                raise ValueError(f"{mixture}: no source: {source}; tasks: {', '.join(LEVEL)}")
+            sources.append({"name": "no name", "batch_size": 32, "negatives": 0} | source)
+    return sources
+
+
+def item_of_form(form, shapes):
+    """Return the shape of a task's query or candidate: "T", "I", "V", "TI" or "TV"."""
+    kinds = {"V": "videos", "I": "images"}
+    one = MicroBatch(1, TEXT_TOKENS)
+    for letter, kind in kinds.items():
+        if letter in form:
+            text = TEXT_TOKENS if "T" in form else 0
+            one = MicroBatch(1, shapes[kind].tokens + text, shapes[kind].patches)
+    return one
+
+
+def count_source(count, shapes, source, flags, world):
+    """Count the step of a mixture's entry -> (rows of a rank, {moment: {term: bytes}})."""
+    batch = max(1, round(source["batch_size"] * flags.batch_scale))
+    rows = math.ceil(batch / world)
+    negatives = source["negatives"]
+    query, candidate = source["task"].split("2")
+    roles = [
+        item_of_form(query, shapes).resized(rows),
+        item_of_form(candidate, shapes).resized(rows),
+    ]
+    if negatives:
+        roles.append(item_of_form(candidate, shapes).resized(rows * negatives))
+
+    candidates = batch * (1 + negatives)
+    workspace = None
+    if use_fused(flags.fused, flags.loss, batch, negatives):
+        limit = WORKSPACE if count.device_type == "cuda" else 2 * CPU_BLOCK**2 * FLOAT
+        workspace = min(limit, rows * candidates * FLOAT)
+    dim = count.model.config.text_config.hidden_size
+    loss = loss_bytes(rows, candidates, dim, ranks=world, workspace=workspace)
+    return rows, count.step(roles, loss, flags.micro_batch, flags.micro_tokens)
 
 
 def build_model(flags, rank, device):
@@ -1141,8 +1378,12 @@ def describe_epoch(sources, sampler, start, share, numbers, quotas):
 
 
 def main(flags):
-    """Train as the flags say -> the trained model (GVE)."""
+    """Train as the flags say -> the trained model (GVE); after a dry run: the one that it tried."""
     rank, world, device = join_ranks(flags.device)
+    if flags.dry_run:
+        gve = dry_run(flags, rank, world, device)
+        leave_ranks()
+        return gve
 
     # Data: sources, and who draws from them. Each machine may read files of its own.
     with fail_together():
@@ -1158,11 +1399,8 @@ def main(flags):
         for warning in warnings:
             tqdm.write(f"warning: {warning}", file=sys.stderr)
 
-    if flags.dry_run:  # writes nothing
+    with hold_folder(Path(flags.out), rank):
         gve = train(flags, sources, sampler, rank, world, device)
-    else:
-        with hold_folder(Path(flags.out), rank):
-            gve = train(flags, sources, sampler, rank, world, device)
     leave_ranks()
     return gve
 
@@ -1181,9 +1419,6 @@ def train(flags, sources, sampler, rank, world, device):
     # Model
     gve, optimizer, collate = build_model(flags, rank, device)
     parameters = list(gve.lora_parameters().values())
-    if flags.dry_run:
-        dry_run(gve, optimizer, collate, flags)
-        return gve
 
     # A new run, or one to resume
     out = Path(flags.out)

@@ -187,9 +187,33 @@ LIST = r"""
 - "scores": scores.sum(),
 + "scores": scores.diagonal().sum(),
 
-@ train.py: test_wiring::a_dry_run
-- n = min(n, max(1, flags.micro_tokens // length))
-+ n = max(1, flags.micro_tokens // length)
+@ train.py: test_memory::a_task_s_items
+- text = TEXT_TOKENS if "T" in form else 0
++ text = 0
+
+# support/memory.py
+
+@ support/memory.py: test_wiring::a_dry_run
+- items = min(items, max(1, micro_tokens // self.tokens))
++ items = max(1, micro_tokens // self.tokens)
+
+@ support/memory.py: test_memory::the_arithmetic
+- between = (layers - 1) * kept * tokens
++ between = layers * kept * tokens
+
+@ support/memory.py: test_memory::a_config_alone
+- "AdamW": 2 * trained,
++ "AdamW": trained,
+
+@ support/memory.py: test_memory::the_loss_takes
+- matrices += rows * ranks * rows * (3 * FLOAT + 1)
++ matrices += rows * ranks * rows * (2 * FLOAT + 1)
+
+@ support/memory.py: test_memory::a_whole_step
+- kept = sum(self.kept(role) for role in roles)
++ kept = self.kept(roles[-1])
+
+# train.py: the rest
 
 @ train.py: test_wiring::a_run_is_the_loop
 - torch.manual_seed(flags.seed)  # LoRA starts equal on every rank

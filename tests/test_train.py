@@ -819,7 +819,7 @@ def test_mining_is_the_same_on_two_ranks_and_after_a_stop(tiny, mixture, tmp_pat
 def test_a_dry_run_prints_its_memory_and_writes_nothing(tiny, mixture, tmp_path, capsys, more):
     limits = "--dry-run --max-length 300 --max-tokens 20 --micro-tokens 1000"
     go(*flags_for(tiny, mixture, tmp_path / "out", limits, more))
-    line = r"(\d+ \w+ of \d+) tokens in a forward: \d+\.\d\d GiB"
+    line = r"(\d+ \w+ of \d+) tokens in a forward: \d+\.\d{3} GiB"
     printed = re.findall(line, capsys.readouterr().out)
 
     # A video has 4 grids of 4 x 5 tokens and 60 of prompt; a forward holds 1,000 at most.

@@ -1,0 +1,361 @@
+"""Where the memory of a LoRA training step goes: arithmetic from shapes, and the measured peak.
+
+    count = StepMemory(core, grad_cache=True, checkpointing=True, dropout=0.1, device_type="cuda")
+    moments = count.micro_batch(MicroBatch(items=40, tokens=808, patches=40 * 3136))
+    moments["language model"]["base weights"]    # bytes
+    print(memory_table(moments))
+
+The model may lie on the meta device, so a config.json is enough and nothing is allocated. A step is
+at its peak in one of three moments:
+
+    vision tower      pixels go through the frozen tower, which keeps nothing for a backward pass
+    language model    the backward pass is in the last layer: all other layers still hold what they
+                      kept, and this one holds its working arrays as well
+    loss              the similarities of the whole batch, or the fused kernel's block of them
+
+Three things are there all the time: the frozen weights; the LoRA weights with their gradients and
+AdamW's two states, 16 bytes per LoRA weight; and what the step keeps of other micro-batches. Not
+counted: the CUDA context and the libraries' workspaces (about 0.5 GiB), gaps between the
+allocator's blocks, and the temporaries of the optimiser's step, which comes when the activations
+are gone. A loader's batches wait in the host's memory.
+
+The counts per layer are those of transformers' Qwen2.5-VL under sdpa with a mask, PEFT's LoRA and
+torch's autograd. tests/test_memory.py compares them with every storage that a real step makes.
+
+Legend: B items, T tokens of an item with padding, P patches, D hidden size, I intermediate size,
+N this rank's rows, M candidates of all ranks; width: bytes of a number of the model's dtype.
+"""
+
+import ctypes
+import dataclasses
+import gc
+import math
+from pathlib import Path
+
+import torch
+
+FLOAT = 4  # bytes of a float32
+INT = 8  # bytes of an int64
+M_MMAP_THRESHOLD = -3  # glibc's malloc.h
+
+
+@dataclasses.dataclass(frozen=True)
+class MicroBatch:
+    """The shape of what goes through the model at once."""
+
+    items: int  # B
+    tokens: int  # T, of every item, padding included
+    patches: int = 0  # P, of all items together; a vision token is merge_size^2 of them
+
+    def resized(self, items):
+        """Return the shape with another number of items."""
+        return MicroBatch(items, self.tokens, self.patches // self.items * items)
+
+    def limited(self, micro_batch, micro_tokens=0):
+        """Return the shape with as many items as train.py's flags of these names admit."""
+        items = micro_batch
+        if micro_tokens:
+            items = min(items, max(1, micro_tokens // self.tokens))
+        return self.resized(items)
+
+
+@dataclasses.dataclass(frozen=True)
+class StepMemory:
+    """Count the bytes of a step's moments, {moment: {term: bytes}}."""
+
+    model: torch.nn.Module  # a Qwen2.5-VL without its head, LoRA layers in place (GVE.core)
+    grad_cache: bool  # no graphs are kept; every micro-batch goes through the layers twice
+    checkpointing: bool  # the layers' activations are computed again in the backward pass
+    dropout: float  # LoRA's
+    device_type: str  # "cuda" or "cpu": they differ in what a dropout keeps
+
+    def micro_batch(self, shape, others=0):
+        """Count one micro-batch; others: bytes that the step keeps of its other micro-batches."""
+        model = self.model
+        tokens = shape.items * shape.tokens
+        always = {**weight_bytes(model), "other micro-batches": others}
+        moments = {}
+        if shape.patches:
+            pixels, tower = tower_bytes(model)
+            moments["vision tower"] = {
+                **always,
+                "inputs": pixels * shape.patches + 3 * INT * tokens,
+                "vision tower at work": tower * shape.patches,
+            }
+
+        # Between the layers: each one's input where it is computed again, else all that it keeps.
+        kept, at_work = layer_bytes(model, shape, self.dropout, self.device_type)
+        layers = len(model.language_model.layers)
+        width = model.dtype.itemsize
+        if self.checkpointing:
+            # A float32 layer at work keeps its input for its first norm: do not count it twice.
+            inputs_kept = layers if width < FLOAT else layers - 1
+            between = inputs_kept * model.config.text_config.hidden_size * width * tokens
+        else:
+            between = (layers - 1) * kept * tokens
+            if width < FLOAT:  # autocast's copies of the LoRA weights
+                between += always["LoRA weights"] // FLOAT * width
+
+        # ids, mask, token types, three position ids; cos and sin; a mask of T x T for each item
+        head = model.language_model.layers[0].self_attn.head_dim
+        inputs = (6 * INT + 2 * head * width + mask_length(shape)) * tokens
+        moments["language model"] = {
+            **always,
+            "inputs": inputs + feature_bytes(model, shape),
+            "kept by the layers": between,
+            "a layer at work": at_work * tokens,
+        }
+        return moments
+
+    def kept(self, shape):
+        """Count what a step keeps of a micro-batch between its forward and its backward pass.
+
+        With GradCache: ids, mask, token types and, so that the tower runs once, vision features.
+        Without: the graph.
+        """
+        model = self.model
+        tokens = shape.items * shape.tokens
+        if self.grad_cache:
+            return feature_bytes(model, shape) + 3 * INT * tokens
+
+        text = model.config.text_config
+        width = model.dtype.itemsize
+        per_layer = text.hidden_size * width
+        if not self.checkpointing:
+            per_layer, _ = layer_bytes(model, shape, self.dropout, self.device_type)
+        last_norm = text.hidden_size * (FLOAT + width)
+        per_token = text.num_hidden_layers * per_layer + last_norm + mask_length(shape) + 6 * INT
+        return per_token * tokens
+
+    def step(self, roles, loss, micro_batch, micro_tokens):
+        """Count a whole step of one rank.
+
+        roles: the queries, the positives, the hard negatives, each one as the shape of all of them
+        together; loss: from loss_bytes; micro_batch, micro_tokens: train.py's flags.
+        """
+        kept = sum(self.kept(role) for role in roles)
+        moments = {}
+        for role in roles:
+            # The largest micro-batch goes through while the step keeps all the others.
+            shape = role.limited(min(micro_batch, role.items), micro_tokens)
+            counted = self.micro_batch(shape, kept - self.kept(shape))
+            for moment, terms in counted.items():
+                before = moments.get(moment, {})
+                if sum(terms.values()) > sum(before.values()):
+                    moments[moment] = terms
+        resident = weight_bytes(self.model)
+        moments["loss"] = {**resident, "other micro-batches": kept, "vectors and loss": loss}
+        return moments
+
+
+def weight_bytes(model):
+    """Count what is there all the time -> {term: bytes}."""
+    frozen = 0
+    trained = 0
+    for weight in model.parameters():
+        if weight.requires_grad:
+            trained += weight.nbytes
+        else:
+            frozen += weight.nbytes
+    return {
+        "base weights": frozen,
+        "LoRA weights": trained,
+        "LoRA gradients": trained,
+        "AdamW": 2 * trained,
+    }
+
+
+def mask_length(shape):
+    """Return the numbers in a token's row of the attention mask.
+
+    An item that is alone has no padding, and attention then needs no mask.
+    """
+    return shape.tokens if shape.items > 1 else 0
+
+
+def layer_bytes(model, shape, dropout, device_type):
+    """Count a layer of the language model -> bytes per token (kept for backward, at its peak)."""
+    text = model.config.text_config
+    attention = model.language_model.layers[0].self_attn
+    width = model.dtype.itemsize
+    hidden = text.hidden_size * width
+    intermediate = text.intermediate_size * width
+    heads = text.num_attention_heads * attention.head_dim * width
+
+    # Each norm computes in float32 and keeps its input so. In a float32 model this is the residual
+    # stream itself.
+    norms = 2 * text.hidden_size * max(width, FLOAT)
+
+    # LoRA's A keeps its input: the same array for q, k, v and for up, gate, unless dropout makes
+    # one for each. Dropout keeps its mask, of bytes on a GPU and of numbers on a CPU.
+    lora_inputs = 2 * hidden
+    down_input = intermediate
+    if dropout:
+        mask_width = 1 if device_type == "cuda" else width
+        share = 1 + mask_width / width
+        lora_inputs = 5 * hidden * share
+        down_input = intermediate * share
+    lora_inputs += 6 * lora_rank(model) * width  # what A gives to B, in six projections
+
+    # q, k, v, output and log-sum-exp: no T x T similarities are kept. But where there is a mask,
+    # sdpa turns it into numbers, anew in each layer, and k and v are repeated for every head.
+    mask = mask_length(shape) * width
+    keys = heads
+    if not mask:
+        keys = text.num_key_value_heads * attention.head_dim * width
+    qkv_and_output = 2 * heads + 2 * keys + text.num_attention_heads * FLOAT
+
+    before_mlp = norms + lora_inputs + qkv_and_output + mask
+    kept = before_mlp + 3 * intermediate + down_input  # gate, up, the activation of gate
+
+    # At its peak the MLP holds six arrays: gate, up, activation, product, two gradients. Beside it
+    # stand the layer's output and its gradient, and what is not among the kept arrays: the residual
+    # stream, where the norms keep a float32 copy instead, and under dropout the norm's output.
+    beside = 2 * hidden
+    if width < FLOAT:
+        beside += hidden
+    if dropout:
+        beside += hidden
+    at_work = before_mlp + 6 * intermediate + beside
+    return kept, at_work
+
+
+def lora_rank(model):
+    """Return the rank of the LoRA layers, 0 if there are none."""
+    for name, weight in model.language_model.layers[0].named_parameters():
+        if ".lora_A." in name:
+            return weight.shape[0]
+    return 0
+
+
+def tower_bytes(model):
+    """Count the vision tower at its peak -> bytes per patch (of pixels, of its working arrays)."""
+    vision = model.config.vision_config
+    width = model.dtype.itemsize
+    values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+
+    # uint8 from the disk, the same as float32, and converted for a half-precision tower
+    pixels = values * (1 + FLOAT)
+    if width < FLOAT:
+        pixels += values * width
+
+    # In attention: qkv (3), rotated q and k (2), all three gathered into windows (3), the outputs
+    # of a window and of all (2), residual stream and norm (2). While q and k are rotated, in
+    # float32: qkv, residual stream, norm (5), and six float32 arrays.
+    in_attention = 12 * width
+    in_rotation = 5 * width + 6 * FLOAT
+    tower = vision.hidden_size * max(in_attention, in_rotation)
+    tower += 2 * vision.hidden_size // vision.num_heads * FLOAT  # cos and sin
+    return pixels, tower
+
+
+def feature_bytes(model, shape):
+    """Count the vision tower's output."""
+    tokens = shape.patches // model.config.vision_config.spatial_merge_size**2
+    return tokens * model.config.text_config.hidden_size * model.dtype.itemsize
+
+
+def loss_bytes(rows, candidates, dim, *, ranks=1, workspace=None):
+    """Count the contrastive loss at its peak, forward and backward, in float32.
+
+    rows: N; candidates: M; dim: D. workspace: the fused kernel's bytes for a block of similarities;
+    None: the plain loss, which holds all of them several times.
+    """
+    own = candidates // ranks
+    # This rank's vectors as they were made and in the order of their rows, and both gradients
+    vectors = 4 * (rows + own) * dim * FLOAT
+    gathered = 2 * candidates * dim * FLOAT  # all ranks' candidates and their gradient
+    if workspace is not None:
+        matrices = workspace + 2 * rows * dim * FLOAT  # float32 sums of the queries' gradient
+    else:
+        # Query -> candidates: logits, their log-softmax and a mask of bytes. Positive -> queries,
+        # on top: scores, logits, log-softmax and a mask.
+        matrices = rows * candidates * (2 * FLOAT + 1)
+        matrices += rows * ranks * rows * (3 * FLOAT + 1)
+    # The training curves: scores of this rank's own vectors, the same masked, a mask
+    curves = rows * own * (2 * FLOAT + 1)
+    return vectors + max(gathered + matrices, curves)
+
+
+def largest_that_fits(count, shape, free):
+    """Return the most items of a shape whose peak is at most `free` bytes; 0 if not one fits.
+
+    count: StepMemory.
+    """
+    one, two, three = [peak_bytes(count.micro_batch(shape.resized(n))) for n in (1, 2, 3)]
+    if two > free:  # one is special: it has no mask
+        return int(one <= free)
+    return int(2 + (free - two) // (three - two))  # from two on, each item costs the same
+
+
+def peak_bytes(moments):
+    """Return the bytes of the moment that needs most; moments: {moment: {term: bytes}}."""
+    return max(sum(terms.values()) for terms in moments.values())
+
+
+def memory_table(columns):
+    """Write {column: {term: bytes}} as a Markdown table in GiB, with the sum of each column."""
+    names = []
+    for terms in columns.values():
+        names += [name for name in terms if name not in names]
+    rows = [["GiB", *columns], ["---"] + ["---:"] * len(columns)]
+    for name in names:
+        cells = [terms.get(name, 0) for terms in columns.values()]
+        if any(cells):
+            rows.append([name, *map(gib, cells)])
+    totals = [sum(terms.values()) for terms in columns.values()]
+    rows.append(["**total**", *map(gib, totals)])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def gib(size):
+    """Write bytes in GiB."""
+    return f"{size / 2**30:.3f}"
+
+
+# Measuring
+
+
+class PeakMemory:
+    """Measure how far memory rises while a block runs, in bytes.
+
+        with PeakMemory(device) as peak: ...
+        peak.rise
+
+    On a GPU these are torch's own allocations; on a CPU the process's resident memory (Linux only:
+    elsewhere rise is not a number).
+    """
+
+    def __init__(self, device):
+        self.device = device
+        self.rise = math.nan
+
+    def __enter__(self):
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.before = torch.cuda.memory_allocated(self.device)
+        elif Path("/proc/self/clear_refs").exists():
+            # Give back what was freed earlier, and from now on every large array when it is freed:
+            # else glibc keeps up to a half more in gaps.
+            ctypes.CDLL(None).malloc_trim(0)
+            ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 65536)
+            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the resident peak
+            self.before = read_status("VmRSS")
+        return self
+
+    def __exit__(self, *error):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            self.rise = torch.cuda.max_memory_allocated(self.device) - self.before
+        elif Path("/proc/self/clear_refs").exists():
+            self.rise = read_status("VmHWM") - self.before
+
+
+def read_status(key):
+    """Return the bytes that a line "key: number kB" of /proc/self/status states."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    raise ValueError(f"/proc/self/status: no line {key}")
