@@ -1,4 +1,4 @@
-"""support/memory.py: the arithmetic beside every storage that torch makes, and beside a process."""
+"""memory.py: the arithmetic beside every storage that torch makes, and beside a process."""
 
 import dataclasses
 import json
@@ -21,12 +21,10 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from real_size import real_config  # noqa: E402
 
+import memory  # noqa: E402
 import train  # noqa: E402
 from kernels.infonce import CPU_BLOCK, info_nce_dist  # noqa: E402
-from model import BACKBONES, GVE, add_adapter  # noqa: E402
-from support import memory  # noqa: E402
-from support.flags import parse_flags  # noqa: E402
-from support.memory import (  # noqa: E402
+from memory import (  # noqa: E402
     MicroBatch,
     PeakMemory,
     StepMemory,
@@ -34,6 +32,8 @@ from support.memory import (  # noqa: E402
     loss_bytes,
     peak_bytes,
 )
+from model import BACKBONES, GVE, add_adapter  # noqa: E402
+from support.flags import parse_flags  # noqa: E402
 
 
 class StorageTracker(TorchDispatchMode):
@@ -360,7 +360,7 @@ def test_a_config_alone_is_enough_for_the_arithmetic(size, tmp_path, capsys):
 
 
 def test_an_adapter_is_counted_from_its_base_s_config():
-    core, _ = train.backbone_on_meta(parse("--base", str(ROOT / "mini/prober")))
+    core, _ = memory.backbone_on_meta(parse("--base", str(ROOT / "mini/prober")))
     config = json.loads((ROOT / "mini/prober/adapter_config.json").read_text())
     assert memory.lora_rank(core) == config["r"]
     assert all(weight.is_meta for weight in core.parameters())
@@ -381,8 +381,8 @@ def test_an_adapter_is_counted_from_its_base_s_config():
 )
 def test_a_task_s_items_have_their_media_s_tokens(form, shape):
     # 200 tokens a frame are 14 x 14, two frames a grid; four patches a token.
-    shapes = train.item_shapes(parse(), prompt=20, merge=4)
-    assert dataclasses.astuple(train.item_of_form(form, shapes)) == shape
+    shapes = memory.item_shapes(parse(), prompt=20, merge=4)
+    assert dataclasses.astuple(memory.item_of_form(form, shapes)) == shape
 
 
 @pytest.mark.slow

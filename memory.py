@@ -1,5 +1,7 @@
 """Where the memory of a LoRA training step goes: arithmetic from shapes, and the measured peak.
 
+    python train.py --dry-run --preset gve-3b       # prints it, from the base's config.json alone
+
     count = StepMemory(core, grad_cache=True, checkpointing=True, dropout=0.1, device_type="cuda")
     moments = count.micro_batch(MicroBatch(items=40, tokens=808, patches=40 * 3136))
     moments["language model"]["base weights"]    # bytes
@@ -30,10 +32,22 @@ import ctypes
 import dataclasses
 import gc
 import math
+import os
 from pathlib import Path
 
 import torch
+from peft import PeftConfig, get_peft_model
+from tqdm import tqdm
 
+from data import IMAGE_TOKENS, Collator
+from kernels.infonce import CPU_BLOCK, WORKSPACE
+from model import add_adapter, checkpoint_file, find_base, find_spec, load_processor
+from support.files import parse_json
+
+CARD = 79.2 * 2**30  # bytes that an 80 GB card has for programs
+FILLED = 0.9  # share of a card that tensors may fill; the rest: the CUDA context, gaps
+PROMPT_TOKENS = 20  # of an item without text and media, by Qwen's tokenizer
+TEXT_TOKENS = 128  # of a text in a real batch: a guess, as the data need not be there
 FLOAT = 4  # bytes of a float32
 INT = 8  # bytes of an int64
 M_MMAP_THRESHOLD = -3  # glibc's malloc.h
@@ -311,6 +325,173 @@ def memory_table(columns):
 def gib(size):
     """Write bytes in GiB."""
     return f"{size / 2**30:.3f}"
+
+
+# What train.py's flags make of it
+
+
+def print_memory(flags, world, device_type, room, is_fused):
+    """Print the arithmetic of the largest micro-batches and of the heaviest source's whole step.
+
+    flags: train.py's. world: ranks. device_type: "cuda" or "cpu". room: bytes of the device's
+    memory. is_fused: function (global batch, negatives per row) -> is the loss the fused kernel's?
+    """
+    core, spec = backbone_on_meta(flags)
+    count = step_memory(core, flags, device_type)
+    merge = core.config.vision_config.spatial_merge_size**2  # patches per vision token
+    shapes = item_shapes(flags, prompt_length(flags.base, spec), merge)
+    trained = sum(p.numel() for p in core.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in core.parameters())
+    tqdm.write(
+        f"{flags.base}: {total - trained:,} frozen weights in {flags.dtype}, {trained:,} of LoRA; "
+        f"checkpointing {flags.checkpointing}, GradCache {flags.grad_cache}, "
+        f"dropout {flags.dropout}, on {device_type}\n\n"
+        "The largest micro-batches, by arithmetic:\n"
+    )
+    columns = {}
+    for name in ("videos", "texts"):
+        shape = shapes[name].limited(flags.micro_batch, flags.micro_tokens)
+        for moment, terms in count.micro_batch(shape).items():
+            columns[f"{name}, {shape.items} x {shape.tokens}: {moment}"] = terms
+    tqdm.write(memory_table(columns))
+
+    # The step that needs most. Without GradCache it keeps the graphs of all its micro-batches.
+    heaviest = {}
+    largest = 0
+    for source in read_sources(flags):
+        rows, moments = count_source(count, shapes, source, flags, world, is_fused)
+        if peak_bytes(moments) > largest:
+            largest = peak_bytes(moments)
+            heaviest = moments
+            about = f"{source['name']} ({source['task']}, {rows} rows on each of {world} ranks)"
+    if heaviest:
+        tqdm.write(
+            f"\nA whole step of the source that needs most, {about}; texts beside media or alone "
+            f"are taken to have {TEXT_TOKENS} tokens:\n\n{memory_table(heaviest)}"
+        )
+
+    fitting = []
+    for name in ("videos", "texts"):
+        items = largest_that_fits(count, shapes[name], FILLED * room)
+        fitting.append(f"{items * shapes[name].tokens:,} of {name}")
+    tqdm.write(
+        f"\nA micro-batch's tokens that fit {FILLED:.0%} of {gib(room)} GiB (--micro-tokens, "
+        f"--micro-batch): {', '.join(fitting)}\n"
+    )
+
+
+def step_memory(core, flags, device_type):
+    """Return the count of a step's memory that the flags decide."""
+    return StepMemory(core, flags.grad_cache, flags.checkpointing, flags.dropout, device_type)
+
+
+def find_full(path):
+    """Find the full weights of a checkpoint -> (their folder or hub id, is it an adapter's?)."""
+    is_adapter = checkpoint_file(path, "adapter_config.json") is not None
+    return (find_base(path) if is_adapter else path), is_adapter
+
+
+def backbone_on_meta(flags):
+    """Build the backbone with LoRA from its config alone, without memory -> (backbone, its spec).
+
+    flags.base may be a folder that holds config.json alone, or a LoRA folder whose base is one.
+    """
+    full, is_adapter = find_full(flags.base)
+    spec = find_spec(full)
+    config = spec.config_class.from_pretrained(full)
+    with torch.device("meta"):
+        core = spec.model_class._from_config(config, dtype=getattr(torch, flags.dtype))
+        core.requires_grad_(False)
+        if is_adapter:
+            adapter = PeftConfig.from_pretrained(flags.base)
+            adapter.inference_mode = False
+            core.name_or_path = full  # PEFT compares the two
+            adapter.base_model_name_or_path = full
+            get_peft_model(core, adapter)
+        else:
+            add_adapter(core, spec, {"lora_dropout": flags.dropout})
+    return core, spec
+
+
+def prompt_length(path, spec):
+    """Count the tokens of an item without text and media; PROMPT_TOKENS without a tokenizer."""
+    try:
+        processor = load_processor(path, spec)
+    except ValueError:
+        return PROMPT_TOKENS
+    return len(Collator(processor).prepare({"text": "a"})["ids"]) - 1
+
+
+def frame_sides(max_tokens):
+    """Choose the sides of a frame of at most so many vision tokens -> (high, wide), in tokens."""
+    high = math.isqrt(max_tokens)
+    return high, max_tokens // high
+
+
+def item_shapes(flags, prompt, merge):
+    """Return the largest items that the flags admit -> {kind: MicroBatch of one}.
+
+    prompt: tokens of an item without text and media, to which a medium adds two around its own.
+    merge: patches per vision token.
+    """
+    high, wide = frame_sides(flags.max_tokens)
+    video = flags.frames // 2 * high * wide  # a patch is two frames deep
+    return {
+        "videos": MicroBatch(1, video + prompt + 2, video * merge),
+        "images": MicroBatch(1, IMAGE_TOKENS + prompt + 2, IMAGE_TOKENS * merge),
+        "texts": MicroBatch(1, flags.max_length),
+    }
+
+
+def read_sources(flags):
+    """Read the mixtures' entries and no training files -> list of dict; none without mixtures.
+
+    Raises ValueError for an entry that is no source.
+    """
+    sources = []
+    for mixture in flags.mixture or [f"{flags.data}/mixture.json"]:
+        if not os.path.isfile(mixture):
+            tqdm.write(f"{mixture}: no such mixture, so no source's whole step is counted")
+            continue
+        for source in parse_json(Path(mixture).read_bytes(), mixture, list):
+            if not isinstance(source, dict) or "2" not in source.get("task", ""):
+                raise ValueError(f"{mixture}: no source with a task like T2V: {source}")
+            sources.append({"name": "no name", "batch_size": 32, "negatives": 0} | source)
+    return sources
+
+
+def item_of_form(form, shapes):
+    """Return the shape of a task's query or candidate: "T", "I", "V", "TI" or "TV"."""
+    kinds = {"V": "videos", "I": "images"}
+    one = MicroBatch(1, TEXT_TOKENS)
+    for letter, kind in kinds.items():
+        if letter in form:
+            text = TEXT_TOKENS if "T" in form else 0
+            one = MicroBatch(1, shapes[kind].tokens + text, shapes[kind].patches)
+    return one
+
+
+def count_source(count, shapes, source, flags, world, is_fused):
+    """Count the step of a mixture's entry -> (rows of a rank, {moment: {term: bytes}})."""
+    batch = max(1, round(source["batch_size"] * flags.batch_scale))
+    rows = math.ceil(batch / world)
+    negatives = source["negatives"]
+    query, candidate = source["task"].split("2")
+    roles = [
+        item_of_form(query, shapes).resized(rows),
+        item_of_form(candidate, shapes).resized(rows),
+    ]
+    if negatives:
+        roles.append(item_of_form(candidate, shapes).resized(rows * negatives))
+
+    candidates = batch * (1 + negatives)
+    workspace = None
+    if is_fused(batch, negatives):
+        limit = WORKSPACE if count.device_type == "cuda" else 2 * CPU_BLOCK**2 * FLOAT
+        workspace = min(limit, rows * candidates * FLOAT)
+    dim = count.model.config.text_config.hidden_size
+    loss = loss_bytes(rows, candidates, dim, ranks=world, workspace=workspace)
+    return rows, count.step(roles, loss, flags.micro_batch, flags.micro_tokens)
 
 
 # Measuring
