@@ -292,6 +292,21 @@ def test_a_whole_step_keeps_what_the_arithmetic_says(grad_cache, checkpointing):
     assert abs(max(sums.values()) / tracker.peak - 1) < 0.1, (sums, tracker.peak)
 
 
+def test_a_step_counts_its_other_micro_batches_in_every_moment():
+    """By hand: with GradCache, three int64 a token, and a feature of 64 floats a vision token."""
+    gve = make_gve("tiny", torch.float32, 0.0, True)
+    count = StepMemory(gve.core, True, True, 0.0, "cpu")
+    texts = MicroBatch(12, 40)
+    videos = MicroBatch(12, 180, patches=12 * 640)
+    moments = count.step([texts, videos], 0, micro_batch=2, micro_tokens=0)
+    of_texts = 40 * 3 * 8
+    of_videos = 180 * 3 * 8 + 160 * 64 * 4
+    everything = 12 * (of_texts + of_videos)
+    assert moments["loss"]["other micro-batches"] == everything
+    for moment in ("vision tower", "language model"):  # two videos are under way
+        assert moments[moment]["other micro-batches"] == everything - 2 * of_videos
+
+
 def test_as_many_items_fit_as_the_memory_holds():
     gve = make_gve("tiny", torch.float32, 0.1, True)
     count = StepMemory(gve.core, True, True, 0.1, "cpu")
