@@ -274,7 +274,7 @@ def _slices(s, WIDTH: tl.constexpr):
 
     The kernels work through the slices one after the other. With masks and weights for a whole
     128 x 256 tile at once they would spill registers (tests/compiled_kernels.py compiles them ahead
-    of time and looks).
+    of time and counts).
     """
     # Triton compiles only the branch that applies, so both branches must return.
     if s.shape[1] == WIDTH:
@@ -459,8 +459,8 @@ def grad_kernel(
         grad = tl.where(target == j[None, :], -weight, grad)
 
         offset = i.to(tl.int64)[:, None] * stride_grad + j[None, :]
-        # Up to the end of G's row, a multiple of 16: with M as the limit, no two columns could be
-        # stored at once. Nobody reads columns from M on.
+        # Stores run to the end of G's row, whose length is a multiple of 16: with M as the limit,
+        # the compiler could not store neighbouring columns at once. Columns from M on are not read.
         inside = (i < N)[:, None] & (j < stride_grad)[None, :]
         tl.store(grad_ptr + offset, grad.to(grad_ptr.dtype.element_ty), mask=inside)
 
@@ -470,7 +470,7 @@ def grad_kernel(
 TILES = {
     # Hopper: 192 KiB
     "hopper": dict(BM=128, BN=256, BK=64, WIDTH=32, num_warps=8, num_stages=4),
-    # datacentre Blackwell: as Hopper, but with slices of 32 Triton 3.6 spills there
+    # datacentre Blackwell: as Hopper, but narrower slices, as Triton 3.6 spills with 32 columns
     "blackwell": dict(BM=128, BN=256, BK=64, WIDTH=16, num_warps=8, num_stages=4),
     # Ampere, Ada and small Blackwell: 72 KiB
     "ampere": dict(BM=128, BN=256, BK=32, WIDTH=64, num_warps=8, num_stages=4),
@@ -560,7 +560,7 @@ def _lse_triton(q, d, scale, masks, workspace):
             col_sum_ptr=col_sum,
             **launch.settings,
         )
-    # The logarithms are taken here: in the kernel they took a quarter of its epilogue.
+    # The logarithms are taken here: in the kernel they would take a quarter of its epilogue.
     rows = LogSum.merge(row_top, row_sum.log_(), scale)
     columns = LogSum.merge(col_top, col_sum.log_(), scale)
     return rows, columns

@@ -5,7 +5,7 @@
 Triton brings a compiler and a disassembler for NVIDIA GPUs, so that the machine code for A100
 (sm_80), H100 (sm_90) and B200 (sm_100) can be read on any machine. A program of lse_kernel or
 grad_kernel runs a loop over D, BK dimensions at a time, and once an epilogue: masks, exponentials,
-sums, stores. The tests hold the counts to the bounds in EPILOGUE below.
+sums, stores. tests/test_infonce.py holds the counts to the bounds in EPILOGUE below.
 
 The counts are facts about one Triton version. Cycles and efficiency are arithmetic, not measured:
 
@@ -14,15 +14,16 @@ The counts are facts about one Triton version. Cycles and efficiency are arithme
 - Each of an SM's four schedulers issues one instruction of a warp per cycle and never waits. Real
   epilogues wait for barriers, shared memory and loads: this is the least they can take.
 - An SM computes 16 exponentials per cycle.
-- Branches within the epilogue count as not taken, and waits as over at once. On sm_100 one warp
-  starts the matrix instructions, but they count for all warps: a few dozen of thousands.
+- Branches within the epilogue count as not taken, and waits as over at once.
+- On sm_100 one warp starts the matrix instructions, but they count for all warps: a few dozen
+  among thousands of instructions.
 
 "Alone": the tensor cores rest during the epilogue, which holds where one program fills an SM.
 "Together": another program's products run during the epilogue. That needs two programs an SM, or a
-persistent kernel with warps of its own for the epilogue, and no kernel here is one.
+persistent kernel with separate warps for the epilogue; no kernel here is persistent.
 """
 
-from __future__ import annotations
+from __future__ import annotations  # product_kernel's tl.constexpr is not evaluated without Triton
 
 import re
 import subprocess
@@ -39,40 +40,42 @@ from kernels import infonce  # noqa: E402
 
 tl = getattr(infonce, "tl", None)  # None without Triton: then nothing here can run
 
+KERNELS = (infonce.lse_kernel, infonce.grad_kernel)
 MATRIX = ("HMMA", "HGMMA", "UTCHMMA")  # matrix instructions of sm_80, sm_90, sm_100
 DIMS = (1536, 2048, 3584)
 SCHEDULERS = 4  # per SM, on all three chips
 EXP_PER_CYCLE = 16  # per SM, on all three chips
 REGISTERS = 65536  # per SM, on all three chips
+RESERVED_SHARED = 1024  # bytes that each program takes besides its own
 
 
 class Chip(NamedTuple):
     """A GPU as far as the arithmetic needs it."""
 
     name: str
-    arch: int
+    arch: int  # 90 for sm_90
     tile: str  # key of infonce.TILES
     tma: bool
     flop_per_cycle: int  # dense bf16, per SM
-    block_shared: int  # bytes of shared memory that a program may use
-    total_shared: int  # bytes per SM; each program takes 1 KiB besides its own
+    shared: int  # bytes of shared memory per SM
     matrix: str  # the fast matrix instruction
 
 
-A100 = Chip("A100", 80, "ampere", False, 2048, 166_912, 167_936, "HMMA")
-H100 = Chip("H100", 90, "hopper", True, 4096, 232_448, 233_472, "HGMMA")
-B200 = Chip("B200", 100, "blackwell", True, 8192, 232_448, 233_472, "UTCHMMA")
-H100_POINTERS = H100._replace(name="H100, pointers", tma=False)  # rows that do not lie on 16 bytes
+# These are compiled by the default tests: name, arch, tile, TMA, FLOP a cycle, shared, matrix.
+A100 = Chip("A100", 80, "ampere", False, 2048, 167_936, "HMMA")
+H100 = Chip("H100", 90, "hopper", True, 4096, 233_472, "HGMMA")
+H100_POINTERS = H100._replace(name="H100, pointers", tma=False)  # for rows not aligned to 16 bytes
+B200 = Chip("B200", 100, "blackwell", True, 8192, 233_472, "UTCHMMA")
 CHIPS = (A100, H100, H100_POINTERS, B200)
 # These are compiled by a slow test alone.
 RARE_CHIPS = (
     B200._replace(name="B200, pointers", tma=False),
-    Chip("RTX 4090", 89, "ampere", False, 512, 101_376, 102_400, "HMMA"),
-    Chip("RTX 5090", 120, "ampere", True, 512, 101_376, 102_400, "HMMA"),
+    Chip("RTX 4090", 89, "ampere", False, 512, 102_400, "HMMA"),
+    Chip("RTX 5090", 120, "ampere", True, 512, 102_400, "HMMA"),
 )
 
-# Instructions per warp outside of the loop: the larger count of Triton 3.6.0 and 3.7.1. The test
-# lets them grow by 15 %.
+# Instructions per warp outside of the loop: the larger count of Triton 3.6.0 and 3.7.1.
+# tests/test_infonce.py lets them grow by 15 %.
 EPILOGUE = {
     ("A100", "lse_kernel"): 4130,
     ("A100", "grad_kernel"): 3756,
@@ -98,11 +101,11 @@ class Alternative(NamedTuple):
         return infonce.TILES[self.chip.tile] | self.changes
 
 
-# Those to try first stand first.
-ALTERNATIVES = (
-    Alternative(H100, "taller", dict(BM=256, BN=128, WIDTH=16), 1),
-    Alternative(H100, "two an SM", dict(BM=128, BN=128, WIDTH=16, num_warps=4, num_stages=3), 2),
-    Alternative(A100, "taller", dict(BM=256, BN=128, WIDTH=32), 1),
+HALF_TILE = dict(BM=128, BN=128, WIDTH=16, num_warps=4, num_stages=3)
+ALTERNATIVES = (  # in the order in which to try them
+    Alternative(H100, "taller", dict(BM=256, BN=128, WIDTH=16), per_sm=1),
+    Alternative(H100, "two an SM", HALF_TILE, per_sm=2),
+    Alternative(A100, "taller", dict(BM=256, BN=128, WIDTH=32), per_sm=1),
 )
 
 
@@ -132,14 +135,11 @@ def product_kernel(
     tl.store(grad_ptr + offset, tile.to(tl.bfloat16), mask=inside)
 
 
-KERNELS = (infonce.lse_kernel, infonce.grad_kernel)
-
-
 def compile_kernel(kernel, tile, tma, arch):
     """Compile a kernel for bf16 inputs as a launch would, with no GPU at hand.
 
     kernel: one of KERNELS or product_kernel. tile: an entry of infonce.TILES. arch: 90 for sm_90.
-    D, and the strides, are taken for multiples of 16.
+    D and the strides are assumed to be multiples of 16.
     """
     from triton.backends.compiler import GPUTarget
 
@@ -147,11 +147,13 @@ def compile_kernel(kernel, tile, tma, arch):
     integers = {f"{name}_ptr" for name in infonce.Masks._fields if name != "threshold"}
     integers.add("target_ptr")
     multiples_of_16 = {"stride_q", "stride_d", "stride_grad", "D"}
-    signature, values, attributes = {}, {}, {}
-    for at, name in enumerate(kernel.arg_names):
+    signature = {}  # argument -> type
+    values = {}  # (position,) -> constant
+    attributes = {}  # (position,) -> the compiler may count on these
+    for position, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
-            values[(at,)] = constants[name]
+            values[(position,)] = constants[name]
         elif name in ("q", "d"):
             rows = tile["BM"] if name == "q" else tile["BN"]
             signature[name] = f"tensordesc<bf16[{rows}, {tile['BK']}]>" if tma else "*bf16"
@@ -162,7 +164,7 @@ def compile_kernel(kernel, tile, tma, arch):
         else:
             signature[name] = "i32"
         if signature[name].startswith("*") or name in multiples_of_16:
-            attributes[(at,)] = [["tt.divisibility", 16]]
+            attributes[(position,)] = [["tt.divisibility", 16]]
 
     source = infonce.triton.compiler.ASTSource(kernel, signature, values, attributes)
     options = dict(num_warps=tile["num_warps"], num_stages=tile["num_stages"])
@@ -194,14 +196,14 @@ class Program(NamedTuple):
         per_warp = -(-self.registers * 32 // 256) * 256  # registers come in units of 256
         fits = [
             REGISTERS // (per_warp * self.tile["num_warps"]),
-            chip.total_shared // (self.shared + 1024),
+            chip.shared // (self.shared + RESERVED_SHARED),
         ]
         if chip.arch == 100:
             fits.append(512 // self.tile["BN"])  # columns of tensor memory
         return min(fits)
 
 
-def tool(name, *arguments):
+def run_tool(name, *arguments):
     """Run one of the CUDA tools that come with Triton and return its output."""
     path = Path(infonce.triton.__file__).parent / "backends/nvidia/bin" / name
     return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
@@ -213,8 +215,8 @@ def compile_program(kernel, tile, chip):
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "cubin")
         cubin.write_bytes(binary.asm["cubin"])
-        usage = tool("cuobjdump", "--dump-resource-usage", cubin)
-        assembly = tool("nvdisasm", "--print-code", cubin)
+        usage = run_tool("cuobjdump", "--dump-resource-usage", cubin)
+        assembly = run_tool("nvdisasm", "--print-code", cubin)
     registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage).groups()
     loop, once = count_instructions(assembly)
     shared = binary.metadata.shared
@@ -239,14 +241,14 @@ def count_instructions(assembly):
                 jumps.append((len(opcodes), target[1]))
             opcodes.append(instruction[1])
 
-    # What stands behind the last EXIT are waits, entered only when something is late.
+    # Behind the last EXIT stand waits, entered only when something is late.
     end = len(opcodes) - opcodes[::-1].index("EXIT")
     loops = []
-    for at, label in jumps:
+    for jump, label in jumps:
         start = labels[label]
-        if start <= at < end and set(MATRIX) & set(opcodes[start : at + 1]):
-            loops.append((at + 1 - start, start))
-    length, start = min(loops)
+        if start <= jump < end and set(MATRIX) & set(opcodes[start : jump + 1]):
+            loops.append((jump + 1 - start, start))
+    length, start = min(loops)  # the innermost
     loop = Counter(opcodes[start : start + length])
     return loop, Counter(opcodes[:end]) - loop
 
@@ -256,7 +258,7 @@ class Cycles(NamedTuple):
 
     products: float  # of the tensor cores
     loop: float  # to issue the loop's instructions
-    epilogue: float  # to issue everything else, or for the exponentials if they take longer
+    epilogue: float  # to issue all other instructions, or for the exponentials if that is longer
     issued: int  # instructions per warp, in all
     matrix: int  # matrix instructions among them
 
@@ -288,9 +290,10 @@ def estimate(program, chip, D):
 
 def resource_row(name, kernel, program, chip):
     """Format a row of the first table."""
-    cycles = estimate(program, chip, 2048)
-    per_logit = sum(program.once.values()) * program.tile["num_warps"] * 32
-    per_logit /= program.tile["BM"] * program.tile["BN"]
+    cycles = estimate(program, chip, D=2048)
+    tile = program.tile
+    threads = tile["num_warps"] * 32
+    per_logit = sum(program.once.values()) * threads / (tile["BM"] * tile["BN"])
     cells = [
         name,
         kernel.__name__,
@@ -311,7 +314,7 @@ def resource_row(name, kernel, program, chip):
 def cycles_row(name, kernel, program, chip):
     """Format a row of the second table."""
     cells = [name, kernel.__name__, program.per_sm(chip)]
-    cells.append(f"{estimate(program, chip, 2048).epilogue:,.0f}")
+    cells.append(f"{estimate(program, chip, D=2048).epilogue:,.0f}")  # the same for every D
     for D in DIMS:
         cycles = estimate(program, chip, D)
         cells.append(f"{cycles.products:,.0f}")

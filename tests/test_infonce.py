@@ -780,7 +780,6 @@ def check_program(program, chip, per_sm):
     multiply = {opcode for opcode in compiled_kernels.MATRIX if program.loop[opcode]}
     assert multiply == {chip.matrix}, case
     assert program.stack == program.local == 0, case
-    assert program.shared <= chip.block_shared, case
     assert program.per_sm(chip) >= per_sm, case
     # Single numbers of G would take 128 stores of a thread.
     assert program.once["STG"] <= 64, case
