@@ -5,10 +5,10 @@ python -m pytest tests/test_devices.py
 python -m pytest -m slow tests/test_devices.py
     tests/test_gpu.py rehearsed, its kernels interpreted
 
-A tensor on the stand-in says that its device is torch's "meta", which no kernel of the CPU touches,
-and holds a tensor of the CPU with which its operations are computed. An operation that meets
-tensors of both devices raises what a GPU would raise. It cannot show what else differs on CUDA:
-streams, its random generator, its kernels.
+A tensor on the stand-in reports torch's "meta" device, which no CPU kernel accepts, and holds a CPU
+tensor with which its operations are computed. An operation on tensors of both devices raises an
+error, as on a GPU. The stand-in cannot show what else differs on CUDA: streams, the random
+generator, the kernels.
 """
 
 import contextlib
@@ -54,14 +54,17 @@ class Far(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        with Computed():
+        with ComputeOnCpu():
             return func(*args, **(kwargs or {}))
 
 
-class Computed(TorchDispatchMode):
-    """Compute operations of Far tensors with what they hold; make Far tensors where asked for."""
+class ComputeOnCpu(TorchDispatchMode):
+    """Compute operations of Far tensors with the tensors that they hold.
 
-    # A GPU reads these arguments from the CPU, too: sources of copies, and indices.
+    The result is Far if an argument is, or if device=FAR asks for it.
+    """
+
+    # A real GPU, too, takes these arguments from the CPU: sources of copies, and indices.
     COPIES = ("aten::_to_copy", "aten::copy_")
     INDEXING = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")
 
@@ -97,8 +100,8 @@ class Computed(TorchDispatchMode):
         return tree_map(wrap, func(*args, **kwargs))
 
 
-class Python(TorchFunctionMode):
-    """Give values to tensors made from Python numbers: torch keeps none on its meta device."""
+class MakeFromNumbers(TorchFunctionMode):
+    """Make tensors from Python numbers on the CPU first: made on meta they would have no values."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -113,11 +116,11 @@ class Python(TorchFunctionMode):
 
 @contextlib.contextmanager
 def second_device(monkeypatch):
-    """Let FAR be a device with values."""
+    """Let FAR be a device whose tensors have values."""
     load = GVE.from_pretrained
 
     def load_first(path, *, device, **options):
-        # transformers prepares its models on the meta device, and there means no values.
+        # transformers prepares models on the meta device, without values, and must go on doing so.
         with _disable_current_modes():
             gve = load(path, **options)
         return gve.to(device).eval()
@@ -126,7 +129,7 @@ def second_device(monkeypatch):
         assert not enabled or device_type != FAR.type, "float32 alone"
         return contextlib.nullcontext()
 
-    with monkeypatch.context() as patch, Computed(), Python():
+    with monkeypatch.context() as patch, ComputeOnCpu(), MakeFromNumbers():
         patch.setattr(torch, "autocast", no_autocast)
         patch.setattr(GVE, "from_pretrained", load_first)
         yield
@@ -157,14 +160,15 @@ def test_training_on_a_second_device_gives_the_numbers_of_the_cpu(
 ):
     """Probing, mining, features on disk, GradCache, the twin of the kernel, saving, resuming.
 
-    In float64, since attention adds up in another order there.
+    In float64, since attention adds up in another order on the stand-in.
     """
-    more = (
+    same = (
         "--dtype float64 --steps 2 --epochs 1 --seed 900 --remine --probe-pairs 2 --grad-cache "
-        "--frames 2 --max-tokens 6 --device cpu --fused"
+        "--frames 2 --max-tokens 6 --device cpu"
     )
-    go(*flags_for(tiny, mixture, tmp_path / "cpu", more, "off"))
-    flags = flags_for(tiny, mixture, tmp_path / "far", more, "on --features", tmp_path / "features")
+    go(*flags_for(tiny, mixture, tmp_path / "cpu", same, "--fused off"))
+    flags = flags_for(tiny, mixture, tmp_path / "far", same, "--fused on")
+    flags += ["--features", tmp_path / "features"]
     monkeypatch.setattr(train, "join_ranks", lambda device: (0, 1, FAR))
     with second_device(monkeypatch):
         gve = go(*flags)
@@ -187,7 +191,7 @@ def test_encoding_and_ranking_on_a_second_device_give_the_numbers_of_the_cpu(
         gve = GVE.from_pretrained(tiny, dtype="float64", device=FAR)
         far, failed = encode(gve, items, batch_tokens=400)
         collate = gve.collator(store=FeatureStore(tmp_path))
-        for _ in ("computed and kept", "from the store"):
+        for _ in range(2):  # features computed and kept, then read from the store
             batch = gve.encode_vision(train.to_device(collate(items), FAR))
             collate.store.keep(batch)
         with torch.no_grad():
@@ -211,15 +215,17 @@ def test_losses_and_mining_on_a_second_device_give_the_numbers_of_the_cpu(known,
     def results(device):
         moved = {name: x.to(device) for name, x in kw.items() if isinstance(x, torch.Tensor)}
         q_ids = moved.get("q_ids")
-        a, b = (x.to(device, copy=True).requires_grad_() for x in (q, d))
+        a = q.to(device, copy=True).requires_grad_()
+        b = d.to(device, copy=True).requires_grad_()
         loss = info_nce(a, b, 33.3, **moved, margin=kw["margin"], impl="torch")
-        p, n, p_ids, n_ids = b[:30], b[30:], moved["ids"][:30], moved["ids"][30:]
+        p, n = b.tensor_split([30])
+        p_ids, n_ids = moved["ids"].tensor_split([30])
         options = dict(q_ids=q_ids, margin=kw["margin"])
         loss = loss + train.contrastive_loss(a, p, n, p_ids, n_ids, tau=0.03, **options)
         loss.backward()
         sums = train.curve_sums(a, p, n, p_ids, n_ids, q_ids)
         relevance = train.probe(a.detach(), p.detach())
-        own_ids = moved["ids"][:30] if q_ids is not None else ids[:30]  # mining takes either
+        own_ids = p_ids if q_ids is not None else ids[:30]  # mining takes ids of either device
         mined = train.mine(a.detach(), p.detach(), own_ids, 4, 0.1, q_ids=q_ids)
         found = [loss.detach(), a.grad, b.grad, mined, *sums.values(), torch.tensor(relevance)]
         return [x.cpu() for x in found]
@@ -264,4 +270,5 @@ def test_the_tests_of_a_gpu_pass_in_rehearsal():
     words = ["-m", "gpu", "-p", "no:cacheprovider", "tests/test_gpu.py"]
     done = run("-m", "pytest", *words, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 36, done.stdout[-2000:]
+    passed = int(re.search(r"(\d+) passed", done.stdout)[1])
+    assert passed >= 36, done.stdout[-2000:]
