@@ -4,11 +4,11 @@
     python kernels/bench.py --sizes 8192         on a CPU: D = 1536, fp32; 5 minutes on 2 idle cores
     python kernels/bench.py --out records/x.md --json x.json     also writes the table to files
     TRITON_INTERPRET=1 python kernels/bench.py --sizes 64 100 --dims 64
-        on a CPU: the Triton kernels, peers' too, interpreted; only errors, as times mean nothing
+        on a CPU, in seconds: the Triton kernels, peers' too, interpreted; errors alone, no times
 
 The table justifies kernels/infonce.py, so losing cases stay in, and methods that are not installed,
-fail, or do not fit the device are listed as such. Each is one of four losses, and is measured
-against that loss:
+fail, or do not fit the device are listed as such. Each method computes one of four losses, and its
+errors are taken against that loss:
 
     symmetric        InfoNCE in both directions without masks
     masks and ids    the same as training calls it: content ids, query ids and a margin
@@ -16,21 +16,22 @@ against that loss:
     sigmoid          SigLIP's, another loss: a row for its speed
 
 Times are medians of runs taken in turn, so that a shared machine slows all methods alike. Extra
-memory is the peak less inputs and returned gradients. TFLOP/s count the four units of 2 N M D that
-infonce.py needs, for every method (the last two losses can be had for three); the column after it
-is their share of the rate of a plain matrix product, measured between the methods.
+memory is the peak less inputs and returned gradients. TFLOP/s count, for every method, the four
+units of 2 N M D that infonce.py needs, though three would do for the last two losses. The next
+column is their share of the rate of a plain matrix product, measured between the methods.
 
 Errors are relative, against fp64 on the same inputs: of the loss, and of the gradients of the first
-256 rows of q and d. They are taken from the run that warms up, and show speed that was bought with
-accuracy. Rounding exact gradients to bf16 would give 1.7e-3. Packages that take no scale are given
+256 rows of q and d. They are taken from the warm-up run, and expose speed that was bought with
+accuracy. Rounding exact gradients to bf16 alone gives 1.7e-3. Packages that take no scale are given
 scaled inputs, and the rounding of those counts against them.
 
-Time of `--sizes 1024 8192 32768 --dims 1536 2048 3584`: one unit at all nine sizes is 16 TFLOP, so
-that 20 methods of 4 units, 6 runs each, would take half a minute at 300 TFLOP/s, and one method of
-10 units at 40 TFLOP/s as long again. Compilation comes on top. --limit stops what is slower still.
+Estimated time of `--sizes 1024 8192 32768 --dims 1536 2048 3584` on a GPU: one unit at all nine
+sizes is 16 TFLOP. 20 methods of 4 units, 6 runs each, take half a minute at 300 TFLOP/s; one method
+of 10 units at 40 TFLOP/s takes as long again. Compilation is extra. --limit stops slower methods.
 
-Memory of ours at N = 131072, D = 3584 in bf16: q and d 1.9 GB (of 1e9 bytes), their gradients 1.9,
-sums of d's gradient in fp32 1.9, of one block of q's .2, the workspace .5; 6.4 in all, less than 8.
+Estimated memory of ours at N = 131072, D = 3584 in bf16: 6.4 GB (of 1e9 bytes). q and d take 1.9,
+their gradients 1.9, the fp32 sums of d's gradient 1.9, those of one block of q's gradient .2, and
+the workspace .5.
 """
 
 import ctypes
@@ -50,7 +51,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[0] = str(ROOT)  # not kernels/ itself, whose files are no top-level modules
+sys.path[0] = str(ROOT)  # in place of kernels/, whose files are not top-level modules
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
@@ -65,11 +66,12 @@ SIGMOID_SCALE = 10.0  # where SigLIP's training starts
 SIGMOID_BIAS = -10.0
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
-TIMED = CUDA or not INTERPRET
+TIMED = CUDA or not INTERPRET  # interpreted, times would mean nothing
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 GPU_SIZES = [1024, 8192, 32768, 131072]
 GPU_DIMS = [768, 1536, 2048, 3584]
 OURS = "ours"  # how our methods' names begin
+# Packages of others, each optional
 PEERS = ["inf_cl", "liger_kernel", "cut_cross_entropy", "memeff", "siglip_kernel"]
 
 # The losses
@@ -77,6 +79,7 @@ SYMMETRIC = "symmetric"
 MASKED = "masks and ids"
 ONE_WAY = "q to d, margin"
 SIGMOID = "sigmoid"
+LOSSES = [SYMMETRIC, MASKED, ONE_WAY, SIGMOID]  # in the table's order
 
 CHECKED_ROWS = 256  # rows of q and of d whose gradients are compared with fp64
 BLOCK = 4096  # rows and columns of a block of fp64 logits: 134 MB
@@ -116,10 +119,10 @@ class Batch:
 
 
 def random_batch(size, dim, dtype):
-    """Draw a batch with d[i] near q[i], in which every mask drops something.
+    """Draw a Batch with d[i] near q[i], in which every mask drops something.
 
-    Of every eight rows, one shares its document with its neighbour, one its query, and one has a
-    document that is much nearer to the neighbour's query than that query's own.
+    Of every eight rows, one has the document id of the row before, another the query id of the row
+    before, and the document of a third is nearer to the query of the row before than its own is.
     """
     generator = torch.Generator(DEVICE).manual_seed(0)
     q = F.normalize(torch.randn(size, dim, generator=generator, device=DEVICE), dim=1)
@@ -134,7 +137,7 @@ def random_batch(size, dim, dtype):
     return Batch(q.to(dtype).requires_grad_(), d.to(dtype).requires_grad_(), ids, q_ids)
 
 
-# The methods. Each is a function (q, d) -> loss, 0-dim, row i's positive being d[i].
+# The methods: functions (q, d) -> 0-dim loss, in which d[i] is the positive of q[i].
 
 
 def fused(impl, options):
@@ -214,13 +217,11 @@ def cut_cross_entropy(queries, candidates, target):
     return linear_cross_entropy(queries, candidates, target, filter_eps=None)
 
 
-# memeff's stable=True, the default, would multiply the gradients by sqrt(N / SCALE).
-
-
 def memeff_clip(q, d):
     """Run memeff's symmetric loss."""
     from memeff import MemoryEfficientCLIPLoss
 
+    # stable=True, the default, would multiply the gradients by sqrt(N / SCALE).
     return MemoryEfficientCLIPLoss(1 / SCALE, normalized_inputs=True, stable=False)(q, d)
 
 
@@ -232,7 +233,7 @@ def memeff_qwen3(q, d):
 
 
 def siglip(q, d):
-    """Run siglip-kernel's chunked loss, its own choice for bf16 and fp16."""
+    """Run siglip-kernel's chunked loss, which the package itself chooses for bf16 and fp16."""
     from siglip_kernel import fused_siglip_loss
 
     log_scale = torch.full((), math.log(SIGMOID_SCALE), device=q.device)
@@ -246,8 +247,10 @@ def is_installed(package):
 
 
 def let_peers_be_interpreted():
-    """Supply what peers expect of a GPU and the interpreter lacks. Peers' sums stay their own."""
-    # Peers ask which GPU there is, to choose tile sizes: an H100.
+    """Replace what peers need of a GPU and the interpreter lacks; their arithmetic stays as it is.
+
+    Peers ask for the GPU's capability, to choose tile sizes; the answer is an H100's.
+    """
     torch.cuda.get_device_capability = lambda device=None: (9, 0)
     if is_installed("memeff"):
         for name in ("memeff.clip_loss", "memeff.clip_qwen3_loss"):
@@ -266,8 +269,8 @@ class Method:
     loss: str
     name: str
     run: Callable  # (q, d) -> loss
-    bytes_per_logit: int = 0  # at the peak; a size that would not fit is not tried
-    package: str = ""  # that must be installed
+    bytes_per_logit: int = 0  # at the peak; sizes that would not fit are not tried
+    package: str = ""  # the one that must be installed
 
     def is_named(self, words):
         """Say whether one of the words is in the method's loss or name."""
@@ -313,11 +316,10 @@ def list_methods(batch):
             Method(ONE_WAY, "memeff", memeff_qwen3, package="memeff"),
             Method(SIGMOID, "siglip_kernel", siglip, package="siglip_kernel"),
         ]
-    order = [SYMMETRIC, MASKED, ONE_WAY, SIGMOID]
-    return sorted(methods, key=lambda method: order.index(method.loss))
+    return sorted(methods, key=lambda method: LOSSES.index(method.loss))
 
 
-# The same losses in fp64, block by block: memory does not grow with N M.
+# The same losses in fp64, block by block, so that memory does not grow with N M
 
 
 @dataclasses.dataclass
@@ -341,8 +343,8 @@ def exact_loss(loss, batch):
 def exact_infonce(q, d, ids=None, q_ids=None, margin=None, symmetric=True):
     """Compute InfoNCE, with info_nce's arguments, in fp64 -> Exact.
 
-    A first pass over all blocks collects the log-sum-exps of rows and columns; with them, any part
-    of the gradient with respect to the logits is exact by itself.
+    A first pass over all blocks collects the log-sum-exps of rows and columns. From these, any
+    block of the gradient follows without the other blocks.
     """
     n = len(q)
     positive = [(q[rows].double() * d[rows].double()).sum(1) for rows in blocks(n)]
@@ -448,7 +450,7 @@ def read_bytes(path, key):
 def free_memory():
     """Return the device's free bytes."""
     if CUDA:
-        torch.cuda.empty_cache()  # else what earlier sizes took would not count as free
+        torch.cuda.empty_cache()  # memory cached from earlier sizes would not count as free
         return torch.cuda.mem_get_info()[0]
     return read_bytes("/proc/meminfo", "MemAvailable")
 
@@ -504,26 +506,26 @@ def run_method(method, q, d):
 
 @dataclasses.dataclass
 class Result:
-    """One method at one size: medians of its runs, its errors, and a note where some are missing.
+    """One method at one size: medians of its runs, its errors, and a note if some are missing.
 
-    What was not measured is None.
+    Fields that were not measured are None.
     """
 
     size: int  # N = M
     dim: int
-    loss: str  # which of the losses
+    loss: str  # one of LOSSES
     method: str
-    matmul: float | None = None  # FLOP/s of a plain product between the methods
+    matmul: float | None = None  # FLOP/s of a plain matrix product, median of all turns
     seconds: float | None = None
     extra: float | None = None  # bytes
-    value: float | None = None  # of the loss, in nats
+    value: float | None = None  # the loss, in nats
     loss_error: float | None = None  # relative, like the other two
     dq_error: float | None = None
     dd_error: float | None = None
     note: str = ""
 
     def row(self):
-        """Return the Markdown table's row."""
+        """Return the row of the Markdown table."""
         times = ["-", "-", "-", "-"]
         if self.seconds is not None:
             rate = 8 * self.size**2 * self.dim / self.seconds  # four units of 2 N M D
@@ -567,7 +569,7 @@ def matmul_rate(q, d):
 
 
 def compare(size, dim, flags):
-    """Run all methods at one size, turn by turn -> a Result for each."""
+    """Run all methods at one size, turn by turn -> a list of Results."""
     batch = random_batch(size, dim, DTYPES[flags.dtype])
     q = batch.q
     d = batch.d
@@ -604,7 +606,7 @@ def compare(size, dim, flags):
             done.append(run)
             if turn == 0:
                 result.take_errors(exact[method.loss], run.loss, q, d)
-            ahead = repeats - turn
+            ahead = repeats - turn  # runs to come
             if turn == 0:
                 ahead = min(ahead, 1)  # most of the first run may be compilation
             if ahead * run.seconds > flags.limit:
@@ -644,7 +646,7 @@ def ours_is_faster(results):
 
 
 def conditions(flags):
-    """Return what a reader needs to know about this run, for --json."""
+    """Return command, commit, device, versions and flags of this run, for --json."""
     versions = {"torch": torch.__version__}
     for package in ["triton", *PEERS]:
         try:
@@ -689,7 +691,7 @@ def main():
     def say(line):
         lines.append(line)
         print(line, flush=True)
-        # At once, so that a run that is cut off leaves what it has.
+        # Written line by line: a run that is cut off leaves the lines it has.
         if flags.out:
             Path(flags.out).write_text("\n".join(lines) + "\n")
 
@@ -710,6 +712,7 @@ def main():
 
     if not TIMED:
         return
+    # Ours does not compute the sigmoid loss.
     for loss, dim in itertools.product((SYMMETRIC, MASKED, ONE_WAY), flags.dims):
         faster_at = []
         for size in flags.sizes:
