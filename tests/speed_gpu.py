@@ -2,38 +2,39 @@
 
     python tests/speed_gpu.py --out records/DATE-gpu.md                          # all stages
     python tests/speed_gpu.py --stages train profile --out records/DATE-gpu.md   # some of them
-    python tests/speed_gpu.py --tiny --out tiny.md      # every line on a CPU, in 2 to 4 minutes
+    python tests/speed_gpu.py --tiny --out tiny.md      # every line on a CPU, in about 2 minutes
 
-The model is Qwen2.5-VL-3B at its true sizes with random weights, its clips are rendered: nothing is
-downloaded. Each stage writes its own section of the record, in place of an earlier one, so that
-separate calls build one file; if one fails, the next still runs. Stages and what bounds their time;
-SECONDS is the flag (300):
+The model is Qwen2.5-VL-3B at its true sizes with random weights, and the clips are rendered, so
+that nothing is downloaded. Each stage writes its own section of the record and replaces an earlier
+one of that name: separate calls build one file. If a stage fails, the next still runs. The stages
+and their time, where SECONDS is the flag (300):
 
     make      model folder, clips, training file. A fixed amount of work: about 16 minutes of
               rendering over the number of cores, then 7.5 GB of weights to make and write
     train     train.py as it is, gve-3b preset: 4 steps or SECONDS, then at most 150 s for the step
               under way and saving
-    encode    embed.encode and sentence-transformers; each measurement at most a sixth of SECONDS
-    dry-run   what `train.py --dry-run` foresees beside what `train` took; at most SECONDS + 150 s
+    encode    embed.encode and sentence-transformers; each measurement about a sixth of SECONDS
+    dry-run   the forecast of `train.py --dry-run` beside the memory that `train` took; at most
+              SECONDS + 150 s
     bf16      ten steps in bfloat16 beside the same ten in float32, four layers; 320 pairs each
     profile   the ten largest items of ten training steps of 64 pairs, and of encoding 256 clips
 
-`make` comes first, once; the others need its files alone (dry-run shows more after train). Every
-process computes with one CPU thread, as under torchrun. A token is a byte here, so that texts are
-about four times as long as with the real tokenizer; clips are as long as ever.
+`make` comes first, once; the others need only its files (dry-run shows more after train). Every
+process computes with one CPU thread, as under torchrun. The tokenizer here has a token per byte, so
+that texts are about four times as long as with the real one; clips have their usual length.
 
-Half an hour on a bare machine, in commands of less than ten minutes (the minutes are foreseen, not
-measured). Of requirements.txt it needs the lines from torch to filelock, scipy and pytest. Where
-pip reaches no index, bring wheels of those missing; av, if nothing else (36 MB).
+It fits half an hour on a bare machine, in commands of less than ten minutes (the minutes below are
+estimates). From requirements.txt it needs the lines from torch to filelock, scipy and pytest. Where
+pip reaches no index, bring wheels of the missing ones (av alone: 36 MB).
 
     pip install --no-index --no-deps wheels/*.whl
     python tests/speed_gpu.py --out R.md --commit C --stages make encode bf16                # 7
     python tests/speed_gpu.py --out R.md --commit C --stages train dry-run --seconds 240     # 7
     python tests/speed_gpu.py --out R.md --commit C --stages profile                         # 3
 
-C is the commit, for a copy without .git. Files in WORK must outlast a command; if they do not, each
-command names `make` first, which takes 2 to 3 minutes. A folder of clips that `make` rendered
-elsewhere, brought along (0.6 GB) and named by --clips, spares the rendering.
+C is the commit, for a copy without .git. If the files in WORK do not outlast a command, each
+command must name `make` first, which takes 2 to 3 minutes. --clips names a folder of clips that
+`make` rendered elsewhere (0.6 GB), which saves the rendering.
 """
 
 import collections
@@ -89,17 +90,17 @@ GRACE = 150  # seconds that train.py gets to finish its step and save
 
 @dataclasses.dataclass
 class Sizes:
-    """How much of everything."""
+    """The amounts of data and work in each stage."""
 
-    clips: int  # made; also the global batch
+    clips: int  # that are made; training takes all of them as one global batch
     train_steps: int
     micro_tokens: int  # per forward in training; the preset's own in full size
-    most_encoded: int  # clips in one measurement of encoding
+    most_encoded: int  # clips in one measurement of encoding, at most
     batch_tokens: tuple  # tokens per forward in encoding
-    matmul: int  # rows and columns of the matrices whose product is the card's own rate
-    pairs: int  # of a step in stage bf16
+    matmul: int  # rows and columns of the square matrices whose product is timed
+    pairs: int  # in a step of stage bf16
     layers: int  # that stage bf16 keeps
-    profiled_pairs: int  # of a step
+    profiled_pairs: int  # in a step of stage profile
     profiled_clips: int
 
 
@@ -131,14 +132,16 @@ TINY = Sizes(
 
 @dataclasses.dataclass
 class Flags:
+    """Which stages to run, where, and for how long."""
+
     out: str = flag(..., "record to write, a Markdown file")
     stages: list[str] = flag([], "stages to run, in this order; none: all")
     work: str = flag("runs/speed-gpu", "folder of the model, the training file and the run")
     clips: str = flag("", "folder of the clips; empty: WORK/clips")
-    seconds: float = flag(300, "most seconds of a measurement, see above")
+    seconds: float = flag(300, "limit of a stage, as said above")
     workers: int = flag(max(1, os.cpu_count() - 2), "decoding processes in encoding")
     tiny: bool = flag(False, "a tiny model and few clips: try every line without a GPU")
-    commit: str = flag("", "for the record; empty: git is asked")
+    commit: str = flag("", "for the record; empty: the commit that git reports")
 
     def __post_init__(self):
         unknown = [name for name in self.stages if name not in STAGES]
@@ -175,7 +178,7 @@ def describe_machine(flags):
 
 
 def version(package):
-    """Return an installed package's version, "not installed" without it."""
+    """Return a package's version, or "not installed"."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -185,7 +188,7 @@ def version(package):
 def read_sections(flags):
     """Read the sections of an earlier call's record -> {stage: text}.
 
-    Raises ValueError if it is of another machine or commit.
+    Raises ValueError if that record is of another machine or commit.
     """
     path = Path(flags.out)
     if not path.exists():
@@ -201,7 +204,7 @@ def read_sections(flags):
 
 
 def write_section(flags, stage, lines):
-    """Put a stage's lines into the record, in place of those of an earlier call."""
+    """Write a stage's lines into the record, in place of those of an earlier call."""
     sections = read_sections(flags)
     sections[stage] = "\n".join(lines)
     today = datetime.datetime.now(datetime.UTC).date()
@@ -222,7 +225,7 @@ def table(head, rows):
 
 
 def percent(share):
-    """Write a share as per cent; None, which stands for an unknown one, as a dash."""
+    """Format a share as per cent; None, an unknown share, as a dash."""
     return "-" if share is None else f"{100 * share:.1f} %"
 
 
@@ -230,7 +233,7 @@ def percent(share):
 
 
 def timed(device, work):
-    """Call work() -> (its result, seconds), the device's work included."""
+    """Call work() and wait for the device -> (result, seconds)."""
     synchronize(device)
     began = time.perf_counter()
     result = work()
@@ -243,36 +246,36 @@ def synchronize(device):
         torch.cuda.synchronize(device)
 
 
-def best_of(times, device, work):
-    """Call work() once to warm up and then so many times -> the least seconds of a call."""
+def least_seconds(calls, device, work):
+    """Call work() once to warm up, then `calls` times -> the seconds of the fastest call."""
     work()
-    return min(timed(device, work)[1] for _ in range(times))
+    return min(timed(device, work)[1] for _ in range(calls))
 
 
 def matmul_rate(flags):
-    """Return the FLOPs per second of the card's own bfloat16 product of two square matrices."""
+    """Measure the FLOPs per second of a bfloat16 product of two square matrices."""
     n = flags.size.matmul
     a = torch.randn(n, n, device=flags.device, dtype=torch.bfloat16)
     b = torch.randn_like(a)
-    return 2 * n**3 / best_of(10, flags.device, lambda: a @ b)
+    return 2 * n**3 / least_seconds(10, flags.device, lambda: a @ b)
 
 
-class Rates:
-    """What a rate in FLOPs per second is a share of."""
+class Yardstick:
+    """The two rates, in FLOPs per second, of which a measured rate is given as a share."""
 
     def __init__(self, flags):
-        self.sheet = peak_flops(flags.device, "bfloat16")  # None: not known
+        self.data_sheet = peak_flops(flags.device, "bfloat16")  # None: not known
         self.matmul = matmul_rate(flags)
-        sheet = f"{self.sheet / 1e12:.0f}" if self.sheet else "-"
+        sheet = f"{self.data_sheet / 1e12:.0f}" if self.data_sheet else "-"
         n = flags.size.matmul
         self.line = (
             f"bf16 product of {n} x {n}, measured in this run: {self.matmul / 1e12:.3g} TFLOP/s; "
-            f"data sheet: {sheet}. MFU counts what support/flops.py counts: no recomputation."
+            f"data sheet: {sheet}. MFU counts FLOPs as support/flops.py does: no recomputation."
         )
 
     def cells(self, flops_per_second):
         """Return the cells TFLOP/s, MFU, share of the measured product."""
-        mfu = flops_per_second / self.sheet if self.sheet else None
+        mfu = flops_per_second / self.data_sheet if self.data_sheet else None
         measured = percent(flops_per_second / self.matmul)
         return [f"{flops_per_second / 1e12:.4g}", percent(mfu), measured]
 
@@ -303,7 +306,7 @@ def make(flags):
     folder = Path(flags.mixture).parent
     folder.mkdir(parents=True, exist_ok=True)
     write_jsonl(folder / "t2v.jsonl", rows)
-    # The paper's batch of 32 on each of 32 GPUs; --batch-scale makes it as many as there are clips.
+    # The paper's batch of 32 on each of 32 GPUs; train_words scales it by --batch-scale.
     entry = {"name": "clips", "task": "T2V", "path": "t2v.jsonl", "batch_size": 32}
     write_json(flags.mixture, [entry | {"instruction": INSTRUCTION}])
 
@@ -317,7 +320,7 @@ def make(flags):
 
 
 def render_clip(job):
-    """Render scenes, one after the other, to a file. job: (path, scenes), a pool's one argument."""
+    """Render scenes, one after the other, to a file. job: (path, scenes)."""
     path, scenes = job
     frames = []
     for scene in scenes:
@@ -328,7 +331,7 @@ def render_clip(job):
 
 
 def make_model(flags):
-    """Write a random model as a Hugging Face folder that sentence-transformers loads, too."""
+    """Write a random model as a Hugging Face folder, which sentence-transformers loads, too."""
     tokenizer = byte_tokenizer()
     config = tiny_config(tokenizer, tokens_per_second=2)
     if not flags.tiny:
@@ -340,7 +343,7 @@ def make_model(flags):
         config.vision_end_token_id = ids["<|vision_end|>"]
 
     torch.manual_seed(0)
-    with flags.device:  # a GPU draws 4 billion random numbers in no time
+    with flags.device:  # a GPU draws 4 billion random numbers much faster
         model = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(flags.model)
 
@@ -364,7 +367,10 @@ def make_model(flags):
 
 
 def train_words(flags, pairs, **more):
-    """Return the command line of train.py for global batches of so many pairs."""
+    """Return the command line of train.py for global batches of `pairs` pairs.
+
+    more: further flags, or other values of these.
+    """
     words = {
         "preset": "gve-3b",
         "base": flags.model,
@@ -386,7 +392,7 @@ def train_words(flags, pairs, **more):
 
 
 def run_train(words, seconds):
-    """Run train.py for so many seconds at most, then ask it to stop after the step under way."""
+    """Run train.py; after `seconds`, ask it to save and stop after the step under way."""
     began = time.monotonic()
     with subprocess.Popen([sys.executable, "train.py", *words], cwd=ROOT) as process:
         try:
@@ -401,7 +407,7 @@ def run_train(words, seconds):
 
 
 def step_events(flags):
-    """Return the step events of the last training run, none if there was none."""
+    """Return the step events of the last training run; [] if there was none."""
     path = Path(flags.run) / "log.jsonl"
     if not path.exists():
         return []
@@ -409,7 +415,7 @@ def step_events(flags):
 
 
 def measure_training(flags):
-    rates = Rates(flags)
+    yardstick = Yardstick(flags)
     torch.cuda.empty_cache()  # the GPU is train.py's now
     Path(flags.run, "log.jsonl").unlink(missing_ok=True)
     batch = flags.size.clips
@@ -420,12 +426,12 @@ def measure_training(flags):
     if not events:
         raise ValueError(f"train.py made no step in {flags.seconds:.0f} s (--seconds)")
     steps = events[1:] or events
-    note = "the first left out" if len(events) > 1 else "warming up and loading included"
+    note = "the first left out" if len(events) > 1 else "warm-up and loading included"
     seconds = [event["rows"] / event["items_per_s"] for event in steps]
     pairs = sum(event["rows"] for event in steps)
     waiting = sum(event["waiting"] * s for event, s in zip(steps, seconds, strict=True))
     tflops = sum(event["tflops"] * s for event, s in zip(steps, seconds, strict=True))
-    spent, mfu, measured = rates.cells(1e12 * tflops / sum(seconds))
+    spent, mfu, measured = yardstick.cells(1e12 * tflops / sum(seconds))
     rows = [
         ["MFU", mfu, "35 %, then 45 %"],
         ["share of the measured product", measured, ""],
@@ -439,9 +445,9 @@ def measure_training(flags):
     return [
         f"train.py, gve-3b preset, one rank: batches of {batch} T2V pairs, GradCache, "
         f"checkpointing, 8 frames x at most {FRAME_TOKENS} tokens. Steps: {len(steps)}, {note}.",
-        rates.line,
+        yardstick.line,
         "",
-        *table(["", "measured", "asked"], rows),
+        *table(["", "measured", "goal"], rows),
     ]
 
 
@@ -449,12 +455,13 @@ def measure_training(flags):
 
 
 def clip_items(flags):
+    """List the clips as items to embed."""
     paths = sorted(Path(flags.clips).glob("*.mp4"))
     return [{"video": str(path.resolve())} for path in paths]
 
 
 def encode_clips(gve, items, flags, batch_tokens):
-    """Embed clips by embed.encode -> vectors (n, D); ValueError if any of them failed."""
+    """Embed clips by embed.encode -> vectors (n, D). Raises ValueError if any clip failed."""
     vectors, failed = encode(gve, items, batch_tokens=batch_tokens, workers=flags.workers)
     if failed:
         raise ValueError(f"{len(failed)} clips failed, the first: {next(iter(failed.values()))}")
@@ -462,46 +469,45 @@ def encode_clips(gve, items, flags, batch_tokens):
 
 
 def measure_encoding(flags):
-    rates = Rates(flags)
+    yardstick = Yardstick(flags)
     gve = GVE.from_pretrained(flags.model, device=flags.device, dtype=torch.bfloat16)
-    every = clip_items(flags)
-    share = flags.seconds / 6
+    clips = clip_items(flags)
 
-    # So many clips as the warm-up says can be encoded in a measurement.
-    warm = every[: min(64, flags.size.most_encoded)]
+    # The warm-up tells how many clips can be encoded in the time of a measurement.
+    warm = clips[: min(64, flags.size.most_encoded)]
     tokens = flags.size.batch_tokens[-1]
     _, seconds = timed(flags.device, lambda: encode_clips(gve, warm, flags, tokens))
-    most = max(len(warm), int(share / seconds * len(warm)))
-    items = every[: min(flags.size.most_encoded, most)]
+    most = max(len(warm), int(flags.seconds / 6 / seconds * len(warm)))
+    items = clips[: min(flags.size.most_encoded, most)]
 
     parts = time_parts(gve, items, flags)
     rows = []
     for tokens in flags.size.batch_tokens:
         vectors, whole = timed(flags.device, lambda n=tokens: encode_clips(gve, items, flags, n))
-        whole /= len(items)
-        rate = parts["flops"] / whole
-        rows.append([f"embed.encode, {tokens} tokens a forward", *speed(whole), *rates.cells(rate)])
+        whole /= len(items)  # seconds a clip
+        cells = yardstick.cells(parts["flops"] / whole)
+        rows.append([f"embed.encode, {tokens} tokens a forward", *speed(whole), *cells])
 
-    # The parts are shares of the last row, which has as many tokens a forward as they.
+    # The parts are shares of the last row, which has as many tokens a forward as they have.
     for name, seconds, flops in parts["rows"]:
-        cells = rates.cells(flops / seconds) if flops else ["", "", ""]
+        cells = yardstick.cells(flops / seconds) if flops else ["", "", ""]
         rows.append([f"{name}, alone", *speed(seconds), *cells, percent(seconds / whole)])
     rows += time_sentence_transformers(flags, items[: len(warm)], vectors)
     head = ["", "clips/s", "ms a clip", "TFLOP/s", "MFU", "of the measured product", "of encode"]
     filled = [row + [""] * (len(head) - len(row)) for row in rows]
     return [
         f"{len(items)} clips, 8 frames x at most {FRAME_TOKENS} tokens, {parts['tokens']} tokens "
-        f"a clip, bfloat16, {flags.workers} decoding processes. MFU asked: 40 %, then 55 %.",
-        rates.line,
+        f"a clip, bfloat16, {flags.workers} decoding processes. Goal for MFU: 40 %, then 55 %.",
+        yardstick.line,
         "Decoding runs beside the model in other processes: shares of encode may add up to more "
-        "than 100 %. sentence-transformers reads frames by our reader, in one thread.",
+        "than 100 %. sentence-transformers reads frames with our reader, in one thread.",
         "",
         *table(head, filled),
     ]
 
 
 def speed(seconds):
-    """Return the cells clips/s and ms a clip."""
+    """Return the cells clips/s and ms a clip, from the seconds of a clip."""
     return [f"{1 / seconds:.4g}", f"{1000 * seconds:.4g}"]
 
 
@@ -522,17 +528,17 @@ def time_parts(gve, items, flags):
     if failed:
         raise ValueError(f"{len(failed)} clips failed, the first: {failed[0]}")
 
-    # One batch of as many clips as encode puts into a forward
+    # One batch, of as many clips as encode puts into a forward
     tokens = len(samples[0]["ids"])
     n = min(len(samples), max(1, flags.size.batch_tokens[-1] // tokens))
     batch = collate.batch(samples[:n], raw=True)
     forward = step_flops(gve, backward=False)
     with torch.no_grad():
-        there = to_device(batch, flags.device)
-        encoded = gve.encode_vision(there)
-        vision = best_of(5, flags.device, lambda: gve.encode_vision(there))
-        language = best_of(5, flags.device, lambda: gve(encoded))
-    moving = best_of(5, flags.device, lambda: to_device(batch, flags.device))
+        moved = to_device(batch, flags.device)
+        encoded = gve.encode_vision(moved)
+        vision = least_seconds(5, flags.device, lambda: gve.encode_vision(moved))
+        language = least_seconds(5, flags.device, lambda: gve(encoded))
+    moving = least_seconds(5, flags.device, lambda: to_device(batch, flags.device))
 
     whole = forward(batch) / n
     of_language = forward(batch | {"video_features": encoded["video_features"]}) / n
@@ -560,14 +566,14 @@ def time_sentence_transformers(flags, items, vectors):
         return model.encode(items, batch_size=32, convert_to_tensor=True)
 
     embed(read_items(paths[:4]))  # warm up
-    _, inline = timed(flags.device, lambda: embed(read_items(paths)))
+    _, with_reading = timed(flags.device, lambda: embed(read_items(paths)))
     read = read_items(paths)
     theirs, alone = timed(flags.device, lambda: embed(read))
     theirs = torch.nn.functional.normalize(theirs.float().cpu(), dim=1)
     apart = 1 - (theirs * vectors[: len(paths)]).sum(1)
     return [
-        ["sentence-transformers", *speed(inline / len(paths))],
-        ["sentence-transformers, frames read before", *speed(alone / len(paths))],
+        ["sentence-transformers", *speed(with_reading / len(paths))],
+        ["sentence-transformers, frames read beforehand", *speed(alone / len(paths))],
         [f"1 - cosine to ours: mean {apart.mean():.1e}, max {apart.max():.1e}"],
     ]
 
@@ -592,25 +598,24 @@ def compare_dry_run(flags):
 
 
 STEPS = 10
-# Four layers of the true width, texts alone, were up to 0.6 % and 2.3 % apart on a CPU.
-LOSS_APART = 0.02  # most relative difference of the loss, in each step
-NORM_APART = 0.1  # and of the gradient's norm
+# Largest relative differences allowed in a step. On a CPU, four layers of the true width with texts
+# alone were up to 0.6 % and 2.3 % apart.
+LOSS_APART = 0.02
+NORM_APART = 0.1  # of the gradient
 
 
 def compare_precisions(flags):
     lora = {}  # the tensors from which both start
     low = train_few_steps(flags, torch.bfloat16, lora)
     high = train_few_steps(flags, torch.float32, lora)
+    apart = np.abs(np.array(low) / np.array(high) - 1)  # (STEPS, 2), of loss and norm
     rows = []
-    apart = []
-    for step, (ours, exact) in enumerate(zip(low, high, strict=True)):
-        both = [abs(a / b - 1) for a, b in zip(ours, exact, strict=True)]
-        apart.append(both)
-        cells = []
-        for a, b, relative in zip(ours, exact, both, strict=True):
+    for step in range(STEPS):
+        cells = [step + 1]
+        for a, b, relative in zip(low[step], high[step], apart[step], strict=True):
             cells += [f"{a:.5g}", f"{b:.5g}", percent(relative)]
-        rows.append([step + 1, *cells])
-    loss, norm = np.max(apart, 0)
+        rows.append(cells)
+    loss, norm = apart.max(0)
     verdict = "they do" if loss <= LOSS_APART and norm <= NORM_APART else "THEY DO NOT"
     head = ["step", "loss, bf16", "float32", "apart", "gradient norm, bf16", "float32", "apart"]
     return [
@@ -643,7 +648,7 @@ def train_few_steps(flags, dtype, lora):
     for step in range(STEPS):
         plan.append((0, (np.arange(pairs) + step * pairs) % len(source)))
     load = TrainLoader([source], gve.collator(), roots=[flags.clips], micro_tokens=8192, workers=4)
-    # A rate ten times the preset's: in ten steps of its own hardly anything would move.
+    # Ten times the preset's learning rate, at which ten steps would hardly move anything.
     optimizer = torch.optim.AdamW(parameters.values(), lr=10 * train.PAPER["lr"])
 
     gve.train()
@@ -651,8 +656,8 @@ def train_few_steps(flags, dtype, lora):
     for batch in load(plan):
         vectors = []
         for group in (batch.query, batch.positive):
-            made = [gve(to_device(micro, flags.device)) for micro in group.micro_batches]
-            vectors.append(torch.cat(made)[group.order.to(flags.device)])
+            chunks = [gve(to_device(micro, flags.device)) for micro in group.micro_batches]
+            vectors.append(torch.cat(chunks)[group.order.to(flags.device)])
         q, p = vectors
         ids = batch.positive.ids.to(flags.device)
         loss = train.contrastive_loss(q, p, p[:0], ids, ids[:0], tau=train.PAPER["temperature"])
@@ -686,10 +691,10 @@ def profile_both(flags):
 def largest_items(flags, work):
     """Profile work() -> a table of the ten items that take most of the device's time."""
     on_gpu = flags.device.type == "cuda"
-    # Kernels alone on a GPU: CPU events would be millions.
-    activity = "CUDA" if on_gpu else "CPU"
-    activities = [getattr(torch.profiler.ProfilerActivity, activity)]
-    with torch.profiler.profile(activities=activities) as profile:
+    activity = torch.profiler.ProfilerActivity.CPU
+    if on_gpu:  # its kernels alone: there would be millions of CPU events
+        activity = torch.profiler.ProfilerActivity.CUDA
+    with torch.profiler.profile(activities=[activity]) as profile:
         _, seconds = timed(flags.device, work)
 
     spent = collections.Counter()
@@ -707,7 +712,7 @@ def largest_items(flags, work):
         share = percent(microseconds / whole)
         rows.append([f"`{name}`", calls[name], f"{microseconds / 1000:.4g}", share])
     busy = percent(whole / 1e6 / seconds)
-    note = f"{seconds:.1f} s by the clock, the device busy for {busy} of them."
+    note = f"{seconds:.1f} s by the clock; the device was busy for {busy} of that time."
     return [note, "", *table(["item", "calls", "ms", "of the device's time"], rows)]
 
 
@@ -723,14 +728,14 @@ STAGES = {
 
 def main(flags):
     """Run the stages that flags name -> names of those that failed."""
-    read_sections(flags)  # a record that cannot be added to is met before the work
+    read_sections(flags)  # raises before any work if the record is of another machine or commit
     failed = []
     for stage in flags.stages or STAGES:
         began = time.perf_counter()
         print(f"\n== {stage}", flush=True)
         try:
             lines = STAGES[stage](flags)
-        except Exception as error:  # the others need not wait for another half hour
+        except Exception as error:  # one failed stage must not cost the others
             traceback.print_exc()
             lines = ["```", f"failed: {error!r}", "```"]
             failed.append(stage)
@@ -738,8 +743,8 @@ def main(flags):
         lines += ["", f"The stage took {seconds:.0f} s."]
         print("\n".join(lines), flush=True)
         write_section(flags, stage, lines)
-        gc.collect()  # models refer to themselves
-        torch.cuda.empty_cache()  # for the processes of the next stage
+        gc.collect()  # models contain reference cycles
+        torch.cuda.empty_cache()  # the next stage may need the memory in another process
     return failed
 
 
