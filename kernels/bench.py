@@ -550,6 +550,14 @@ class Result:
         self.dq_error = relative_error(q.grad, exact.dq)
         self.dd_error = relative_error(d.grad, exact.dd)
 
+    def take_times(self, runs, matmul):
+        """Enter the medians of the runs, if there were any, and the rate of a plain product."""
+        if not runs:
+            return
+        self.matmul = matmul
+        self.seconds = statistics.median(run.seconds for run in runs)
+        self.extra = statistics.median(run.extra for run in runs)
+
 
 def header():
     """Return the Markdown table's first two lines."""
@@ -615,7 +623,7 @@ def compare(size, dim, flags):
     if TIMED:
         matmul = statistics.median(rates[1:] or rates)
         for result, done in zip(results, runs, strict=True):
-            take_times(result, done[1:] or done, matmul)
+            result.take_times(done[1:] or done, matmul)
     return results
 
 
@@ -626,15 +634,6 @@ def describe(error):
     # An assertion without a message is described by its line.
     message = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
     return f"{type(error).__name__}: {message.splitlines()[0][:70]}".replace("|", "/")
-
-
-def take_times(result, runs, matmul):
-    """Enter the medians of the runs, if there were any, into a result."""
-    if not runs:
-        return
-    result.matmul = matmul
-    result.seconds = statistics.median(run.seconds for run in runs)
-    result.extra = statistics.median(run.extra for run in runs)
 
 
 def ours_is_faster(results):

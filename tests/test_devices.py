@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 import train
 from embed import encode, top_k
 from kernels.infonce import info_nce
-from model import GVE
+from model import GVE, to_device
 from support.cache import FeatureStore
 
 FAR = torch.device("meta")
@@ -175,7 +175,7 @@ def test_training_on_a_second_device_gives_the_numbers_of_the_cpu(
         go(*flags, "--resume", "auto")
     assert gve.device == FAR
     assert any((tmp_path / "features").iterdir())
-    assert [step[3] for step in steps_of(tmp_path / "far")] == ["t2v", "ti2v"]
+    assert [source for *_, source in steps_of(tmp_path / "far")] == ["t2v", "ti2v"]
     assert steps_of(tmp_path / "far") == steps_of(tmp_path / "cpu")
     ours = weights(tmp_path / "far")
     for name, tensor in weights(tmp_path / "cpu").items():
@@ -192,7 +192,7 @@ def test_encoding_and_ranking_on_a_second_device_give_the_numbers_of_the_cpu(
         far, failed = encode(gve, items, batch_tokens=400)
         collate = gve.collator(store=FeatureStore(tmp_path))
         for _ in range(2):  # features computed and kept, then read from the store
-            batch = gve.encode_vision(train.to_device(collate(items), FAR))
+            batch = gve.encode_vision(to_device(collate(items), FAR))
             collate.store.keep(batch)
         with torch.no_grad():
             stored = gve(batch).cpu()

@@ -30,12 +30,13 @@ from test_infonce import (  # noqa: E402
     identical,
     seeded,
 )
-from test_model import embed_with_store, items_of  # noqa: E402
+from test_model import items_of  # noqa: E402
 from test_train import (  # noqa: E402
     assert_same_weights,
     events,
     flags_for,
     go,
+    losses_of,
     run,
     steps_of,
     weights,
@@ -46,7 +47,7 @@ import kernels.infonce as infonce  # noqa: E402
 import train  # noqa: E402
 from embed import encode, top_k  # noqa: E402
 from kernels.infonce import info_nce, info_nce_dist, info_nce_ref  # noqa: E402
-from model import GVE  # noqa: E402
+from model import GVE, to_device  # noqa: E402
 from support.cache import FeatureStore  # noqa: E402
 from support.files import load_jsonl  # noqa: E402
 from support.ranks import (  # noqa: E402
@@ -401,9 +402,9 @@ def test_torchrun_with_one_rank_trains_over_nccl_as_without_it(tiny, mixture, tm
     done = run(*torchrun, "train.py", *flags_here(tiny, mixture, tmp_path / "rank", more))
     assert done.returncode == 0, done.stderr[-4000:]
 
-    losses = [step[1] for step in steps_of(tmp_path / "alone")]
+    losses = losses_of(tmp_path / "alone")
     assert len(losses) == 3
-    assert [step[1] for step in steps_of(tmp_path / "rank")] == pytest.approx(losses, rel=1e-4)
+    assert losses_of(tmp_path / "rank") == pytest.approx(losses, rel=1e-4)
 
 
 # Training
@@ -520,10 +521,9 @@ def test_a_run_resumes_closely_without_deterministic_kernels(tiny, mixture, tmp_
     go(*flags_here(tiny, mixture, tmp_path / "whole", RESUMED, "--lr 1e-4"))
     flags = flags_here(tiny, mixture, tmp_path / "resumed", RESUMED, "--lr 1e-4")
     stop_and_resume(flags, 4, monkeypatch)
-    whole = [step[1] for step in steps_of(tmp_path / "whole")]
-    resumed = [step[1] for step in steps_of(tmp_path / "resumed")]
-    assert len(whole) == 6
-    assert resumed == pytest.approx(whole, rel=2e-2)
+    losses = losses_of(tmp_path / "whole")
+    assert len(losses) == 6
+    assert losses_of(tmp_path / "resumed") == pytest.approx(losses, rel=2e-2)
 
 
 # Encoding, ranking, captions
@@ -563,21 +563,20 @@ def test_vectors_equal_those_of_the_cpu_to_rounding(tiny, media):
 def test_the_feature_store_changes_no_vector(tiny, media, tmp_path):
     items = items_of(media)["mixed"] + items_of(media)["video"]
     gve = model_with_lora(tiny, "bfloat16")
+    collate = gve.collator(store=FeatureStore(tmp_path))
 
-    def on_device(collate):
-        def moved(items):
-            return train.to_device(collate(items), gve.device)
-
-        moved.store = collate.store
-        return moved
+    @torch.no_grad()
+    def embed_with_store():
+        batch = gve.encode_vision(to_device(collate(items), gve.device))
+        collate.store.keep(batch)
+        return gve(batch)
 
     with torch.no_grad():
-        plain = gve(train.to_device(gve.collator()(items), gve.device))
-    stored = on_device(gve.collator(store=FeatureStore(tmp_path)))
-    assert torch.equal(embed_with_store(gve, stored, items), plain), "computed and kept"
+        plain = gve(to_device(gve.collator()(items), gve.device))
+    assert torch.equal(embed_with_store(), plain), "computed and kept"
     assert list(tmp_path.rglob("*.safetensors"))
     gve.core.visual.forward = None  # may not be called any more
-    assert torch.equal(embed_with_store(gve, stored, items), plain), "from the store"
+    assert torch.equal(embed_with_store(), plain), "from the store"
 
 
 def test_ranking_and_mining_equal_those_of_the_cpu():
