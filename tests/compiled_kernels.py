@@ -219,8 +219,15 @@ def compile_program(kernel, tile, chip):
         assembly = run_tool("nvdisasm", "--print-code", cubin)
     registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage).groups()
     loop, once = count_instructions(assembly)
-    shared = binary.metadata.shared
-    return Program(tile, int(registers), int(stack), int(local), shared, loop, once)
+    return Program(
+        tile=tile,
+        registers=int(registers),
+        stack=int(stack),
+        local=int(local),
+        shared=binary.metadata.shared,
+        loop=loop,
+        once=once,
+    )
 
 
 def count_instructions(assembly):
@@ -232,14 +239,19 @@ def count_instructions(assembly):
     labels = {}  # label -> number of the instruction behind it
     jumps = []  # (number of the instruction, label)
     for line in assembly.splitlines():
-        if label := re.match(r"\s*(\.L_\w+):", line):
+        label = re.match(r"\s*(\.L_\w+):", line)
+        if label:
             labels[label[1]] = len(opcodes)
+
         #                        /*0f30*/    @!P0      BRA           `(.L_x_2) ;
         instruction = re.match(r"\s*/\*\w+\*/\s+(?:@!?\w+ +)?([A-Z]\w*)(.*)", line)
-        if instruction:
-            if target := re.search(r"`\((\.L_\w+)\)", instruction[2]):
-                jumps.append((len(opcodes), target[1]))
-            opcodes.append(instruction[1])
+        if not instruction:
+            continue
+        opcode, operands = instruction.groups()
+        target = re.search(r"`\((\.L_\w+)\)", operands)
+        if target:
+            jumps.append((len(opcodes), target[1]))
+        opcodes.append(opcode)
 
     # Behind the last EXIT stand waits, entered only when something is late.
     end = len(opcodes) - opcodes[::-1].index("EXIT")
