@@ -57,7 +57,7 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
 from kernels.infonce import INTERPRET, info_nce, info_nce_ref  # noqa: E402
-from support.files import git_commit, write_json  # noqa: E402
+from support.files import git_commit, short_commit, write_json  # noqa: E402
 from support.flags import flag, parse_flags  # noqa: E402
 
 SCALE = 1 / 0.03
@@ -301,6 +301,7 @@ def list_methods(batch):
     if dtype != torch.float32:
         methods.append(Method(SYMMETRIC, "plain, half logits", plain(dtype), 14))
     if CUDA:
+        torch.compiler.reset()  # else sizes after the first are compiled for any size
         compiled = torch.compile(plain(torch.float32))
         methods.append(Method(SYMMETRIC, "plain, torch.compile", compiled, 24))
     chunked = both_ways(torch_linear)
@@ -572,8 +573,16 @@ def matmul_rate(q, d):
     """Return the FLOP/s of a plain product of at most 8192 rows of q with d."""
     rows = q.detach()[:8192]
     columns = d.detach().T
-    seconds, _ = measure(lambda: rows @ columns)
-    return 2 * len(rows) * d.shape[0] * d.shape[1] / seconds
+    flops = 2 * len(rows) * d.shape[0] * d.shape[1]
+    # Several at once where one is short: a launch alone takes microseconds.
+    products = math.ceil((1e12 if CUDA else 1e9) / flops)
+
+    def multiply():
+        for _ in range(products):
+            rows @ columns
+
+    seconds, _ = measure(multiply)
+    return products * flops / seconds
 
 
 def compare(size, dim, flags):
@@ -673,7 +682,7 @@ def describe_conditions(where):
     installed = [f"{name} {version}" for name, version in where["versions"].items() if version]
     runs = f"median of {flags['repeats']} runs" if TIMED else "one run"
     return (
-        f"`{where['command']}` at commit {(where['commit'] or 'unknown')[:7]}; {where['device']}; "
+        f"`{where['command']}` at commit {short_commit()}; {where['device']}; "
         f"{', '.join(installed)}; {flags['dtype']}, {runs}"
     )
 

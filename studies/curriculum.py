@@ -32,7 +32,7 @@ from data import content_id, load_mixture
 from mini import bench
 from model import GVE
 from studies import study
-from support.files import file_lock, git_commit, load_jsonl, write_json, write_jsonl
+from support.files import file_lock, load_jsonl, short_commit, write_json, write_jsonl
 
 RECORD = Path("records/curriculum.jsonl")
 HELD_OUT = study.OUT / "held-out"
@@ -336,7 +336,7 @@ def run_study(only_table):
         study.check_data()
         prepare()
         run_missing()
-    print(f"commit {(git_commit() or 'unknown')[:7]}, from {RECORD}")
+    print(f"commit {short_commit()}, from {RECORD}")
     print_tables()
     draw(RECORD.with_suffix(".png"))
 

@@ -230,3 +230,9 @@ def git_commit():
     except FileNotFoundError:  # no git on this machine
         return None
     return found.stdout.strip() or None
+
+
+def short_commit():
+    """Return git_commit() with seven digits, "unknown" outside a checkout."""
+    commit, plus, edited = (git_commit() or "unknown").partition("+")
+    return commit[:7] + plus + edited

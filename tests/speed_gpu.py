@@ -392,7 +392,10 @@ def train_words(flags, pairs, **more):
 
 
 def run_train(words, seconds):
-    """Run train.py; after `seconds`, ask it to save and stop after the step under way."""
+    """Run train.py; after `seconds`, ask it to save and stop after the step under way.
+
+    Returns how it ended, "" for a whole run.
+    """
     began = time.monotonic()
     with subprocess.Popen([sys.executable, "train.py", *words], cwd=ROOT) as process:
         try:
@@ -403,7 +406,12 @@ def run_train(words, seconds):
             process.wait(GRACE)
         except subprocess.TimeoutExpired:
             process.kill()
-    print(f"train.py: status {process.returncode}, {time.monotonic() - began:.0f} s", flush=True)
+    ended = f"train.py ended with status {process.returncode}, {time.monotonic() - began:.0f} s"
+    print(ended, flush=True)
+    asked = process.returncode == 128 + signal.SIGTERM
+    return (
+        "" if process.returncode == 0 or asked else f"{ended}: the figures are of its first steps"
+    )
 
 
 def step_events(flags):
@@ -420,13 +428,15 @@ def measure_training(flags):
     Path(flags.run, "log.jsonl").unlink(missing_ok=True)
     batch = flags.size.clips
     words = train_words(flags, batch, steps=flags.size.train_steps)
-    run_train([*words, "--no-dry-run"], flags.seconds)
+    ended = run_train([*words, "--no-dry-run"], flags.seconds)
 
     events = step_events(flags)
     if not events:
         raise ValueError(f"train.py made no step in {flags.seconds:.0f} s (--seconds)")
     steps = events[1:] or events
     note = "the first left out" if len(events) > 1 else "warm-up and loading included"
+    if ended:
+        note += f". **{ended}**"
     seconds = [event["rows"] / event["items_per_s"] for event in steps]
     pairs = sum(event["rows"] for event in steps)
     waiting = sum(event["waiting"] * s for event, s in zip(steps, seconds, strict=True))
