@@ -408,10 +408,9 @@ def run_train(words, seconds):
             process.kill()
     ended = f"train.py ended with status {process.returncode}, {time.monotonic() - began:.0f} s"
     print(ended, flush=True)
-    asked = process.returncode == 128 + signal.SIGTERM
-    return (
-        "" if process.returncode == 0 or asked else f"{ended}: the figures are of its first steps"
-    )
+    if process.returncode in (0, 128 + signal.SIGTERM):
+        return ""
+    return f"{ended}: the figures are of its first steps"
 
 
 def step_events(flags):
