@@ -255,7 +255,7 @@ def test_a_run_s_line_holds_its_model_at_every_point(tiny, media, tmp_path, monk
         f"--base {tiny} --prober {tiny} --data {media} --mixture {mixture} --features= --steps 6 "
         "--lr 0.005 --save-every 1 --keep 99 --log-every 1"
     )
-    monkeypatch.setattr(curriculum, "SOURCES", {"tour": flags})
+    monkeypatch.setattr(curriculum, "DATA", {"tour": flags})
 
     seen = []  # (step, sum of the LoRA weights) where eval.py would score a checkpoint
 
@@ -310,7 +310,7 @@ def record_line(variant, seed, score):
 
 def test_the_tables_pair_the_seeds_that_all_variants_have(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(curriculum, "RECORD", tmp_path / "record.jsonl")
-    names = [name for name, (sources, _) in curriculum.VARIANTS.items() if sources == "tour"]
+    names = [name for name, (data, _) in curriculum.VARIANTS.items() if data == "tour"]
     lines = [record_line(names[0], 9, 0.9)]  # a seed that the others lack
     for seed, luck in ((5, 0.00), (6, 0.04)):
         for i, name in enumerate(names):
@@ -318,7 +318,7 @@ def test_the_tables_pair_the_seeds_that_all_variants_have(tmp_path, monkeypatch,
     write_jsonl(curriculum.RECORD, lines)
     curriculum.run_study(only_table=True)
     printed = capsys.readouterr().out
-    assert "Sources of tour: 2 seeds" in printed and "Sources of chain: 0 seeds" in printed
+    assert "Data of tour: 2 seeds" in printed and "Data of chain: 0 seeds" in printed
 
     # The second variant: .41 and .49, less .40 and .44; with two pairs t = 12.706.
     half = 12.7062 * statistics.stdev([0.01, 0.05]) / math.sqrt(2)
