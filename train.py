@@ -48,7 +48,7 @@ from embed import encode
 from kernels.infonce import info_nce_dist
 from memory import (
     CARD,
-    MicroBatch,
+    BatchShape,
     PeakMemory,
     find_full,
     frame_sides,
@@ -1048,7 +1048,7 @@ def dry_run(flags, rank, world, device):
 
     The arithmetic needs the base's config.json and no weights, data or GPU. The trial is a training
     step of the largest micro-batch of videos that the flags admit, then one of texts. Nothing is
-    written. Returns the model, None without weights.
+    written. Returns the model that was tried; None without weights.
     """
     base, _ = find_full(flags.base)
     files = ("model.safetensors.index.json", "model.safetensors")
@@ -1080,13 +1080,14 @@ def dry_run(flags, rank, world, device):
         }
 
     # A short step first: it makes gradients and AdamW's state, which every later step finds there.
+    # PeakMemory prepares glibc for all steps alike.
     gve.train()
     with PeakMemory(device):
         try_step(gve, optimizer, [collate.prepare({"text": "a"})] * 2, collate, flags)
     for name, sample in samples.items():
         length = len(sample["ids"])
-        one = MicroBatch(1, length, sum(len(sample[key]) for key in sample if "pixel" in key))
-        shape = one.limited(flags.micro_batch, flags.micro_tokens)
+        patches = len(sample.get("pixel_values_videos", []))
+        shape = BatchShape(1, length, patches).limited(flags.micro_batch, flags.micro_tokens)
 
         # One shorter sample makes the batch uneven, like real ones: attention then takes a mask.
         shorter = {**sample, "ids": sample["ids"][1:]}
@@ -1103,6 +1104,7 @@ def dry_run(flags, rank, world, device):
 
 def try_step(gve, optimizer, samples, collate, flags):
     """Make a training step of one micro-batch whose items are queries and positives at once."""
+    # One expression: a name for the pixels would keep them in memory.
     batch = gve.encode_vision(to_device(collate.batch(samples, raw=True), gve.device))
     cache = GradCache(gve, torch.zeros(0, gve.dim, device=gve.device))
     vectors = cache.forward([batch]) if flags.grad_cache else gve(batch)

@@ -198,8 +198,8 @@ LIST = r"""
 + items = max(1, micro_tokens // self.tokens)
 
 @ memory.py: test_memory::the_arithmetic
-- between = (layers - 1) * kept * tokens
-+ between = layers * kept * tokens
+- kept_by_layers = (layers - 1) * kept * tokens
++ kept_by_layers = layers * kept * tokens
 
 @ memory.py: test_memory::a_config_alone
 - "AdamW": 2 * trained,
