@@ -141,7 +141,7 @@ def score_state(gve, run, step):
     restore(gve, run, step)
     folder = run / f"at-{step}"
     gve.save_pretrained(folder)
-    study.start(f"python eval.py --ckpt {folder} --out {folder}", run / f"eval-{step}.txt")
+    study.run_logged(f"python eval.py --ckpt {folder} --out {folder}", run / f"eval-{step}.txt")
     results = json.loads((folder / "results.json").read_text())
     shutil.rmtree(folder)
     return {key: results[key] for key in ("AVG-D", "AVG-A", "abilities")}
@@ -207,7 +207,7 @@ def run_missing():
         for name, seed in missing:
             log = study.OUT / f"curriculum-{re.sub('[^a-z]+', '-', name)}-{seed}.txt"
             command = f"python -m studies.curriculum {seed} {name}"
-            jobs.append(pool.submit(study.start, command, log))
+            jobs.append(pool.submit(study.run_logged, command, log))
         for job in jobs:
             job.result()
 
@@ -244,7 +244,7 @@ def differences(runs, name, point):
     """Return AVG-D of a variant's runs minus that of the first variant's, seed by seed."""
     first = next(iter(runs.values()))
     pairs = zip(scores_at(runs[name], point), scores_at(first, point), strict=True)
-    return [theirs["AVG-D"] - ours["AVG-D"] for theirs, ours in pairs]
+    return [score["AVG-D"] - of_first["AVG-D"] for score, of_first in pairs]
 
 
 def print_power(runs):
@@ -258,9 +258,9 @@ def print_power(runs):
     for name in others:
         values = differences(runs, name, -1)
         n = len(values)
-        in_errors = stats.t.ppf(0.975, n - 1) + stats.t.ppf(0.8, n - 1)  # of the mean
-        error = statistics.stdev(values) / math.sqrt(n)
-        print(f"* {name}: {in_errors * error:.3f}")
+        deviation_of_mean = statistics.stdev(values) / math.sqrt(n)
+        deviations = stats.t.ppf(0.975, n - 1) + stats.t.ppf(0.8, n - 1)
+        print(f"* {name}: {deviations * deviation_of_mean:.3f}")
 
 
 def print_along_the_way(runs):

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import math
 import random
+import re
 import shutil
 import statistics
 
@@ -315,6 +316,7 @@ def test_the_tables_pair_the_seeds_that_all_variants_have(tmp_path, monkeypatch,
     for seed, luck in ((5, 0.00), (6, 0.04)):
         for i, name in enumerate(names):
             lines.append(record_line(name, seed, 0.4 + 0.01 * i + luck * (1 + i % 2)))
+    lines[-1]["held_out"]["b"] = {"step": 6, "then": 0.25, "end": 0.75}  # others never drew it
     write_jsonl(curriculum.RECORD, lines)
     curriculum.run_study(only_table=True)
     printed = capsys.readouterr().out
@@ -326,6 +328,8 @@ def test_the_tables_pair_the_seeds_that_all_variants_have(tmp_path, monkeypatch,
     # And the difference seen with power .8: (t(.975) + t(.8)) sd / sqrt(2)
     seen = (12.7062 + 1.37638) * statistics.stdev([0.01, 0.05]) / math.sqrt(2)
     assert f"* {names[1]}: {seen:.3f}" in printed
+    *others, last = re.findall(r"\| (\S+(?: \+0.500)?) \| -?\+?[0-9.-]+ ± ", printed)
+    assert (others, last) == (["-"] * (len(names) - 1), "0.25 +0.500")
     assert (tmp_path / "record.png").stat().st_size > 10_000
 
 
@@ -337,7 +341,7 @@ def test_runs_in_the_record_are_not_run_again(tmp_path, monkeypatch):
     lines = [record_line(name, 5, 0.4) for name in curriculum.VARIANTS if name != second]
     write_jsonl(curriculum.RECORD, lines)
     commands = []
-    monkeypatch.setattr(study, "start", lambda command, log: commands.append(command))
+    monkeypatch.setattr(study, "run_logged", lambda command, log: commands.append(command))
     curriculum.run_missing()
     assert f"python -m studies.curriculum 5 {second}" in commands
     assert f"python -m studies.curriculum 5 {first}" not in commands
