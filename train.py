@@ -182,17 +182,17 @@ def staged_weights(relevance, sigma_t, sizes, levels, progress):
 
 # PAPER: without quotas, P(k) would also decide how much of each source is seen: Table 6's smallest
 # source 75 times, 6 % of its largest. But the paper's curves end where one pass over all sources
-# ends. So "pyramid" keeps to one pass; "pyramid-free" does not.
+# ends. So "pyramid" gives each source its share of one pass, a quota; "pyramid-free" does not.
 #
-# weigh: gives the sources' weights (K,) at a step. probes: it needs R_k. one_pass: a source leaves
+# weigh: gives the sources' weights (K,) at a step. probes: it needs R_k. quotas: a source leaves
 # the draw when its quota is used up.
 SCHEDULES = {
-    "pyramid": dict(weigh=pyramid_weights, probes=True, one_pass=True),
-    "pyramid-free": dict(weigh=pyramid_weights, probes=True, one_pass=False),
-    "reverse": dict(weigh=reverse_weights, probes=True, one_pass=True),
-    "proportional": dict(weigh=proportional_weights, probes=False, one_pass=False),
-    "uniform": dict(weigh=uniform_weights, probes=False, one_pass=False),
-    "staged": dict(weigh=staged_weights, probes=False, one_pass=False),
+    "pyramid": dict(weigh=pyramid_weights, probes=True, quotas=True),
+    "pyramid-free": dict(weigh=pyramid_weights, probes=True, quotas=False),
+    "reverse": dict(weigh=reverse_weights, probes=True, quotas=True),
+    "proportional": dict(weigh=proportional_weights, probes=False, quotas=False),
+    "uniform": dict(weigh=uniform_weights, probes=False, quotas=False),
+    "staged": dict(weigh=staged_weights, probes=False, quotas=False),
 }
 
 
@@ -270,9 +270,9 @@ def draw_epoch(
     """Draw the source of each step of an epoch -> (numbers [k per step], expected share (K,)).
 
     The result is a pure function of the arguments. schedule, relevance, sigma_t, sizes, levels: as
-    in source_probabilities. quotas (K,): source_quotas of the run; a schedule that keeps to one
-    pass draws no source beyond its quota. taken (K,): steps of each source in earlier epochs; None:
-    none. steps: the epoch's part of the run's steps, a range; None: the whole run.
+    in source_probabilities. quotas (K,): source_quotas of the run; a schedule with quotas draws no
+    source beyond its own. taken (K,): steps of each source in earlier epochs; None: none. steps:
+    the epoch's part of the run's steps, a range; None: the whole run.
     """
     total = int(np.sum(quotas))  # steps of the run
     if steps is None:
@@ -285,7 +285,7 @@ def draw_epoch(
     numbers = []
     share = np.zeros(len(left))
     for step in steps:
-        if SCHEDULES[schedule]["one_pass"]:
+        if SCHEDULES[schedule]["quotas"]:
             candidates = left > 0
         p = source_probabilities(
             schedule,
@@ -1212,7 +1212,7 @@ def plan_epoch(flags, epoch, start, sources, sampler):
         steps=of_epoch,
     )
     plan = [(k, sampler.draw(k)) for k in numbers]
-    if not SCHEDULES[flags.schedule]["one_pass"]:
+    if not SCHEDULES[flags.schedule]["quotas"]:
         quotas = None
     about = {
         "epoch": epoch,

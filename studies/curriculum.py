@@ -1,10 +1,10 @@
 """In which order should a training run draw its sources? `python -m studies curriculum`, hours.
 
 The tour's training under seven schedules (train.SCHEDULES), and a shorter one on sources that build
-on one another, each with ten seeds that the variants share. "pyramid", "reverse" and "pyramid by
-task" see the same batches in another order; "proportional" and "staged" see each source about as
-often. "pyramid-free" and "uniform" change the amount of each source as well as the order. Beside
-the scores at the end:
+on one another, each with ten seeds that the variants share. A run is not quite two passes over its
+data. "pyramid", "reverse" and "pyramid by task" see the same batches in another order;
+"proportional" and "staged" see each source about as often; "pyramid-free" and "uniform" change the
+amount of each source as well as the order. Beside the scores at the end:
 
 * the scores at a third and two thirds of the way, since an early lead is what an order can buy;
 * the training loss of each source over the run;

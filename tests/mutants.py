@@ -310,12 +310,12 @@ LIST = r"""
 + pass
 
 @ train.py: test_train::the_papers_mixtures
-- "reverse": dict(weigh=reverse_weights, probes=True, one_pass=True),
-+ "reverse": dict(weigh=reverse_weights, probes=True, one_pass=False),
+- "reverse": dict(weigh=reverse_weights, probes=True, quotas=True),
++ "reverse": dict(weigh=reverse_weights, probes=True, quotas=False),
 
 @ train.py: test_train::an_epoch_draws_by_relevance_among
-- "pyramid": dict(weigh=pyramid_weights, probes=True, one_pass=True),
-+ "pyramid": dict(weigh=pyramid_weights, probes=True, one_pass=False),
+- "pyramid": dict(weigh=pyramid_weights, probes=True, quotas=True),
++ "pyramid": dict(weigh=pyramid_weights, probes=True, quotas=False),
 
 @ train.py: test_train::an_epoch_draws_by_relevance_among
 - return pyramid_weights(-relevance, sigma_t, sizes, levels, progress)
