@@ -12,8 +12,8 @@ amount of each source as well as the order. Beside the scores at the end:
   last step, and at the end. A source that is drawn to the end cannot forget. The held-out pairs are
   the same sources of another world (another seed).
 
-Intervals are of the seeds alone, for one comparison at a time: the questions of mini-UVRB stay the
-same, and of twenty true nulls one lies outside on average.
+Intervals hold for one comparison at a time, so of twenty without a difference one leaves out zero,
+on average. They are of the seeds: the questions of mini-UVRB stay the same.
 
 A finished run is a line of records/curriculum.jsonl and is not run again: the study may be stopped
 at any time, and goes on there. --table runs nothing; it prints and draws the results so far.
