@@ -3,7 +3,7 @@
     python train.py --dry-run --preset gve-3b       # prints it, from the base's config.json alone
 
     count = StepMemory(core, grad_cache=True, checkpointing=True, dropout=0.1, device_type="cuda")
-    moments = count.micro_batch(MicroBatch(items=40, tokens=808, patches=40 * 3136))
+    moments = count.micro_batch(BatchShape(items=40, tokens=808, patches=40 * 3136))
     moments["language model"]["base weights"]    # bytes
     print(memory_table(moments))
 
@@ -54,16 +54,16 @@ M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 
 
 @dataclasses.dataclass(frozen=True)
-class MicroBatch:
-    """The shape of what goes through the model at once."""
+class BatchShape:
+    """The shape of a micro-batch, or of all the items of a step that are alike."""
 
     items: int  # B
-    tokens: int  # T, of every item, padding included
+    tokens: int  # T, of each item, padding included
     patches: int = 0  # P, of all items together; a vision token is merge_size^2 of them
 
     def resized(self, items):
         """Return the shape with another number of items."""
-        return MicroBatch(items, self.tokens, self.patches // self.items * items)
+        return BatchShape(items, self.tokens, self.patches // self.items * items)
 
     def limited(self, micro_batch, micro_tokens=0):
         """Return the shape with as many items as train.py's flags of these names admit."""
@@ -75,7 +75,7 @@ class MicroBatch:
 
 @dataclasses.dataclass(frozen=True)
 class StepMemory:
-    """Count the bytes of a step's moments, {moment: {term: bytes}}."""
+    """Count the bytes of a step's moments -> {moment: {term: bytes}}."""
 
     model: torch.nn.Module  # a Qwen2.5-VL without its head, LoRA layers in place (GVE.core)
     grad_cache: bool  # no graphs are kept; every micro-batch goes through the layers twice
@@ -93,22 +93,23 @@ class StepMemory:
             pixels, tower = tower_bytes(model)
             moments["vision tower"] = {
                 **always,
-                "inputs": pixels * shape.patches + 3 * INT * tokens,
+                "inputs": pixels * shape.patches + 3 * INT * tokens,  # ids, mask, token types
                 "vision tower at work": tower * shape.patches,
             }
 
-        # Between the layers: each one's input where it is computed again, else all that it keeps.
+        # The layers keep all that backward needs, or their inputs alone where they are computed
+        # again. The last one is at work, and counted as such.
         kept, at_work = layer_bytes(model, shape, self.dropout, self.device_type)
         layers = len(model.language_model.layers)
         width = model.dtype.itemsize
         if self.checkpointing:
-            # A float32 layer at work keeps its input for its first norm: do not count it twice.
+            # A float32 layer at work has its input in the first norm: do not count it twice.
             inputs_kept = layers if width < FLOAT else layers - 1
-            between = inputs_kept * model.config.text_config.hidden_size * width * tokens
+            kept_by_layers = inputs_kept * model.config.text_config.hidden_size * width * tokens
         else:
-            between = (layers - 1) * kept * tokens
+            kept_by_layers = (layers - 1) * kept * tokens
             if width < FLOAT:  # autocast's copies of the LoRA weights
-                between += always["LoRA weights"] // FLOAT * width
+                kept_by_layers += always["LoRA weights"] // FLOAT * width
 
         # ids, mask, token types, three position ids; cos and sin; a mask of T x T for each item
         head = model.language_model.layers[0].self_attn.head_dim
@@ -116,16 +117,16 @@ class StepMemory:
         moments["language model"] = {
             **always,
             "inputs": inputs + feature_bytes(model, shape),
-            "kept by the layers": between,
+            "kept by the layers": kept_by_layers,
             "a layer at work": at_work * tokens,
         }
         return moments
 
     def kept(self, shape):
-        """Count what a step keeps of a micro-batch between its forward and its backward pass.
+        """Count what a step keeps of micro-batches between their forward and backward passes.
 
         With GradCache: ids, mask, token types and, so that the tower runs once, vision features.
-        Without: the graph.
+        Without: the graph. shape: of one, or of all items of a role together.
         """
         model = self.model
         tokens = shape.items * shape.tokens
@@ -144,8 +145,8 @@ class StepMemory:
     def step(self, roles, loss, micro_batch, micro_tokens):
         """Count a whole step of one rank.
 
-        roles: the queries, the positives, the hard negatives, each one as the shape of all of them
-        together; loss: from loss_bytes; micro_batch, micro_tokens: train.py's flags.
+        roles: the shapes of all queries, of all positives and, if there are any, of all hard
+        negatives. loss: bytes, from loss_bytes. micro_batch, micro_tokens: train.py's flags.
         """
         kept = sum(self.kept(role) for role in roles)
         moments = {}
@@ -180,7 +181,7 @@ def weight_bytes(model):
 
 
 def mask_length(shape):
-    """Return the numbers in a token's row of the attention mask.
+    """Return the length of a token's row of the attention mask; in bytes, too, as it is of bool.
 
     An item that is alone has no padding, and attention then needs no mask.
     """
@@ -297,7 +298,7 @@ def largest_that_fits(count, shape, free):
     count: StepMemory.
     """
     one, two, three = [peak_bytes(count.micro_batch(shape.resized(n))) for n in (1, 2, 3)]
-    if two > free:  # one is special: it has no mask
+    if two > free:  # an item alone is special: it has no mask
         return int(one <= free)
     return int(2 + (free - two) // (three - two))  # from two on, each item costs the same
 
@@ -327,14 +328,15 @@ def gib(size):
     return f"{size / 2**30:.3f}"
 
 
-# What train.py's flags make of it
+# The dry run's tables, from train.py's flags
 
 
 def print_memory(flags, world, device_type, room, is_fused):
     """Print the arithmetic of the largest micro-batches and of the heaviest source's whole step.
 
     flags: train.py's. world: ranks. device_type: "cuda" or "cpu". room: bytes of the device's
-    memory. is_fused: function (global batch, negatives per row) -> is the loss the fused kernel's?
+    memory. is_fused: function (global batch, negatives per row) -> does the fused kernel compute
+    the loss?
     """
     core, spec = backbone_on_meta(flags)
     count = step_memory(core, flags, device_type)
@@ -382,7 +384,13 @@ def print_memory(flags, world, device_type, room, is_fused):
 
 def step_memory(core, flags, device_type):
     """Return the count of a step's memory that the flags decide."""
-    return StepMemory(core, flags.grad_cache, flags.checkpointing, flags.dropout, device_type)
+    return StepMemory(
+        core,
+        grad_cache=flags.grad_cache,
+        checkpointing=flags.checkpointing,
+        dropout=flags.dropout,
+        device_type=device_type,
+    )
 
 
 def find_full(path):
@@ -429,7 +437,7 @@ def frame_sides(max_tokens):
 
 
 def item_shapes(flags, prompt, merge):
-    """Return the largest items that the flags admit -> {kind: MicroBatch of one}.
+    """Return the largest items that the flags admit -> {kind: BatchShape of one}.
 
     prompt: tokens of an item without text and media, to which a medium adds two around its own.
     merge: patches per vision token.
@@ -437,9 +445,9 @@ def item_shapes(flags, prompt, merge):
     high, wide = frame_sides(flags.max_tokens)
     video = flags.frames // 2 * high * wide  # a patch is two frames deep
     return {
-        "videos": MicroBatch(1, video + prompt + 2, video * merge),
-        "images": MicroBatch(1, IMAGE_TOKENS + prompt + 2, IMAGE_TOKENS * merge),
-        "texts": MicroBatch(1, flags.max_length),
+        "videos": BatchShape(1, video + prompt + 2, video * merge),
+        "images": BatchShape(1, IMAGE_TOKENS + prompt + 2, IMAGE_TOKENS * merge),
+        "texts": BatchShape(1, flags.max_length),
     }
 
 
@@ -461,14 +469,15 @@ def read_sources(flags):
 
 
 def item_of_form(form, shapes):
-    """Return the shape of a task's query or candidate: "T", "I", "V", "TI" or "TV"."""
-    kinds = {"V": "videos", "I": "images"}
-    one = MicroBatch(1, TEXT_TOKENS)
-    for letter, kind in kinds.items():
-        if letter in form:
-            text = TEXT_TOKENS if "T" in form else 0
-            one = MicroBatch(1, shapes[kind].tokens + text, shapes[kind].patches)
-    return one
+    """Return the shape of one query or candidate of a task; form: "T", "I", "V", "TI" or "TV"."""
+    if "V" in form:
+        medium = shapes["videos"]
+    elif "I" in form:
+        medium = shapes["images"]
+    else:
+        return BatchShape(1, TEXT_TOKENS)
+    text = TEXT_TOKENS if "T" in form else 0
+    return BatchShape(1, medium.tokens + text, medium.patches)
 
 
 def count_source(count, shapes, source, flags, world, is_fused):
@@ -518,8 +527,8 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self.device)
             self.before = torch.cuda.memory_allocated(self.device)
         elif Path("/proc/self/clear_refs").exists():
-            # Give back what was freed earlier, and from now on every large array when it is freed:
-            # else glibc keeps up to a half more in gaps.
+            # Give back what was freed earlier, and from now on every large array as soon as it is
+            # freed. Else glibc keeps up to a half more, in gaps.
             ctypes.CDLL(None).malloc_trim(0)
             ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 65536)
             Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the resident peak

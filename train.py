@@ -48,7 +48,7 @@ from embed import encode
 from kernels.infonce import info_nce_dist
 from memory import (
     CARD,
-    MicroBatch,
+    BatchShape,
     PeakMemory,
     find_full,
     frame_sides,
@@ -151,15 +151,15 @@ PRESETS = {
 
 
 def pyramid_weights(relevance, sigma_t, sizes, levels, progress):
-    """Weigh by P(k) = softmax(R_k / sigma_t)."""
+    """Weigh by exp(R_k / sigma_t), which makes P(k) = softmax(R_k / sigma_t)."""
     # PAPER: k is read as a source; as the formula is written, its size does not count.
-    z = np.asarray(relevance, float) / sigma_t
+    z = relevance / sigma_t
     return np.exp(z - z.max())
 
 
 def reverse_weights(relevance, sigma_t, sizes, levels, progress):
-    """Weigh by softmax(-R_k / sigma_t): the hardest sources first, the pyramid's control."""
-    return pyramid_weights(-np.asarray(relevance, float), sigma_t, sizes, levels, progress)
+    """Weigh by exp(-R_k / sigma_t): the hardest sources first, the pyramid's negative control."""
+    return pyramid_weights(-relevance, sigma_t, sizes, levels, progress)
 
 
 def proportional_weights(relevance, sigma_t, sizes, levels, progress):
@@ -180,19 +180,19 @@ def staged_weights(relevance, sigma_t, sizes, levels, progress):
     return sizes * (levels == level)
 
 
-# PAPER: P(k) alone, without quotas, says how much of each source is seen, too. Table 6's smallest
-# source would then be gone through 75 times, its largest to 6 %; but the paper's curves end where
-# one pass over all sources ends. So "pyramid" keeps to one pass; "pyramid-free" does not.
+# PAPER: without quotas, P(k) would also decide how much of each source is seen: Table 6's smallest
+# source 75 times, 6 % of its largest. But the paper's curves end where one pass over all sources
+# ends. So "pyramid" gives each source its share of one pass, a quota; "pyramid-free" does not.
 #
-# weigh: gives the weights of the sources (K,) at a step. probes: R_k is needed. one_pass: a source
-# leaves the draw when its quota is used up.
+# weigh: gives the sources' weights (K,) at a step. probes: it needs R_k. quotas: a source leaves
+# the draw when its quota is used up.
 SCHEDULES = {
-    "pyramid": dict(weigh=pyramid_weights, probes=True, one_pass=True),
-    "pyramid-free": dict(weigh=pyramid_weights, probes=True, one_pass=False),
-    "reverse": dict(weigh=reverse_weights, probes=True, one_pass=True),
-    "proportional": dict(weigh=proportional_weights, probes=False, one_pass=False),
-    "uniform": dict(weigh=uniform_weights, probes=False, one_pass=False),
-    "staged": dict(weigh=staged_weights, probes=False, one_pass=False),
+    "pyramid": dict(weigh=pyramid_weights, probes=True, quotas=True),
+    "pyramid-free": dict(weigh=pyramid_weights, probes=True, quotas=False),
+    "reverse": dict(weigh=reverse_weights, probes=True, quotas=True),
+    "proportional": dict(weigh=proportional_weights, probes=False, quotas=False),
+    "uniform": dict(weigh=uniform_weights, probes=False, quotas=False),
+    "staged": dict(weigh=staged_weights, probes=False, quotas=False),
 }
 
 
@@ -201,7 +201,7 @@ def source_probabilities(
 ):
     """Return P (K,), the probability of each source at one step.
 
-    schedule: a name of SCHEDULES, else ValueError. relevance R (K,): cosines, None for schedules
+    schedule: a name of SCHEDULES, else ValueError. relevance R (K,): cosines; None for schedules
     that do not need them. sigma_t: temperature. sizes (K,): pairs. levels (K,): 1..4. progress: how
     far the run is, in [0, 1). candidates (K,) bool: the sources that may be drawn; None: all.
     """
@@ -251,9 +251,9 @@ def relevance_by_task(relevance, sizes, tasks):
 def source_quotas(samples, batch, steps=0):
     """Return each source's steps in a run (K,), int: its share of one pass over the data.
 
-    samples (K,): pairs. batch (K,): global batches. steps: of the run, among which the pass is
-    divided in the same proportion; 0: one pass, ceil(samples / batch) of each source. Fractions are
-    rounded so that the quotas sum to steps: the largest remainders go up.
+    samples (K,): pairs. batch (K,): global batch sizes. steps: of the whole run; 0: one pass, which
+    is ceil(samples / batch) steps of each source. Any other number is shared out in the proportions
+    of one pass, and fractions are rounded so that the quotas sum to it: largest remainders go up.
     """
     one_pass = -(-np.asarray(samples) // np.asarray(batch))  # rounded up
     total = one_pass.sum()
@@ -265,23 +265,27 @@ def source_quotas(samples, batch, steps=0):
 
 
 def draw_epoch(
-    schedule, relevance, sigma_t, quotas, seed, *, sizes, levels, taken=None, steps=None
+    schedule, relevance, sigma_t, sizes, levels, *, quotas, seed, taken=None, steps=None
 ):
     """Draw the source of each step of an epoch -> (numbers [k per step], expected share (K,)).
 
     The result is a pure function of the arguments. schedule, relevance, sigma_t, sizes, levels: as
-    in source_probabilities. quotas (K,): source_quotas of the run; sources without steps left are
-    not drawn by a schedule that keeps to one pass. taken (K,): steps of each source in earlier
-    epochs; None: none. steps: the epoch's part of the run's steps, a range; None: the whole run.
+    in source_probabilities. quotas (K,): source_quotas of the run; a schedule with quotas draws no
+    source beyond its own. taken (K,): steps of each source in earlier epochs; None: none. steps:
+    the epoch's part of the run's steps, a range; None: the whole run.
     """
-    total = int(np.sum(quotas))
-    steps = range(total) if steps is None else steps
-    left = np.array(quotas) - (0 if taken is None else np.asarray(taken))
+    total = int(np.sum(quotas))  # steps of the run
+    if steps is None:
+        steps = range(total)
+    left = np.array(quotas)
+    if taken is not None:
+        left -= taken
+
     candidates = None  # all
     numbers = []
     share = np.zeros(len(left))
     for step in steps:
-        if SCHEDULES[schedule]["one_pass"]:
+        if SCHEDULES[schedule]["quotas"]:
             candidates = left > 0
         p = source_probabilities(
             schedule,
@@ -292,6 +296,7 @@ def draw_epoch(
             progress=step / total,
             candidates=candidates,
         )
+        # A generator for each step: the draw does not depend on where an epoch or a run begins.
         k = int(np.random.default_rng([seed, step]).choice(len(p), p=p))
         numbers.append(k)
         left[k] -= 1
@@ -305,7 +310,8 @@ class Sampler:
     All ranks deal alike. A source's rows come without replacement and are reshuffled when exhausted
     (the last batch of a pass may be short). Setting `drawn` restores a position.
 
-    sources: objects with samples (pairs of one pass), batch_size and a length (rows).
+    sources: objects with samples (pairs of one pass), batch_size and a length (rows). batch_scale:
+    global batch G = batch_size x batch_scale. seed: of the shuffles.
     """
 
     def __init__(self, sources, batch_scale=1.0, seed=42):
@@ -314,10 +320,12 @@ class Sampler:
         self.rows = [min(s.samples, len(s)) for s in sources]  # (K,) distinct rows of one pass
         self.batch = [max(1, round(s.batch_size * batch_scale)) for s in sources]  # (K,) G
         self.drawn = [0] * len(sources)  # (K,) rows drawn so far
+        # A step needs its pass's order again; shuffling millions of rows for each would be slow.
         self.order = functools.lru_cache(2 * len(sources))(self.shuffle)
 
     def shuffle(self, k, pass_number):
-        """Return the rows of source k in the order in which that pass over them draws them."""
+        """Return the rows of source k in the order of that pass over them."""
+        # Every pass has the same subset where the source has more rows than samples.
         every = np.random.default_rng([self.seed, k]).permutation(len(self.sources[k]))
         subset = every[: self.rows[k]]
         return np.random.default_rng([self.seed, k, pass_number]).permutation(subset)
@@ -331,7 +339,8 @@ class Sampler:
         steps = []
         for drawn, rows, batch in zip(self.drawn, self.rows, self.batch, strict=True):
             passes, rest = divmod(drawn, rows)
-            steps.append(passes * -(-rows // batch) + -(-rest // batch))  # rounded up
+            # Rounded up, as the last batch of a pass may be short.
+            steps.append(passes * -(-rows // batch) + -(-rest // batch))
         return steps
 
     def draw(self, k):
@@ -1048,7 +1057,7 @@ def dry_run(flags, rank, world, device):
 
     The arithmetic needs the base's config.json and no weights, data or GPU. The trial is a training
     step of the largest micro-batch of videos that the flags admit, then one of texts. Nothing is
-    written. Returns the model, None without weights.
+    written. Returns the model that was tried; None without weights.
     """
     base, _ = find_full(flags.base)
     files = ("model.safetensors.index.json", "model.safetensors")
@@ -1080,13 +1089,14 @@ def dry_run(flags, rank, world, device):
         }
 
     # A short step first: it makes gradients and AdamW's state, which every later step finds there.
+    # PeakMemory prepares glibc for all steps alike.
     gve.train()
     with PeakMemory(device):
         try_step(gve, optimizer, [collate.prepare({"text": "a"})] * 2, collate, flags)
     for name, sample in samples.items():
         length = len(sample["ids"])
-        one = MicroBatch(1, length, sum(len(sample[key]) for key in sample if "pixel" in key))
-        shape = one.limited(flags.micro_batch, flags.micro_tokens)
+        patches = len(sample.get("pixel_values_videos", []))
+        shape = BatchShape(1, length, patches).limited(flags.micro_batch, flags.micro_tokens)
 
         # One shorter sample makes the batch uneven, like real ones: attention then takes a mask.
         shorter = {**sample, "ids": sample["ids"][1:]}
@@ -1103,6 +1113,7 @@ def dry_run(flags, rank, world, device):
 
 def try_step(gve, optimizer, samples, collate, flags):
     """Make a training step of one micro-batch whose items are queries and positives at once."""
+    # One expression: a name for the pixels would keep them in memory.
     batch = gve.encode_vision(to_device(collate.batch(samples, raw=True), gve.device))
     cache = GradCache(gve, torch.zeros(0, gve.dim, device=gve.device))
     vectors = cache.forward([batch]) if flags.grad_cache else gve(batch)
@@ -1175,13 +1186,40 @@ def by_source(sources, values):
     return {s.name: round(float(v), 5) for s, v in zip(sources, values, strict=True)}
 
 
-def describe_epoch(sources, sampler, start, share, numbers, quotas):
-    """Return what the log says of an epoch's draw, by source.
+def plan_epoch(flags, epoch, start, sources, sampler):
+    """Draw the batches of a curriculum epoch -> ([(source number, row numbers) per step], about).
 
-    R_k and its standard error; P(k), the mean over the epoch's steps; the steps drawn in this
-    epoch; by its end, the steps used and the passes; the quota (None: the sources have none).
+    about: the epoch's line in the log. By source: R_k and its standard error; P(k), the mean over
+    the epoch's steps; the steps drawn in this epoch; by its end, the steps used and the passes; the
+    quota (None where the schedule keeps none).
+
+    flags: schedule, sigma_max, epochs, steps, seed. start: {"relevance", "error"}, R_k and their
+    standard errors (K,), None without probing. sampler: at the epoch's first step; it moves on.
     """
-    return {
+    sizes = [source.samples for source in sources]
+    quotas = source_quotas(sizes, sampler.batch, flags.steps)
+    of_epoch = epoch_steps(epoch, flags.epochs, int(quotas.sum()))
+    sigma_t = sigma(epoch, flags.epochs, high=flags.sigma_max)
+    numbers, share = draw_epoch(
+        flags.schedule,
+        start["relevance"],
+        sigma_t,
+        sizes,
+        levels=[LEVEL[source.task] for source in sources],
+        quotas=quotas,
+        seed=flags.seed,
+        taken=sampler.taken(),
+        steps=of_epoch,
+    )
+    plan = [(k, sampler.draw(k)) for k in numbers]
+    if not SCHEDULES[flags.schedule]["quotas"]:
+        quotas = None
+    about = {
+        "epoch": epoch,
+        "step": of_epoch.start,
+        "steps": len(plan),
+        "sigma": sigma_t,
+        "schedule": flags.schedule,
         "R": by_source(sources, start["relevance"]),
         "R_error": by_source(sources, start["error"]),
         "P": by_source(sources, share),
@@ -1190,6 +1228,7 @@ def describe_epoch(sources, sampler, start, share, numbers, quotas):
         "quota": by_source(sources, quotas),
         "passes": by_source(sources, sampler.passes()),
     }
+    return plan, about
 
 
 def main(flags):
@@ -1223,13 +1262,11 @@ def main(flags):
 def train(flags, sources, sampler, rank, world, device):
     """Train on the sources that the sampler draws from -> the trained model (GVE)."""
     sizes = [source.samples for source in sources]
-    levels = [LEVEL[source.task] for source in sources]
     schedule = SCHEDULES[flags.schedule]
     margin = None if flags.margin < 0 else flags.margin
     tau = flags.temperature
     roots = [flags.data, *flags.root]
-    quotas = source_quotas(sizes, sampler.batch, flags.steps)
-    steps = int(quotas.sum())
+    steps = int(source_quotas(sizes, sampler.batch, flags.steps).sum())
 
     # Model
     gve, optimizer, collate = build_model(flags, rank, device)
@@ -1329,7 +1366,6 @@ def train(flags, sources, sampler, rank, world, device):
     for epoch in range(first_epoch, flags.epochs):
         # Where on the pyramid are we? A resumed run finds in its state how this epoch began.
         of_epoch = epoch_steps(epoch, flags.epochs, steps)
-        sigma_t = sigma(epoch, flags.epochs, high=flags.sigma_max)
         start = resumed["epoch_start"] if resumed else None
         prober = gve
         if start is None:
@@ -1345,41 +1381,16 @@ def train(flags, sources, sampler, rank, world, device):
 
         # Draw the epoch's batches. A resumed run draws all of them again and skips those done.
         sampler.drawn = list(start["drawn"])
-        numbers, share = draw_epoch(
-            flags.schedule,
-            start["relevance"],
-            sigma_t,
-            quotas,
-            flags.seed,
-            sizes=sizes,
-            levels=levels,
-            taken=sampler.taken(),
-            steps=of_epoch,
-        )
-        plan = [(k, sampler.draw(k)) for k in numbers]
+        plan, about = plan_epoch(flags, epoch, start, sources, sampler)
         trained_rows = list(start["drawn"])  # (K,) rows of each source that a step has used
         for k, rows in plan[: step - of_epoch.start]:
             trained_rows[k] += len(rows)
 
         if not resumed:
-            about = {
-                "epoch": epoch,
-                "step": step,
-                "steps": len(plan),
-                "sigma": sigma_t,
-                "schedule": flags.schedule,
-                **describe_epoch(
-                    sources,
-                    sampler,
-                    start,
-                    share,
-                    numbers,
-                    quotas if schedule["one_pass"] else None,
-                ),
-            }
-            members = {s.name: (LEVEL[s.task], s.task) for s in sources}
-            log.say(f"\nepoch {epoch + 1}/{flags.epochs}, {flags.schedule}, sigma {sigma_t:.2f}")
-            log.say(pyramid_table(about, members))
+            title = f"{flags.schedule}, sigma {about['sigma']:.2f}"
+            levels = {s.name: (LEVEL[s.task], s.task) for s in sources}
+            log.say(f"\nepoch {epoch + 1}/{flags.epochs}, {title}")
+            log.say(pyramid_table(about, levels))
             log.event("epoch", **about)
 
         # Mine hard negatives for the rows drawn.

@@ -17,16 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repositor
 from support.files import load_jsonl
 from support.flags import flag, parse_flags
 from tables import pyramid_table
-from train import (
-    LEVEL,
-    SCHEDULES,
-    Sampler,
-    describe_epoch,
-    draw_epoch,
-    epoch_steps,
-    sigma,
-    source_quotas,
-)
+from train import LEVEL, SCHEDULES, Sampler, plan_epoch
 
 
 @dataclasses.dataclass
@@ -38,6 +29,7 @@ class Flags:
     schedule: str = flag("pyramid", "of a mixture: as in train.py", choices=list(SCHEDULES))
     epochs: int = flag(3, "of a mixture: curriculum epochs")
     steps: int = flag(0, "of a mixture: steps of the run; 0: one pass")
+    sigma_max: float = flag(1.0, "of a mixture: sigma of the last epoch; the first has 0.1")
     batch_scale: float = flag(32.0, "of a mixture: global batch = a source's batch_size times this")
     seed: int = flag(42, "of a mixture: random seed")
     out: str = flag("", "picture to write; empty: pyramid.png beside the log or in the folder here")
@@ -57,16 +49,15 @@ class Entry:
 
 
 def walk_mixture(flags):
-    """Walk a mixture with R_k made up -> as read_log.
+    """Walk a mixture with R_k made up -> the same as read_log.
 
     Raises ValueError naming the file if it is no mixture.
     """
     try:
-        entries = json.loads(Path(flags.source).read_text())
-        sources = [
-            Entry(entry["name"], entry["task"], entry["samples"], entry["batch_size"])
-            for entry in entries
-        ]
+        sources = []
+        for entry in json.loads(Path(flags.source).read_text()):
+            values = [entry[field.name] for field in dataclasses.fields(Entry)]
+            sources.append(Entry(*values))
         levels = {source.name: (LEVEL[source.task], source.task) for source in sources}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{flags.source}: not a mixture ({error!r})") from error
@@ -76,30 +67,9 @@ def walk_mixture(flags):
     relevance = [flags.profile[LEVEL[source.task] - 1] for source in sources]
     start = {"relevance": relevance, "error": [0.0] * len(sources)}
     sampler = Sampler(sources, flags.batch_scale, flags.seed)
-    sizes = [source.samples for source in sources]
-    quotas = source_quotas(sizes, sampler.batch, flags.steps)
-    one_pass = SCHEDULES[flags.schedule]["one_pass"]
     epochs = []
     for epoch in range(flags.epochs):
-        steps = epoch_steps(epoch, flags.epochs, int(quotas.sum()))
-        sigma_t = sigma(epoch, flags.epochs)
-        numbers, share = draw_epoch(
-            flags.schedule,
-            relevance,
-            sigma_t,
-            quotas,
-            flags.seed,
-            sizes=sizes,
-            levels=[LEVEL[source.task] for source in sources],
-            taken=sampler.taken(),
-            steps=steps,
-        )
-        for k in numbers:
-            sampler.draw(k)
-        about = describe_epoch(
-            sources, sampler, start, share, numbers, quotas if one_pass else None
-        )
-        about |= {"epoch": epoch, "sigma": sigma_t, "schedule": flags.schedule}
+        _, about = plan_epoch(flags, epoch, start, sources, sampler)
         epochs.append(about)
     return levels, epochs
 

@@ -1,15 +1,22 @@
-"""In which order should one pass over the data be walked? `python -m studies curriculum`, hours.
+"""In which order should a training run draw its sources? `python -m studies curriculum`, hours.
 
 The tour's training under seven schedules (train.SCHEDULES), and a shorter one on sources that build
-on one another, each with ten seeds that the variants share. Beside the scores at the end:
+on one another, each with ten seeds that the variants share. A run is not quite two passes over its
+data. "pyramid", "reverse" and "pyramid by task" see the same batches in another order;
+"proportional" and "staged" see each source about as often; "pyramid-free" and "uniform" change the
+amount of each source as well as the order. Beside the scores at the end:
 
 * the scores at a third and two thirds of the way, since an early lead is what an order can buy;
-* the loss of each source over the run;
-* forgetting: a source's R@1 among 64 held-out pairs of its own, right after its last step and at
-  the end. The held-out pairs are the same sources of another world (another seed).
+* the training loss of each source over the run;
+* forgetting: a source's R@1 among 64 held-out pairs of its own, at the first state saved after its
+  last step, and at the end. A source that is drawn to the end cannot forget. The held-out pairs are
+  the same sources of another world (another seed).
+
+Intervals hold for one comparison at a time, so of twenty without a difference one leaves out zero,
+on average. They are of the seeds: the questions of mini-UVRB stay the same.
 
 A finished run is a line of records/curriculum.jsonl and is not run again: the study may be stopped
-at any time, and goes on there. `python -m studies curriculum --table` only prints what is there.
+at any time, and goes on there. --table runs nothing; it prints and draws the results so far.
 """
 
 import collections
@@ -43,16 +50,17 @@ PARTS = 10  # of a run, over each of which a source's losses are averaged
 SEEDS = range(5, 15)
 
 # Sources that build on one another: words and pictures of single scenes, then clips of them, then
-# long videos and edited clips of such scenes. A third of the tour's steps.
+# long videos and edited clips of such scenes.
 CHAIN = ("t2t", "t2i", "ti2i", "t2v", "v2v", "t2v-long", "tv2v")
 CHAIN_MIXTURE = study.OUT / "chain.json"
-LEAVE_STATES = "--save-every 10 --keep 99 --log-every 1"
-SOURCES = {
+# What the variants train on, as flags of train.py; the chain takes a third of the tour's steps.
+LEAVE_STATES = "--save-every 10 --keep 99 --log-every 1"  # all of them: they are measured later
+DATA = {
     "tour": f"{study.BOTH} {LEAVE_STATES}",
     "chain": f"--mixture {CHAIN_MIXTURE} --root runs/mini/train --steps 213 {LEAVE_STATES}",
 }
 
-# {name: (sources, more flags of train.py)}; differences are to the first of the same sources.
+# {name: (key of DATA, more flags of train.py)}; differences are to the first on the same data.
 VARIANTS = {
     "pyramid-free": ("tour", "--schedule pyramid-free"),
     "pyramid": ("tour", "--schedule pyramid"),
@@ -72,11 +80,12 @@ VARIANTS = {
 
 def measure_run(name, seed):
     """Train a variant with a seed, measure it along the way, and add it to the record."""
-    sources, more = VARIANTS[name]
-    how = study.Variant(f"{SOURCES[sources]} {more}")
+    data, more = VARIANTS[name]
+    how = study.Variant(f"{DATA[data]} {more}")
     study.train(how, seed)
     run = how.folder(seed)
     log = load_jsonl(run / "log.jsonl")
+    start = next(event for event in log if event["event"] == "start")
     steps = [event for event in log if event["event"] == "step"]
     gve = GVE.from_pretrained(str(run), lora=True).eval()
 
@@ -85,7 +94,6 @@ def measure_run(name, seed):
         step = train.epoch_steps(epoch, EPOCHS, len(steps)).stop
         scores[step] = score_state(gve, run, step)
 
-    start = next(event for event in log if event["event"] == "start")
     line = {
         "variant": name,
         "seed": seed,
@@ -97,9 +105,13 @@ def measure_run(name, seed):
         "held_out": measure_forgetting(gve, run, steps),
     }
     with file_lock(RECORD.with_suffix(".lock")):
-        lines = load_jsonl(RECORD) if RECORD.exists() else []
-        write_jsonl(RECORD, [*lines, line])
+        write_jsonl(RECORD, [*read_record(), line])
     shutil.rmtree(run / "state")  # some 100 MB
+
+
+def read_record():
+    """Return the finished runs, a list of the record's lines."""
+    return load_jsonl(RECORD) if RECORD.exists() else []
 
 
 def mean_losses(steps):
@@ -129,18 +141,19 @@ def score_state(gve, run, step):
     restore(gve, run, step)
     folder = run / f"at-{step}"
     gve.save_pretrained(folder)
-    study.start(f"python eval.py --ckpt {folder} --out {folder}", run / f"eval-{step}.txt")
+    study.run_logged(f"python eval.py --ckpt {folder} --out {folder}", run / f"eval-{step}.txt")
     results = json.loads((folder / "results.json").read_text())
     shutil.rmtree(folder)
     return {key: results[key] for key in ("AVG-D", "AVG-A", "abilities")}
 
 
 def measure_forgetting(gve, run, steps):
-    """Measure R@1 on held-out pairs after a source's last step and at the end.
+    """Measure R@1 on held-out pairs at the first state after a source's last step and at the end.
 
-    -> {source: {"step": of the state after its last step, "then": R@1, "end": R@1}}, for sources
-    that have held-out pairs.
+    Returns {source: {"step": that state's, "then": its R@1, "end": R@1 at the end}} for the sources
+    that have held-out pairs. steps: the "step" events of a log, all of them.
     """
+    # No base and no out, which must be named: the model is there, and nothing is written.
     flags = train.Flags(base="-", out="-", data=str(HELD_OUT), workers=0)
     sources = {source.name: source for source in load_mixture(HELD_OUT / "train/mixture.json")}
     states = sorted(int(path.name.removeprefix("step-")) for path in (run / "state").iterdir())
@@ -156,13 +169,15 @@ def measure_forgetting(gve, run, steps):
             if state not in (its_state, len(steps)):
                 continue
             recall = recall_at_1(gve, sources[source], flags)
-            entry = measured.setdefault(source, {"step": state, "then": recall})
-            entry["end"] = recall
+            if state == its_state:
+                measured[source] = {"step": state, "then": recall}
+            if state == len(steps):
+                measured[source]["end"] = recall
     return measured
 
 
 def recall_at_1(gve, source, flags):
-    """Return the share of held-out queries whose own positive, or its like, scores highest."""
+    """Return the share of queries whose positive, or one of equal content, scores highest."""
     pairs, q, p = train.embed_pairs(gve, source, range(min(HELD_OUT_PAIRS, len(source))), flags)
     ids = torch.tensor([content_id(positive) for _, _, positive in pairs])
     best = (q @ p.T).argmax(1)
@@ -182,7 +197,7 @@ def prepare():
 
 
 def run_missing():
-    """Run all that is not in the record yet, as many at once as there are cores, seed by seed."""
+    """Run all that is not in the record yet, seed by seed, as many at once as there are cores."""
     done = {(line["variant"], line["seed"]) for line in read_record()}
     missing = []
     for seed in SEEDS:
@@ -192,14 +207,9 @@ def run_missing():
         for name, seed in missing:
             log = study.OUT / f"curriculum-{re.sub('[^a-z]+', '-', name)}-{seed}.txt"
             command = f"python -m studies.curriculum {seed} {name}"
-            jobs.append(pool.submit(study.start, command, log))
+            jobs.append(pool.submit(study.run_logged, command, log))
         for job in jobs:
             job.result()
-
-
-def read_record():
-    """Return the finished runs, a list of the record's lines."""
-    return load_jsonl(RECORD) if RECORD.exists() else []
 
 
 # Tables
@@ -210,14 +220,15 @@ def print_tables():
     found = collections.defaultdict(dict)  # {variant: {seed: line}}
     for line in read_record():
         found[line["variant"]][line["seed"]] = line
-    for sources in SOURCES:
-        names = [name for name in VARIANTS if VARIANTS[name][0] == sources]
-        runs = {name: found[name] for name in names}
-        seeds = sorted(set.intersection(*[set(lines) for lines in runs.values()]))
-        print(f"\n## Sources of {sources}: {len(seeds)} seeds that all variants have\n")
+    for data in DATA:
+        names = [name for name in VARIANTS if VARIANTS[name][0] == data]
+        seeds = sorted(set.intersection(*[set(found[name]) for name in names]))
+        print(f"\n## Data of {data}: {len(seeds)} seeds that all variants have\n")
         if len(seeds) < 2:
             continue
-        runs = {name: [lines[seed] for seed in seeds] for name, lines in runs.items()}
+        runs = {}  # {variant: its lines, in the order of the seeds}
+        for name in names:
+            runs[name] = [found[name][seed] for seed in seeds]
         study.print_table(seeds, {name: scores_at(lines, -1) for name, lines in runs.items()})
         print_power(runs)
         print_along_the_way(runs)
@@ -230,21 +241,26 @@ def scores_at(lines, point):
 
 
 def differences(runs, name, point):
-    """Return AVG-D of a variant's runs less that of the first variant's, seed by seed."""
+    """Return AVG-D of a variant's runs minus that of the first variant's, seed by seed."""
     first = next(iter(runs.values()))
     pairs = zip(scores_at(runs[name], point), scores_at(first, point), strict=True)
-    return [theirs["AVG-D"] - ours["AVG-D"] for theirs, ours in pairs]
+    return [score["AVG-D"] - of_first["AVG-D"] for score, of_first in pairs]
 
 
 def print_power(runs):
-    """Print the difference of AVG-D to the first variant that so many seeds would have shown."""
+    """Print the smallest difference of AVG-D to the first variant that the seeds would show.
+
+    It is that of a paired t test, two-sided at 5 % with power .8, if the deviation of the pairs'
+    differences is as it was found.
+    """
     first, *others = runs
-    print(f"\nThe difference to {first} that this many pairs show with power .8 at 5 %:\n")
+    print(f"\nThe true difference to {first} that so many pairs show with power .8 at 5 %:\n")
     for name in others:
         values = differences(runs, name, -1)
-        free = len(values) - 1
-        seen = stats.t.ppf(0.975, free) + stats.t.ppf(0.8, free)
-        print(f"* {name}: {seen * statistics.stdev(values) / math.sqrt(len(values)):.3f}")
+        n = len(values)
+        deviation_of_mean = statistics.stdev(values) / math.sqrt(n)
+        deviations = stats.t.ppf(0.975, n - 1) + stats.t.ppf(0.8, n - 1)
+        print(f"* {name}: {deviations * deviation_of_mean:.3f}")
 
 
 def print_along_the_way(runs):
@@ -265,15 +281,23 @@ def print_along_the_way(runs):
 
 
 def print_forgetting(runs):
-    """Print each source's held-out R@1 after its last step, and what it has lost by the end."""
-    sources = list(next(iter(runs.values()))[0]["held_out"])
+    """Print each source's held-out R@1 after its last step, and its change by the end."""
+    sources = set()
+    for lines in runs.values():
+        for line in lines:
+            sources |= set(line["held_out"])
+    sources = sorted(sources)
     print("\nHeld-out R@1 after a source's last step, and its change by the end of the run\n")
     study.print_row("", [*sources, "all"])
     study.print_row("---", ["---"] * (len(sources) + 1))
     for name, lines in runs.items():
         cells = []
         for source in sources:
+            # A run may never have drawn the source.
             entries = [line["held_out"][source] for line in lines if source in line["held_out"]]
+            if not entries:
+                cells.append("-")
+                continue
             then = statistics.mean(entry["then"] for entry in entries)
             end = statistics.mean(entry["end"] for entry in entries)
             cells.append(f"{then:.2f} {end - then:+.3f}")
@@ -286,7 +310,7 @@ def print_forgetting(runs):
 
 
 def draw(path):
-    """Plot AVG-D along the way, its differences at the end, and losses of the sources."""
+    """Plot AVG-D along the way, and the losses of the sources under three schedules."""
     import matplotlib
 
     matplotlib.use("Agg")

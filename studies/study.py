@@ -176,8 +176,8 @@ def run_with_defect(defect, script, *flags):
 # Runs
 
 
-def start(command, log, defect=""):
-    """Run `python ...`, perhaps with a defect; its output goes to the file `log`.
+def run_logged(command, log, defect=""):
+    """Run `python ...` to its end, perhaps with a defect; its output goes to the file `log`.
 
     Raises RuntimeError that names the command and the log if it fails.
     """
@@ -208,7 +208,7 @@ def train(variant, seed):
         finished = folder / "trained"
         if not finished.is_file():
             flags = f"--workers 0 {variant.train} --seed {seed} --out {folder}"
-            start(f"python train.py {flags}", folder / "train.txt", defect)
+            run_logged(f"python train.py {flags}", folder / "train.txt", defect)
             finished.touch()
 
 
@@ -220,7 +220,7 @@ def measure(variant, seed):
         out = results.parent
         out.mkdir(parents=True, exist_ok=True)
         command = f"python eval.py --ckpt {variant.folder(seed)} {variant.test} --out {out}"
-        start(command, out / "eval.txt", variant.defect)
+        run_logged(command, out / "eval.txt", variant.defect)
     return json.loads(results.read_text())
 
 
@@ -433,5 +433,5 @@ def run_study(name):
     draw(name, seeds, scores, OUT / f"{name}.png")
 
 
-if __name__ == "__main__":  # python -m studies.study DEFECT SCRIPT FLAGS...: see start()
+if __name__ == "__main__":  # python -m studies.study DEFECT SCRIPT FLAGS...: see run_logged
     run_with_defect(*sys.argv[1:])

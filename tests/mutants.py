@@ -40,8 +40,8 @@ LIST = r"""
 + return np.exp(z - z.max()) * sizes
 
 @ train.py: test_train::source_probabilities
-- z = np.asarray(relevance, float) / sigma_t
-+ z = np.asarray(relevance, float) * sigma_t
+- z = relevance / sigma_t
++ z = relevance * sigma_t
 
 @ train.py: test_train::sigma_and
 - return sizes
@@ -198,8 +198,8 @@ LIST = r"""
 + items = max(1, micro_tokens // self.tokens)
 
 @ memory.py: test_memory::the_arithmetic
-- between = (layers - 1) * kept * tokens
-+ between = layers * kept * tokens
+- kept_by_layers = (layers - 1) * kept * tokens
++ kept_by_layers = layers * kept * tokens
 
 @ memory.py: test_memory::a_config_alone
 - "AdamW": 2 * trained,
@@ -306,19 +306,19 @@ LIST = r"""
 + candidates = left >= 0
 
 @ train.py: test_train::an_epoch_draws_by_relevance_among
-- left = np.array(quotas) - (0 if taken is None else np.asarray(taken))
-+ left = np.array(quotas)
+- left -= taken
++ pass
 
 @ train.py: test_train::the_papers_mixtures
-- "reverse": dict(weigh=reverse_weights, probes=True, one_pass=True),
-+ "reverse": dict(weigh=reverse_weights, probes=True, one_pass=False),
+- "reverse": dict(weigh=reverse_weights, probes=True, quotas=True),
++ "reverse": dict(weigh=reverse_weights, probes=True, quotas=False),
 
 @ train.py: test_train::an_epoch_draws_by_relevance_among
-- "pyramid": dict(weigh=pyramid_weights, probes=True, one_pass=True),
-+ "pyramid": dict(weigh=pyramid_weights, probes=True, one_pass=False),
+- "pyramid": dict(weigh=pyramid_weights, probes=True, quotas=True),
++ "pyramid": dict(weigh=pyramid_weights, probes=True, quotas=False),
 
 @ train.py: test_train::an_epoch_draws_by_relevance_among
-- return pyramid_weights(-np.asarray(relevance, float), sigma_t, sizes, levels, progress)
+- return pyramid_weights(-relevance, sigma_t, sizes, levels, progress)
 + return pyramid_weights(relevance, sigma_t, sizes, levels, progress)
 
 @ train.py: test_train::quotas_are
@@ -334,7 +334,7 @@ LIST = r"""
 + sums[task] += r
 
 @ train.py: test_train::sampler_deals
-- steps.append(passes * -(-rows // batch) + -(-rest // batch))  # rounded up
+- steps.append(passes * -(-rows // batch) + -(-rest // batch))
 + steps.append(-(-drawn // batch))
 
 @ train.py: test_wiring::a_run_that_stops

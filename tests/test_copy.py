@@ -114,10 +114,10 @@ assert time.tolist() == [[0, 1, 1, 4, 4, 5]] and x.tolist() == [[0, 1, 2, 1, 2, 
         """
 quotas = source_quotas([4, 4], [2, 2])
 numbers, share = draw_epoch(
-    "pyramid", [0.3, 0.7], sigma(0, 3), quotas, 42, sizes=[4, 4], levels=[1, 2], steps=range(1)
+    "pyramid", [0.3, 0.7], sigma(0, 3), [4, 4], [1, 2], quotas=quotas, seed=42, steps=range(1)
 )
 assert abs(share[1] - 1 / (1 + np.exp(-4))) < 1e-12 and len(numbers) == 1
-numbers, _ = draw_epoch("pyramid", [0.3, 0.7], 0.1, quotas, 42, sizes=[4, 4], levels=[1, 2])
+numbers, _ = draw_epoch("pyramid", [0.3, 0.7], 0.1, [4, 4], [1, 2], quotas=quotas, seed=42)
 assert sorted(numbers) == [0, 0, 1, 1]
 """,
     ),

@@ -25,7 +25,7 @@ import memory  # noqa: E402
 import train  # noqa: E402
 from kernels.infonce import CPU_BLOCK, info_nce_dist  # noqa: E402
 from memory import (  # noqa: E402
-    MicroBatch,
+    BatchShape,
     PeakMemory,
     StepMemory,
     largest_that_fits,
@@ -81,6 +81,9 @@ SIZES = {
 def make_gve(size, dtype, dropout, checkpointing):
     """A random Qwen2.5-VL with LoRA, ready to train."""
     sizes = SIZES[size]
+    head = sizes["hidden"] // 4
+    mrope_section = [head // 2 - 2 * (head // 6), head // 6, head // 6]
+    rope = {"rope_type": "default", "mrope_section": mrope_section, "rope_theta": 1e4}
     text = dict(
         hidden_size=sizes["hidden"],
         intermediate_size=sizes["intermediate"],
@@ -90,10 +93,8 @@ def make_gve(size, dtype, dropout, checkpointing):
         vocab_size=300,
         bos_token_id=1,
         eos_token_id=1,
-        rope_parameters={"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4},
+        rope_parameters=rope,
     )
-    head = sizes["hidden"] // 4
-    text["rope_parameters"]["mrope_section"] = [head // 2 - 2 * (head // 6), head // 6, head // 6]
     vision = dict(
         depth=sizes["vision_layers"],
         hidden_size=sizes["vision"],
@@ -117,7 +118,7 @@ def make_gve(size, dtype, dropout, checkpointing):
     core.requires_grad_(False)
     spec.install_fixes(core.visual)
     backbone = add_adapter(core, spec, {"lora_dropout": dropout})
-    for module in backbone.modules():
+    for module in backbone.modules():  # as GVE.from_pretrained does
         module.cast_input_dtype_enabled = dtype != torch.bfloat16
     gve = GVE(backbone, None, spec).train()
     if checkpointing:
@@ -143,14 +144,17 @@ def make_batch(kind, items, length):
     batch["attention_mask"] = torch.ones_like(ids)
     if items > 1:
         batch["attention_mask"][-1, -1] = 0
-    return batch, MicroBatch(items, length, patches)
+    return batch, BatchShape(items, length, patches)
 
 
 def count_step(gve, batch, grad_cache):
     """Run two steps of one micro-batch -> bytes at the peak of each moment of the second."""
-    optimizer = torch.optim.AdamW(gve.lora_parameters().values())
-    for step in range(2):
-        existing = [*gve.parameters(), *[p.grad for p in gve.lora_parameters().values() if step]]
+    lora = gve.lora_parameters().values()
+    optimizer = torch.optim.AdamW(lora)
+    for _ in range(2):
+        # The second step finds gradients and AdamW's state.
+        existing = list(gve.parameters())
+        existing += [p.grad for p in lora if p.grad is not None]
         for state in optimizer.state.values():
             existing += [state["exp_avg"], state["exp_avg_sq"]]
 
@@ -160,7 +164,7 @@ def count_step(gve, batch, grad_cache):
             if "pixel_values_videos" in batch:
                 pixels = batch["pixel_values_videos"].nbytes
                 encoded = gve.encode_vision(batch)
-                # A loader's pixels are bytes, which stay beside the floats.
+                # A real loader's pixels are bytes, which stay beside the floats followed here.
                 peaks["vision tower"] = tracker.peak + pixels // 4
                 tracker.now -= pixels  # dropped once they are features
                 tracker.peak = tracker.now
@@ -175,11 +179,22 @@ def count_step(gve, batch, grad_cache):
     return peaks
 
 
+def count_of(gve, grad_cache=True, checkpointing=True, dropout=0.0):
+    """The arithmetic of a model on a CPU."""
+    return StepMemory(
+        gve.core,
+        grad_cache=grad_cache,
+        checkpointing=checkpointing,
+        dropout=dropout,
+        device_type="cpu",
+    )
+
+
 def predicted_and_counted(size, kind, dtype, checkpointing, dropout, grad_cache, items, length):
     """Peaks of one micro-batch by the arithmetic and by the tracker -> {moment: (bytes, bytes)}."""
     gve = make_gve(size, dtype, dropout, checkpointing)
     batch, shape = make_batch(kind, items, length)
-    count = StepMemory(gve.core, grad_cache, checkpointing, dropout, "cpu")
+    count = count_of(gve, grad_cache, checkpointing, dropout)
     moments = count.micro_batch(shape)
     counted = count_step(gve, batch, grad_cache)
     return {name: (sum(moments[name].values()), peak) for name, peak in counted.items()}
@@ -205,7 +220,7 @@ for size in SIZES:
     [*OPTIONS, *[pytest.param(option, marks=pytest.mark.slow) for option in MORE_OPTIONS]],
     ids=lambda option: "-".join(str(part).removeprefix("torch.") for part in option),
 )
-def test_the_arithmetic_is_within_a_tenth_of_every_storage_that_a_step_makes(option):
+def test_the_arithmetic_is_within_a_twentieth_of_every_storage_that_a_step_makes(option):
     peaks = predicted_and_counted(*option, items=4, length=132)
     for moment, (predicted, counted) in peaks.items():
         assert abs(predicted / counted - 1) < 0.05, (moment, predicted, counted)
@@ -260,7 +275,7 @@ def embed_role(gve, cache, encoded, grad_cache):
     ],
 )
 def test_a_whole_step_keeps_what_the_arithmetic_says(grad_cache, checkpointing):
-    gve = make_gve("tiny", torch.float32, 0.0, checkpointing)
+    gve = make_gve("tiny", torch.float32, dropout=0.0, checkpointing=checkpointing)
     batches = {"texts": [], "videos": []}
     roles = []
     for kind, length in (("texts", 40), ("videos", 180)):
@@ -283,7 +298,7 @@ def test_a_whole_step_keeps_what_the_arithmetic_says(grad_cache, checkpointing):
             if grad_cache:
                 cache.backward()
 
-    count = StepMemory(gve.core, grad_cache, checkpointing, 0.0, "cpu")
+    count = count_of(gve, grad_cache, checkpointing)
     moments = count.step(roles, loss_bytes(12, 12, gve.dim), micro_batch=2, micro_tokens=0)
     sums = {}
     for moment, terms in moments.items():
@@ -294,11 +309,10 @@ def test_a_whole_step_keeps_what_the_arithmetic_says(grad_cache, checkpointing):
 
 def test_a_step_counts_its_other_micro_batches_in_every_moment():
     """By hand: with GradCache, three int64 a token, and a feature of 64 floats a vision token."""
-    gve = make_gve("tiny", torch.float32, 0.0, True)
-    count = StepMemory(gve.core, True, True, 0.0, "cpu")
-    texts = MicroBatch(12, 40)
-    videos = MicroBatch(12, 180, patches=12 * 640)
-    moments = count.step([texts, videos], 0, micro_batch=2, micro_tokens=0)
+    count = count_of(make_gve("tiny", torch.float32, dropout=0.0, checkpointing=True))
+    texts = BatchShape(12, 40)
+    videos = BatchShape(12, 180, patches=12 * 640)
+    moments = count.step([texts, videos], loss=0, micro_batch=2, micro_tokens=0)
     of_texts = 40 * 3 * 8
     of_videos = 180 * 3 * 8 + 160 * 64 * 4
     everything = 12 * (of_texts + of_videos)
@@ -308,9 +322,9 @@ def test_a_step_counts_its_other_micro_batches_in_every_moment():
 
 
 def test_as_many_items_fit_as_the_memory_holds():
-    gve = make_gve("tiny", torch.float32, 0.1, True)
-    count = StepMemory(gve.core, True, True, 0.1, "cpu")
-    shape = MicroBatch(1, 300)
+    gve = make_gve("tiny", torch.float32, dropout=0.1, checkpointing=True)
+    count = count_of(gve, dropout=0.1)
+    shape = BatchShape(1, 300)
     for free in (5e7, 3e8):
         items = largest_that_fits(count, shape, free)
         assert peak_bytes(count.micro_batch(shape.resized(items))) <= free

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import math
 import random
+import re
 import shutil
 import statistics
 
@@ -255,7 +256,7 @@ def test_a_run_s_line_holds_its_model_at_every_point(tiny, media, tmp_path, monk
         f"--base {tiny} --prober {tiny} --data {media} --mixture {mixture} --features= --steps 6 "
         "--lr 0.005 --save-every 1 --keep 99 --log-every 1"
     )
-    monkeypatch.setattr(curriculum, "SOURCES", {"tour": flags})
+    monkeypatch.setattr(curriculum, "DATA", {"tour": flags})
 
     seen = []  # (step, sum of the LoRA weights) where eval.py would score a checkpoint
 
@@ -310,15 +311,16 @@ def record_line(variant, seed, score):
 
 def test_the_tables_pair_the_seeds_that_all_variants_have(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(curriculum, "RECORD", tmp_path / "record.jsonl")
-    names = [name for name, (sources, _) in curriculum.VARIANTS.items() if sources == "tour"]
+    names = [name for name, (data, _) in curriculum.VARIANTS.items() if data == "tour"]
     lines = [record_line(names[0], 9, 0.9)]  # a seed that the others lack
     for seed, luck in ((5, 0.00), (6, 0.04)):
         for i, name in enumerate(names):
             lines.append(record_line(name, seed, 0.4 + 0.01 * i + luck * (1 + i % 2)))
+    lines[-1]["held_out"]["b"] = {"step": 6, "then": 0.25, "end": 0.75}  # others never drew it
     write_jsonl(curriculum.RECORD, lines)
     curriculum.run_study(only_table=True)
     printed = capsys.readouterr().out
-    assert "Sources of tour: 2 seeds" in printed and "Sources of chain: 0 seeds" in printed
+    assert "Data of tour: 2 seeds" in printed and "Data of chain: 0 seeds" in printed
 
     # The second variant: .41 and .49, less .40 and .44; with two pairs t = 12.706.
     half = 12.7062 * statistics.stdev([0.01, 0.05]) / math.sqrt(2)
@@ -326,6 +328,8 @@ def test_the_tables_pair_the_seeds_that_all_variants_have(tmp_path, monkeypatch,
     # And the difference seen with power .8: (t(.975) + t(.8)) sd / sqrt(2)
     seen = (12.7062 + 1.37638) * statistics.stdev([0.01, 0.05]) / math.sqrt(2)
     assert f"* {names[1]}: {seen:.3f}" in printed
+    *others, last = re.findall(r"\| (\S+(?: \+0.500)?) \| -?\+?[0-9.-]+ ± ", printed)
+    assert (others, last) == (["-"] * (len(names) - 1), "0.25 +0.500")
     assert (tmp_path / "record.png").stat().st_size > 10_000
 
 
@@ -337,7 +341,7 @@ def test_runs_in_the_record_are_not_run_again(tmp_path, monkeypatch):
     lines = [record_line(name, 5, 0.4) for name in curriculum.VARIANTS if name != second]
     write_jsonl(curriculum.RECORD, lines)
     commands = []
-    monkeypatch.setattr(study, "start", lambda command, log: commands.append(command))
+    monkeypatch.setattr(study, "run_logged", lambda command, log: commands.append(command))
     curriculum.run_missing()
     assert f"python -m studies.curriculum 5 {second}" in commands
     assert f"python -m studies.curriculum 5 {first}" not in commands

@@ -926,17 +926,15 @@ class Rows:
 
 def test_without_quotas_an_epoch_draws_by_relevance_alone_whatever_the_sizes():
     """Two sources of unequal size and equal relevance are drawn equally often: 200 times each."""
-    kw = dict(sizes=[10, 1000], levels=[1, 2])
-    numbers, share = train.draw_epoch("pyramid-free", [0.4, 0.4], 0.1, [4, 396], 3, **kw)
+    how = dict(sizes=[10, 1000], levels=[1, 2], quotas=[4, 396], seed=3)
+    numbers, share = train.draw_epoch("pyramid-free", [0.4, 0.4], 0.1, **how)
     assert share.tolist() == pytest.approx([0.5, 0.5])
     assert abs(numbers.count(0) - 200) < 4 * 10  # four standard deviations
-    assert numbers == train.draw_epoch("pyramid-free", [0.4, 0.4], 0.1, [4, 396], 3, **kw)[0]
+    again, _ = train.draw_epoch("pyramid-free", [0.4, 0.4], 0.1, **how)
+    assert again == numbers
 
 
-# R .4, .5, .1 at sigma .1: weights 1, e, e^-3. Quotas of 2, 1 and 3 steps, sizes far from them.
-UNEQUAL = dict(sizes=[500, 10, 3000], levels=[1, 1, 4])
-
-
+# R .4, .5, .1 at sigma .1: weights 1, e, e^-3.
 @pytest.mark.parametrize(
     "schedule, weights",
     [("pyramid", [1, math.e, math.e**-3]), ("reverse", [1, 1 / math.e, math.e**3])],
@@ -957,15 +955,23 @@ def test_an_epoch_draws_by_relevance_among_the_sources_that_have_quota_left(sche
             shares.append(p)
         assert left == [0, 0, 0]
 
-        drawn = (schedule, [0.4, 0.5, 0.1], 0.1, [2, 1, 3], seed)
-        numbers, share = train.draw_epoch(*drawn, **UNEQUAL)
+        how = dict(
+            schedule=schedule,
+            relevance=[0.4, 0.5, 0.1],
+            sigma_t=0.1,
+            sizes=[500, 10, 3000],  # far from the quotas
+            levels=[1, 1, 4],
+            quotas=[2, 1, 3],
+            seed=seed,
+        )
+        numbers, share = train.draw_epoch(**how)
         assert numbers == expected
         assert share.tolist() == pytest.approx(np.mean(shares, axis=0).tolist())
 
         # Cut into two epochs
-        first, _ = train.draw_epoch(*drawn, **UNEQUAL, steps=range(4))
+        first, _ = train.draw_epoch(**how, steps=range(4))
         taken = [first.count(k) for k in range(3)]
-        rest, _ = train.draw_epoch(*drawn, **UNEQUAL, steps=range(4, 6), taken=taken)
+        rest, _ = train.draw_epoch(**how, steps=range(4, 6), taken=taken)
         assert first + rest == expected
 
 
@@ -1000,10 +1006,10 @@ def test_the_papers_mixtures_are_gone_through_exactly_once(preset, steps, schedu
             schedule,
             relevance,
             train.sigma(epoch, 3),
-            quotas,
-            42,
-            sizes=samples,
-            levels=levels,
+            samples,
+            levels,
+            quotas=quotas,
+            seed=42,
             taken=sampler.taken(),
             steps=train.epoch_steps(epoch, 3, steps),
         )
