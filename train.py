@@ -173,9 +173,9 @@ def uniform_weights(relevance, sigma_t, sizes, levels, progress):
 
 
 def staged_weights(relevance, sigma_t, sizes, levels, progress):
-    """Walk the levels in turn, each for its share of the pairs; inside a level, weigh by size."""
-    pairs = [sizes[levels == level].sum() for level in range(1, len(LEVELS) + 1)]
-    ends = np.cumsum(pairs) / sizes.sum()
+    """Walk the levels in turn, each for its share of a pass; inside a level, weigh by size."""
+    of_levels = [sizes[levels == level].sum() for level in range(1, len(LEVELS) + 1)]
+    ends = np.cumsum(of_levels) / sizes.sum()
     level = 1 + np.searchsorted(ends, progress, side="right")
     return sizes * (levels == level)
 
@@ -202,8 +202,9 @@ def source_probabilities(
     """Return P (K,), the probability of each source at one step.
 
     schedule: a name of SCHEDULES, else ValueError. relevance R (K,): cosines; None for schedules
-    that do not need them. sigma_t: temperature. sizes (K,): pairs. levels (K,): 1..4. progress: how
-    far the run is, in [0, 1). candidates (K,) bool: the sources that may be drawn; None: all.
+    that do not need them. sigma_t: temperature. sizes (K,): global batches of one pass, not
+    rounded. levels (K,): 1..4. progress: how far the run is, in [0, 1). candidates (K,) bool: the
+    sources that may be drawn; None: all.
     """
     if schedule not in SCHEDULES:
         raise ValueError(f"unknown schedule {schedule!r}; accepted: {', '.join(SCHEDULES)}")
@@ -1104,6 +1105,8 @@ def dry_run(flags, rank, world, device):
             try_step(gve, optimizer, [sample] * (shape.items - 1) + [shorter], collate, flags)
         predicted = peak_bytes(count.micro_batch(shape))
         measured = peak.rise + sum(weight_bytes(gve.core).values())
+        if rank > 0:
+            continue
         tqdm.write(
             f"{shape.items} {name} of {length} tokens in a forward: {gib(measured)} GiB at peak, "
             f"{gib(predicted)} GiB by arithmetic ({predicted / measured - 1:+.1%})"
@@ -1196,8 +1199,10 @@ def plan_epoch(flags, epoch, start, sources, sampler):
     flags: schedule, sigma_max, epochs, steps, seed. start: {"relevance", "error"}, R_k and their
     standard errors (K,), None without probing. sampler: at the epoch's first step; it moves on.
     """
-    sizes = [source.samples for source in sources]
-    quotas = source_quotas(sizes, sampler.batch, flags.steps)
+    samples = [source.samples for source in sources]
+    quotas = source_quotas(samples, sampler.batch, flags.steps)
+    # A step of a larger batch sees more pairs, so a source's size is counted in its batches.
+    sizes = [n / batch for n, batch in zip(samples, sampler.batch, strict=True)]
     of_epoch = epoch_steps(epoch, flags.epochs, int(quotas.sum()))
     sigma_t = sigma(epoch, flags.epochs, high=flags.sigma_max)
     numbers, share = draw_epoch(

@@ -353,8 +353,8 @@ def probabilities_by_hand(relevance, sigma, progress, draws, sources, s):
             if steps == s.steps / 3:
                 weights[k] = 0
         return weights / weights.sum()
-    # Level 1 lasts for its share of the pairs, then comes level 3; levels 2 and 4 have none.
-    sizes = {source.name: source.samples for source in sources}
+    # Level 1 lasts for its share of the batches, then comes level 3; levels 2 and 4 have none.
+    sizes = {source.name: source.samples / source.batch for source in sources}
     below = sizes["words"] + sizes["pictures"]
     if progress < below / sum(sizes.values()):
         return np.array([sizes["words"] / below, sizes["pictures"] / below, 0.0])
