@@ -133,7 +133,8 @@ STUDIES = {
         {
             "GVE-i": Variant(f"{PLAIN} --schedule proportional"),
             "GVE-s": Variant(f"{RICH} --schedule proportional"),
-            "GVE": Variant(RICH),
+            "GVE": Variant(f"{RICH} --schedule pyramid"),
+            "GVE, no quotas": Variant(f"{RICH} --schedule pyramid-free"),
         },
     ),
 }

@@ -329,6 +329,10 @@ LIST = r"""
 - one_pass = -(-np.asarray(samples) // np.asarray(batch))  # rounded up
 + one_pass = np.asarray(samples) // np.asarray(batch)
 
+@ train.py: test_train::relevance_by_task
+- relevance = relevance_by_task(relevance, sizes, tasks)
++ relevance = relevance_by_task(relevance, [1] * len(tasks), tasks)
+
 @ train.py: test_train::sources_of_a_task
 - sums[task] += r * size
 + sums[task] += r

@@ -1048,6 +1048,21 @@ def test_sigma_and_the_other_schedules():
     assert shares("staged", 0.999) == [0, 0, 0, 1]
 
 
+def test_relevance_by_task_reaches_the_draw(tiny, mixture, tmp_path, monkeypatch):
+    entries = json.loads(Path(mixture).read_text())
+    entries[1]["task"] = "T2V"  # as the first: 7 and 5 pairs
+    other = Path(mixture).with_name("two-of-a-task.json")
+    other.write_text(json.dumps(entries))
+    probed = ([0.2, 0.8, 0.5], [0.0, 0.0, 0.0])
+    monkeypatch.setattr(train, "probe_sources", lambda *_: probed)
+    go(*flags_for(tiny, other, tmp_path, "--steps 1 --epochs 1 --relevance task"))
+    (line,) = events(load_jsonl(tmp_path / "log.jsonl"), "epoch")
+    shared = (7 * 0.2 + 5 * 0.8) / 12
+    assert list(line["R"].values()) == pytest.approx([shared, shared, 0.5], abs=1e-5)
+    weights = np.exp(np.array([shared, shared, 0.5]) / 0.1)
+    assert list(line["P"].values()) == pytest.approx((weights / weights.sum()).tolist(), abs=1e-4)
+
+
 def test_help_shows_the_defaults_of_the_preset(capsys):
     def help_of(*words):
         with pytest.raises(SystemExit):
