@@ -60,7 +60,8 @@ class Table:
 
     published: list = dataclasses.field(default_factory=list)
     later: list = dataclasses.field(default_factory=list)  # published after the paper
-    measured: dict = dataclasses.field(default_factory=dict)  # {published model: rows below its}
+    # Results that measure a published model anew: {model: the rows that stand under its row}.
+    reruns: dict = dataclasses.field(default_factory=dict)
     yours: list = dataclasses.field(default_factory=list)
     bounds: list = dataclasses.field(default_factory=list)  # chance and ceiling
     mixed: list = dataclasses.field(default_factory=list)  # each with published values and yours
@@ -68,22 +69,22 @@ class Table:
 
     def groups(self):
         """Return the groups that have rows, in the order in which they are shown."""
-        published = self.add_measured(self.published)
-        later = self.add_measured(self.later)
+        published = self.add_reruns(self.published)
+        later = self.add_reruns(self.later)
         every = (published, later, self.yours, self.bounds, self.mixed)
         return [group for group in every if group]
 
-    def add_measured(self, rows):
+    def add_reruns(self, rows):
         """Return these published rows, each followed by the rows that measure its model anew."""
         group = []
         for row in rows:
             group.append(row)
-            group.extend(self.measured.get(row.get("model"), []))
+            group.extend(self.reruns.get(row.get("model"), []))
         return group
 
-    def measured_rows(self):
-        """Return all rows that come from results."""
-        return [*self.yours, *itertools.chain(*self.measured.values())]
+    def rows_of_results(self):
+        """Return yours and the reruns, wherever they stand."""
+        return [*self.yours, *itertools.chain(*self.reruns.values())]
 
 
 def published():
@@ -267,7 +268,7 @@ def score_table(name, paper, results):
 
     table = Table()
     complete_entries = {}
-    below_published = []  # results
+    rerun_results = []
     for i, result in enumerate(results):
         # Only complete datasets enter averages.
         complete = {}
@@ -295,9 +296,8 @@ def score_table(name, paper, results):
             row["model"] = f"  measured: {label}"
             exact = make_row("  difference", with_averages(complete))
             difference = subtract(exact, printed_scores[model], intervals)
-            own_rows = table.measured.setdefault(model, [])
-            own_rows += [row, difference, *intervals]
-            below_published.append(result)
+            table.reruns.setdefault(model, []).extend([row, difference, *intervals])
+            rerun_results.append(result)
         else:
             table.yours += [row, *intervals]
 
@@ -307,13 +307,13 @@ def score_table(name, paper, results):
             values = {dataset: entry[bound] for dataset, entry in complete_entries.items()}
             table.bounds.append(make_row(bound, with_averages(values)))
 
-        columns = columns_with_numbers(table.measured_rows())
+        columns = columns_with_numbers(table.rows_of_results())
         if not columns:
             return Table()
         table.yours = [pick(row, columns) for row in table.yours]
         table.bounds = [pick(row, columns) for row in table.bounds]
-        for model, rows in table.measured.items():
-            table.measured[model] = [pick(row, columns) for row in rows]
+        for model, rows in table.reruns.items():
+            table.reruns[model] = [pick(row, columns) for row in rows]
         if not columns_with_numbers(table.bounds):  # no dataset is complete
             table.bounds = []
 
@@ -327,7 +327,7 @@ def score_table(name, paper, results):
             table.footnotes.append(paper["later"]["note"])
             if set(own) & set(unlike):
                 table.footnotes.append(paper["later"]["caveat"])
-    table.footnotes += explain_differences(below_published)
+    table.footnotes += explain_differences(rerun_results)
     return table
 
 
@@ -338,7 +338,7 @@ def published_model(result, paper):
     Raises ValueError if it says to measure a model that has no published row.
     """
     known = [*paper["table1"], *paper["later"]["table1"]]
-    name = noted(result, "published")
+    name = result.get("published")
     if name is not None and name not in known:
         raise ValueError(
             f"{result['model']}: it says to measure {name!r}, which has no published row "
@@ -346,11 +346,6 @@ def published_model(result, paper):
         )
     name = name or result["model"]
     return name if name in known else None
-
-
-def noted(result, key):
-    """Return a fact about a result's model, None if it has none: in its protocol or beside it."""
-    return result["protocol"].get(key, result.get(key))
 
 
 def subtract(row, printed, intervals):
@@ -387,7 +382,7 @@ def explain_differences(results):
     if results:
         lines.append("difference: measured - published")
     if len(without) < len(results):
-        lines.append("  ! the published score lies outside the measured one's 95 % interval")
+        lines.append("  ! the published score lies outside the measured one's bootstrap interval")
     if without:
         lines.append(
             f"  no interval and so no mark: {', '.join(without)}; eval.py --bootstrap 1000 "
@@ -648,7 +643,8 @@ def table_10(paper, results):
     table = Table()
     counts = {}  # {published model: number of parameters}
     for result in results:
-        count = noted(result, "parameters")
+        # eval.py writes a checkpoint's count into the protocol, an encoder's beside it.
+        count = result["protocol"].get("parameters", result.get("parameters"))
         model = published_model(result, paper)
         if model in paper["models"] and count is not None:
             counts[model] = count
@@ -1228,7 +1224,7 @@ def build(name, paper, results, folder, roots):
 def with_numbers(names, results):
     """Return those of the score tables and curves in which any of the results has a number."""
     paper = published()
-    return [name for name in names if build(name, paper, results, None, ()).measured_rows()]
+    return [name for name in names if build(name, paper, results, None, ()).rows_of_results()]
 
 
 def repeats_lines(name, table):

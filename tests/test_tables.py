@@ -369,7 +369,7 @@ def test_a_difference_is_marked_where_the_interval_does_not_hold_the_published_s
         assert rows_from(cells_of(tmp_path / "table2")[style], "GVE-3B")[2][1] == "+.000"
     for style in ("txt", "md", "tex"):
         caption = (tmp_path / f"table1.{style}").read_text()
-        assert "! the published score lies outside the measured one's 95 % interval" in caption
+        assert "! the published score lies outside the measured one's bootstrap interval" in caption
         assert "no interval" not in caption
 
 
@@ -398,7 +398,7 @@ def test_a_score_that_is_incomplete_has_no_difference():
     result = gve_3b(ci95=INTERVALS)
     result["datasets"]["DiDeMo"]["complete"] = False
     table = tables.score_table("Table 1", tables.published(), [result])
-    measured, difference, *_ = table.measured["GVE-3B"]
+    measured, difference, *_ = table.reruns["GVE-3B"]
     assert (measured["DiDeMo"], difference["DiDeMo"]) == (".376*", None)
     assert difference["MSRVTT"] == "-.001"
 
@@ -418,7 +418,7 @@ def test_no_row_of_another_benchmark_stands_under_a_published_row(tmp_path, said
     own = make_result("UVRB", "GVE-3B", {"MyVideos": entry(0.9)})
     table = tables.score_table("Table 1", tables.published(), [own])
     assert [row["model"] for row in table.yours] == ["GVE-3B"]
-    assert not table.measured and not table.published and not table.later
+    assert not table.reruns and not table.published and not table.later
 
 
 def test_later_rows_stand_under_a_heading_and_in_no_figure(tmp_path, capsys):
