@@ -270,15 +270,9 @@ def score_table(name, paper, results):
     complete_entries = {}
     rerun_results = []
     for i, result in enumerate(results):
-        # Only complete datasets enter averages.
-        complete = {}
-        marked = {}
-        for dataset, entry in result["datasets"].items():
-            if entry["complete"]:
-                complete[dataset] = entry["score"]
-                complete_entries[dataset] = entry
-            if entry["n"] and ("note" in entry or not entry["complete"]):
-                marked[dataset] = cell(entry["score"]) + "*"
+        complete, marked = complete_and_marked(result)
+        for dataset in complete:
+            complete_entries[dataset] = result["datasets"][dataset]
         label = roles[i % len(roles)] + result["model"]
         row = make_row(label, with_averages(complete) | marked)
 
@@ -317,18 +311,34 @@ def score_table(name, paper, results):
         if not columns_with_numbers(table.bounds):  # no dataset is complete
             table.bounds = []
 
-    own = [column for column in columns if column in published_columns]
-    if comparable(results) and own:
+    # The published rows, without your own datasets.
+    columns = [column for column in columns if column in published_columns]
+    if comparable(results) and columns:
         for model, cells in scores.items():
-            table.published.append(pick({"model": model, **cells}, own))
+            table.published.append(pick({"model": model, **cells}, columns))
         if later:
             unlike = paper["later"]["not_like_for_like"]
-            table.later = later_rows(later, own, unlike)
+            table.later = later_rows(later, columns, unlike)
             table.footnotes.append(paper["later"]["note"])
-            if set(own) & set(unlike):
+            if set(columns) & set(unlike):
                 table.footnotes.append(paper["later"]["caveat"])
     table.footnotes += explain_differences(rerun_results)
     return table
+
+
+def complete_and_marked(result):
+    """Return {dataset: score} of a result's complete datasets, and {dataset: text} of marked ones.
+
+    Only complete datasets enter averages. A complete one with a note of eval.py's is in both.
+    """
+    complete = {}
+    marked = {}
+    for dataset, entry in result["datasets"].items():
+        if entry["complete"]:
+            complete[dataset] = entry["score"]
+        if entry["n"] and ("note" in entry or not entry["complete"]):
+            marked[dataset] = cell(entry["score"]) + "*"
+    return complete, marked
 
 
 def published_model(result, paper):
