@@ -92,7 +92,11 @@ class Flags:
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "torch device")
     bootstrap: int = flag(0, "resamples of the queries for 95 % intervals, say 1000; 0: none")
     rankings: bool = flag(False, "also write <out>/rankings/<DS>.jsonl, the top 1000 of each query")
-    name: str = flag("", "the model's name in tables; empty: last part of --ckpt or its substitute")
+    name: str = flag(
+        "",
+        "the model's name in tables, a published one to stand under that row; empty: last part of "
+        "--ckpt or its substitute",
+    )
     out: str = flag(
         "", "folder to write; empty: runs/<last part of --ckpt or its substitute>, or runs/tables"
     )

@@ -10,7 +10,8 @@ itself, and the functions that print.
 
 Throughout, `paper` is the content of published.json and `results` are contents of results.json
 files. The published scores are UVRB's: results of another benchmark, such as mini-UVRB, are shown
-without them.
+without them. A result that measures a published model anew stands right under the published row,
+with the difference of each cell.
 """
 
 import csv
@@ -58,14 +59,32 @@ class Table:
     """The rows of a table or figure, in groups; a row is {column: value}."""
 
     published: list = dataclasses.field(default_factory=list)
+    later: list = dataclasses.field(default_factory=list)  # published after the paper
+    # Results that measure a published model anew: {model: the rows that stand under its row}.
+    reruns: dict = dataclasses.field(default_factory=dict)
     yours: list = dataclasses.field(default_factory=list)
     bounds: list = dataclasses.field(default_factory=list)  # chance and ceiling
     mixed: list = dataclasses.field(default_factory=list)  # each with published values and yours
+    footnotes: list = dataclasses.field(default_factory=list)  # lines of the caption
 
     def groups(self):
         """Return the groups that have rows, in the order in which they are shown."""
-        every = (self.published, self.yours, self.bounds, self.mixed)
+        published = self.add_reruns(self.published)
+        later = self.add_reruns(self.later)
+        every = (published, later, self.yours, self.bounds, self.mixed)
         return [group for group in every if group]
+
+    def add_reruns(self, rows):
+        """Return these published rows, each followed by the rows that measure its model anew."""
+        group = []
+        for row in rows:
+            group.append(row)
+            group.extend(self.reruns.get(row.get("model"), []))
+        return group
+
+    def rows_of_results(self):
+        """Return yours and the reruns, wherever they stand."""
+        return [*self.yours, *itertools.chain(*self.reruns.values())]
 
 
 def published():
@@ -199,6 +218,8 @@ STYLES = {"txt": as_text, "md": as_markdown, "csv": as_csv, "tex": as_latex}
 # The average that the paper calls AVG in each; Table 3 has both under their own names.
 AVERAGES = {"Table 1": "AVG-D", "Table 2": "AVG-A", "Table 3": None, "Table 11": "AVG-Z"}
 
+ROUNDING = 0.0005  # published scores have three digits
+
 
 def block_of(name):
     """Return "table1" for "Table 1": the name of its block in published.json and of its files."""
@@ -229,8 +250,12 @@ def score_table(name, paper, results):
     eval.py's. Table 1 has a further column for each dataset of your own, which enters no average.
     Table 3 calls the results GVE-i, GVE-s, GVE, in this order. Columns in which no result has a
     number are left out, of the published rows as well.
+
+    A result whose model has a published row stands right under it, with a row of differences.
     """
     scores = paper[block_of(name)]
+    later = paper["later"].get(block_of(name), {})
+    printed_scores = scores | later
     published_columns = list(next(iter(scores.values())))
     columns = list(published_columns)
     if name == "Table 1":
@@ -243,24 +268,32 @@ def score_table(name, paper, results):
 
     table = Table()
     complete_entries = {}
+    rerun_results = []
     for i, result in enumerate(results):
-        # Only complete datasets enter averages.
-        complete = {}
-        marked = {}
-        for dataset, entry in result["datasets"].items():
-            if entry["complete"]:
-                complete[dataset] = entry["score"]
-                complete_entries[dataset] = entry
-            if entry["n"] and ("note" in entry or not entry["complete"]):
-                marked[dataset] = cell(entry["score"]) + "*"
+        complete, marked = complete_and_marked(result)
+        for dataset in complete:
+            complete_entries[dataset] = result["datasets"][dataset]
         label = roles[i % len(roles)] + result["model"]
-        table.yours.append(make_row(label, with_averages(complete) | marked))
+        row = make_row(label, with_averages(complete) | marked)
 
         # The intervals of --bootstrap, lower ends and upper ends.
+        intervals = []
         if "ci95" in result:
             for end, percent in enumerate(("2.5", "97.5")):
                 bounds = {column: interval[end] for column, interval in result["ci95"].items()}
-                table.yours.append(make_row(f"  {percent} %", bounds))
+                intervals.append(make_row(f"  {percent} %", bounds))
+
+        # The published row is there if the result has a number in one of its columns.
+        model = published_model(result, paper)
+        has_numbers = any(row[column] is not None for column in published_columns)
+        if comparable(results) and model in printed_scores and has_numbers:
+            row["model"] = f"  measured: {label}"
+            exact = make_row("  difference", with_averages(complete))
+            difference = subtract(exact, printed_scores[model], intervals)
+            table.reruns.setdefault(model, []).extend([row, difference, *intervals])
+            rerun_results.append(result)
+        else:
+            table.yours += [row, *intervals]
 
     # Chance and ceiling belong to the data: any result with the complete dataset has them.
     if results:
@@ -268,19 +301,120 @@ def score_table(name, paper, results):
             values = {dataset: entry[bound] for dataset, entry in complete_entries.items()}
             table.bounds.append(make_row(bound, with_averages(values)))
 
-        columns = columns_with_numbers(table.yours)
+        columns = columns_with_numbers(table.rows_of_results())
         if not columns:
             return Table()
         table.yours = [pick(row, columns) for row in table.yours]
         table.bounds = [pick(row, columns) for row in table.bounds]
+        for model, rows in table.reruns.items():
+            table.reruns[model] = [pick(row, columns) for row in rows]
         if not columns_with_numbers(table.bounds):  # no dataset is complete
             table.bounds = []
 
-    if comparable(results) and set(columns) & set(published_columns):
+    # The published rows, without your own datasets.
+    columns = [column for column in columns if column in published_columns]
+    if comparable(results) and columns:
         for model, cells in scores.items():
-            own = [column for column in columns if column in cells]
-            table.published.append(pick({"model": model, **cells}, own))
+            table.published.append(pick({"model": model, **cells}, columns))
+        if later:
+            unlike = paper["later"]["not_like_for_like"]
+            table.later = later_rows(later, columns, unlike)
+            table.footnotes.append(paper["later"]["note"])
+            if set(columns) & set(unlike):
+                table.footnotes.append(paper["later"]["caveat"])
+    table.footnotes += explain_differences(rerun_results)
     return table
+
+
+def complete_and_marked(result):
+    """Return {dataset: score} of a result's complete datasets, and {dataset: text} of marked ones.
+
+    Only complete datasets enter averages. A complete one with a note of eval.py's is in both.
+    """
+    complete = {}
+    marked = {}
+    for dataset, entry in result["datasets"].items():
+        if entry["complete"]:
+            complete[dataset] = entry["score"]
+        if entry["n"] and ("note" in entry or not entry["complete"]):
+            marked[dataset] = cell(entry["score"]) + "*"
+    return complete, marked
+
+
+def published_model(result, paper):
+    """Return the name of the published model that a result measures anew, None if there is none.
+
+    The result may say so ("published", which an encoder may give); otherwise its own name counts.
+    Raises ValueError if it says to measure a model that has no published row.
+    """
+    known = [*paper["table1"], *paper["later"]["table1"]]
+    name = result.get("published")
+    if name is not None and name not in known:
+        raise ValueError(
+            f"{result['model']}: it says to measure {name!r}, which has no published row "
+            f"(accepted: {', '.join(known)})"
+        )
+    name = name or result["model"]
+    return name if name in known else None
+
+
+def subtract(row, printed, intervals):
+    """Make the row of differences, measured - published, from a row of measured scores.
+
+    printed: {column: published score}. intervals: the rows of lower and of upper ends, or none.
+    ! marks a difference that the interval does not allow: the published score, rounded as it is,
+    lies outside.
+    """
+    differences = {"model": row["model"]}
+    for column, measured in row.items():
+        if column == "model":
+            continue
+        published_score = printed.get(column)
+        if measured is None or published_score is None:
+            differences[column] = None
+            continue
+
+        rounded = round(measured - published_score, 3) + 0.0  # -0.0 + 0.0 is 0.0
+        text = f"{rounded:+.3f}".replace("0.", ".", 1)
+        ends = [bounds[column] for bounds in intervals]
+        if ends and None not in ends:
+            low, high = ends
+            if not low - ROUNDING <= published_score <= high + ROUNDING:
+                text += "!"
+        differences[column] = text
+    return differences
+
+
+def explain_differences(results):
+    """Return the footnotes on rows of differences, none if no result has one."""
+    without = [result["model"] for result in results if "ci95" not in result]
+    lines = []
+    if results:
+        lines.append("difference: measured - published")
+    if len(without) < len(results):
+        lines.append("  ! the published score lies outside the measured one's bootstrap interval")
+    if without:
+        lines.append(
+            f"  no interval and so no mark: {', '.join(without)}; eval.py --bootstrap 1000 "
+            "gives intervals"
+        )
+    return lines
+
+
+def later_rows(scores, columns, unlike):
+    """Make the rows of models that were published after the paper, under a heading.
+
+    scores: {model: {column: score}}. unlike: columns that are not like for like, marked with ?.
+    """
+    rows = [{"model": "published later"} | dict.fromkeys(columns, "")]
+    for model, cells in scores.items():
+        row = {"model": model}
+        for column in columns:
+            row[column] = cells.get(column)
+            if column in unlike and row[column] is not None:
+                row[column] = cell(row[column]) + "?"
+        rows.append(row)
+    return rows
 
 
 def columns_with_numbers(rows):
@@ -511,19 +645,32 @@ def table_9(paper, results):
 
 
 def table_10(paper, results):
-    """Build Table 10, the models; the size of yours is its number of parameters."""
-    yours = []
+    """Build Table 10: the models, their printed sizes, and parameters counted from loaded weights.
+
+    A result that measures a published model anew gives its count to that row. Sizes are the
+    models' own, so results of any benchmark do.
+    """
+    table = Table()
+    counts = {}  # {published model: number of parameters}
     for result in results:
-        protocol = result["protocol"]
-        yours.append(
-            {
-                "model": result["model"],
-                "full_name": protocol["checkpoint"],
-                "size": protocol.get("parameters"),
-            }
-        )
-    published_rows = [{"model": model, **row} for model, row in paper["models"].items()]
-    return Table(published=published_rows, yours=yours)
+        # eval.py writes a checkpoint's count into the protocol, an encoder's beside it.
+        count = result["protocol"].get("parameters", result.get("parameters"))
+        model = published_model(result, paper)
+        if model in paper["models"] and count is not None:
+            counts[model] = count
+        else:
+            checkpoint = result["protocol"]["checkpoint"]
+            row = {"model": result["model"], "full_name": checkpoint, "parameters": count}
+            table.yours.append(row)
+
+    for model, facts in paper["models"].items():
+        row = {"model": model}
+        for column, value in facts.items():
+            row[column] = value
+            if column == "size" and results:
+                row["parameters"] = counts.get(model)
+        table.published.append(row)
+    return table
 
 
 # Figures: 2, curves (6, 11, 12, 13), correlations (7, 8)
@@ -1008,6 +1155,15 @@ def check_claims(paper):
         yield Check("text", f"{where}, {row}", name, claimed, shown, tolerance=0.0101)
 
 
+def contradicted(checks):
+    """Return the checks that fail as {(where, row, column): (printed, computed)}."""
+    wrong = {}
+    for check in checks:
+        if abs(check.printed - check.computed) > check.tolerance:
+            wrong[check.where, check.row, check.column] = (check.printed, check.computed)
+    return wrong
+
+
 def disagreements(paper):
     """Find published values that do not follow from others.
 
@@ -1016,10 +1172,7 @@ def disagreements(paper):
     Pearson or Spearman, reproduces nine tenths of its family: only then is it known which of the
     two was printed.
     """
-    wrong = {}
-    for check in recompute(paper):
-        if abs(check.printed - check.computed) > check.tolerance:
-            wrong[check.where, check.row, check.column] = (check.printed, check.computed)
+    wrong = contradicted(recompute(paper))
 
     # Correlations: count the cells that each statistic does not give.
     lines = []
@@ -1081,7 +1234,7 @@ def build(name, paper, results, folder, roots):
 def with_numbers(names, results):
     """Return those of the score tables and curves in which any of the results has a number."""
     paper = published()
-    return [name for name in names if build(name, paper, results, None, ()).yours]
+    return [name for name in names if build(name, paper, results, None, ()).rows_of_results()]
 
 
 def repeats_lines(name, table):
@@ -1130,7 +1283,7 @@ def show(names, results, out, folder, roots=(), brief=False):
         title = f"{name}: {about}{TITLES[name]}"
         caption = title
         if has_scores:
-            caption = "\n".join([title, *notes(results)])
+            caption = "\n".join([title, *notes(results), *table.footnotes])
 
         path = Path(out) / block_of(name)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1173,10 +1326,21 @@ def print_published():
     print(render(caption + "! where the paper prints another value", [rows]))
 
     print(f"{len(wrong)} published values do not follow from others:")
+    print_contradicted(wrong)
+    print("\n".join(lines))
+
+    # Rows of another paper: its values are no errata of this one.
+    later = paper["later"]
+    wrong = contradicted(check_tables_1_and_2(later))
+    print(f"\n{later['source']}: {len(wrong)} values do not follow from its cells by our rules:")
+    print_contradicted(wrong)
+
+
+def print_contradicted(wrong):
+    """Print a line for each of contradicted()'s values."""
     for (where, row, name), (printed, computed) in wrong.items():
         line = f"  {where}, {row}, {name}: printed {printed:,}, the others give {computed:,.4f}"
         print(line.replace(".0000", ""))  # counts of pairs are whole numbers
-    print("\n".join(lines))
 
 
 def pyramid_table(event, levels):

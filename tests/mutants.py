@@ -990,6 +990,50 @@ LIST = r"""
 - left = sum(quota[member] for member in members) - used
 + left = sum(quota[member] for member in members) + used
 
+@ tables.py: test_tables::a_measured_row
+- group.extend(self.reruns.get(row.get("model"), []))
++ pass
+
+@ tables.py: test_tables::a_measured_row
+- rounded = round(measured - published_score, 3) + 0.0  # -0.0 + 0.0 is 0.0
++ rounded = round(published_score - measured, 3) + 0.0
+
+@ tables.py: test_tables::a_difference_is_marked
+- if not low - ROUNDING <= published_score <= high + ROUNDING:
++ if not low <= published_score <= high:
+
+@ tables.py: test_tables::a_result_may_say
+- if name is not None and name not in known:
++ if False:
+
+@ tables.py: test_tables::a_result_may_say
+- name = name or result["model"]
++ name = result["model"]
+
+@ tables.py: test_tables::table_10_has
+- count = result["protocol"].get("parameters", result.get("parameters"))
++ count = result["protocol"].get("parameters")
+
+@ tables.py: test_tables::a_difference_is_marked
+- lines.append("  ! the published score lies outside the measured one's bootstrap interval")
++ pass
+
+@ tables.py: test_tables::no_row_of_another_benchmark
+- if comparable(results) and model in printed_scores and has_numbers:
++ if model in printed_scores and has_numbers:
+
+@ tables.py: test_tables::later_rows
+- if column in unlike and row[column] is not None:
++ if column not in unlike and row[column] is not None:
+
+@ tables.py: test_tables::table_10_has
+- counts[model] = count
++ counts[model] = facts["size"]
+
+@ tables.py: test_tables::published_errata
+- wrong = contradicted(check_tables_1_and_2(later))
++ wrong = contradicted(check_tables_1_and_2(paper))
+
 # kernels/
 
 @ kernels/infonce.py: test_infonce::twin_equals
@@ -1307,8 +1351,8 @@ LIST = r"""
 + 1 / frames * seconds,
 
 @ tables.py: test_tables::score_tables_show
-- every = (self.published, self.yours, self.bounds, self.mixed)
-+ every = (self.published, self.yours, self.mixed)
+- every = (published, later, self.yours, self.bounds, self.mixed)
++ every = (published, later, self.yours, self.mixed)
 
 @ tables.py: test_wiring::a_table_in_four
 - lines.append([cell(row.get(column)) for column in columns])
@@ -1395,8 +1439,8 @@ LIST = r"""
 + row[result["model"]] = None
 
 @ tables.py: test_wiring::tables_show_ones
-- "size": protocol.get("parameters"),
-+ "size": None,
+- row = {"model": result["model"], "full_name": checkpoint, "parameters": count}
++ row = {"model": result["model"], "full_name": checkpoint, "parameters": None}
 
 @ tables.py: test_wiring::tables_show_ones
 - return {"AVG-D": result["AVG-D"], "AVG-A": result["AVG-A"], **result["abilities"]}
@@ -1493,7 +1537,7 @@ LIST = r"""
 +     text = render(caption, table.groups())
 
 @ tables.py: test_tables::score_tables_show
-- caption = "\n".join([title, *notes(results)])
+- caption = "\n".join([title, *notes(results), *table.footnotes])
 + pass
 
 @ tables.py: test_tables::published_errata
@@ -2102,7 +2146,7 @@ LIST = r"""
 + if column != "model":
 
 @ tables.py: test_wiring::tables_show_ones
-- return [name for name in names if build(name, paper, results, None, ()).yours]
+- return [name for name in names if build(name, paper, results, None, ()).rows_of_results()]
 + return list(names)
 
 @ tables.py: test_eval::a_folders_own_dataset

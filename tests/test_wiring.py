@@ -1135,7 +1135,7 @@ def test_tables_show_ones_own_numbers_in_their_places():
             assert off == pytest.approx(1, abs=0.07), (row["data"], size)
     rows = {row["setting"]: row for row in tables.table_9(paper, [a, b]).mixed}
     assert (rows["lr"]["a"], rows["lr"]["b"]) == (0.5, 0.7)
-    sizes = [(row["full_name"], row["size"]) for row in tables.table_10(paper, [a, b]).yours]
+    sizes = [(row["full_name"], row["parameters"]) for row in tables.table_10(paper, [a, b]).yours]
     assert sizes == [("runs/a", 1234), ("runs/b", None)]
     assert tables.kind_of({"name": "x", "task": "I2V"}) == "video"
 
