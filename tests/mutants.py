@@ -581,7 +581,7 @@ LIST = r"""
 + "instruction": None,
 
 @ model.py: test_embed::batches_hold
-- width = len(sample["ids"])
+- width = length
 - batch[i] = sample
 + width = 0
 + batch[i] = sample
@@ -1105,8 +1105,8 @@ LIST = r"""
 + return self.sources[k].where(0)
 
 @ model.py: test_embed::the_commands_prompt
-- lambda i: collate.prepare(items[i], instruction),
-+ lambda i: collate.prepare(items[i]),
+- lambda item: collate.prepare(item, instruction),
++ lambda item: collate.prepare(item),
 
 @ eval.py: test_eval::any_model
 - queries, lost_queries = query_file.pick("query", bench.queries, bench.name)
@@ -2152,8 +2152,8 @@ LIST = r"""
 + features = torch.cat([media for media in batch[f"{kind}_features"]])
 
 @ model.py: test_devices::encoding
-- vectors = gve(to_device(inputs, gve.device)).float().cpu()
-+ vectors = gve(to_device(inputs, gve.device)).float()
+- return self(to_device(inputs, self.device)).float().cpu()
++ return self(to_device(inputs, self.device)).float()
 
 @ kernels/windows.py: test_devices::encoding
 - offsets = torch.arange(n, device=query.device)
