@@ -1104,7 +1104,7 @@ LIST = r"""
 - return self.sources[k].where(row)
 + return self.sources[k].where(0)
 
-@ model.py: test_embed::the_commands_prompt
+@ embed.py: test_embed::the_commands_prompt
 - lambda item: collate.prepare(item, instruction),
 + lambda item: collate.prepare(item),
 

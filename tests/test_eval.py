@@ -757,27 +757,32 @@ def test_a_wrong_encoder_is_an_error_and_an_item_it_cannot_embed_is_a_loss(tiny,
     rows[1]["item"] = {"text": "y"}
     # 5 rows, two equal, one whose image is absent.
     with pytest.raises(ValueError, match=r"short: shape \(1, 2\) for 3 items; expected \(3, D\)"):
-        ev.function_encoder(f"{tmp_path}/mine.py:short", 8)(rows, None, "")
-    vectors, failed, _ = ev.function_encoder(f"{tmp_path}/mine.py:half", 2)(rows, None, "")
+        encoder_at(f"{tmp_path}/mine.py:short", 8)(rows, None, "")
+    vectors, failed, _ = encoder_at(f"{tmp_path}/mine.py:half", 2)(rows, None, "")
     assert set(failed) == {0, 1, 2, 4}
     assert failed[1] == "q.jsonl:2: the encoder says that this item failed (a row of NaN)"
     assert failed[4] == f"q.jsonl:5: {media / 'gone.png'} does not exist"
     assert vectors[3].tolist() == [1, 0] and vectors.isfinite().all(1).tolist() == 3 * [0] + [1, 0]
 
     with pytest.raises(ValueError, match="has no function 'nothing'"):
-        ev.function_encoder(f"{tmp_path}/mine.py:nothing", 8)
+        ev.load_function(f"{tmp_path}/mine.py:nothing")
     with pytest.raises(OSError, match="gone.py"):
-        ev.function_encoder(f"{tmp_path}/gone.py:embed", 8)
+        ev.load_function(f"{tmp_path}/gone.py:embed")
     for spec in (f"{tmp_path}/mine.py", "mine:embed"):
         with pytest.raises(ValueError, match="expected FILE.py:FUNCTION"):
-            ev.function_encoder(spec, 8)
+            ev.load_function(spec)
+
+
+def encoder_at(spec, size=8, **options):
+    """The encoder of FILE.py:NAME."""
+    return ev.function_encoder(ev.load_function(spec), size, **options)
 
 
 def encoder_of(folder, text, name="embed", size=8):
     """An encoder from a file of its own in `folder`."""
     folder.mkdir(exist_ok=True)
     (folder / "mine.py").write_text(text)
-    return ev.function_encoder(f"{folder}/mine.py:{name}", size)
+    return encoder_at(f"{folder}/mine.py:{name}", size)
 
 
 UNITS = {  # a function's result as people write it, three rows of the unit matrix
@@ -910,14 +915,11 @@ def test_nothing_scored_is_an_error_with_the_reasons_in_the_log(tmp_path):
     assert [len(json.loads(event)["failed"]) for event in events] == [7, 16]
 
 
-def test_torchrun_and_an_encoder_of_ones_own_are_refused_before_every_rank_writes(
-    tmp_path, monkeypatch
-):
+def test_torchrun_and_vectors_in_files_are_refused_before_every_rank_writes(tmp_path, monkeypatch):
     folder = own_benchmark(tmp_path)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    for source in (["--encoder", f"{tmp_path / 'mine.py'}:embed"], ["--embeddings", tmp_path]):
-        with pytest.raises(ValueError, match="take one process: no torchrun"):
-            call(*source, "--uvrb", folder, "--out", tmp_path / "out")
+    with pytest.raises(ValueError, match="takes one process: no torchrun"):
+        call("--embeddings", tmp_path, "--uvrb", folder, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
