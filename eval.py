@@ -527,13 +527,17 @@ class Function:
             if value is not None and not isinstance(value, kind):
                 raise ValueError(f"--encoder {self.spec}: {name} = {value!r}; expected {kind}")
         if self.size and len(self.size) != 2:
-            raise ValueError(f"--encoder {self.spec}: size = {self.size}; expected height, width")
+            raise ValueError(f"--encoder {self.spec}: size = {self.size}; expected (height, width)")
         if self.size and self.prepare:
             raise ValueError(f"--encoder {self.spec}: expected size or prepare, not both")
         if self.frames is None and (self.size or self.prepare):
             raise ValueError(f"--encoder {self.spec}: size and prepare need frames")
         if self.frames is not None:
             sample_indices(1, self.frames)  # rejects odd numbers early
+        try:
+            json.dumps([self.protocol, self.parameters])
+        except TypeError as error:  # results.json is written last, after hours perhaps
+            raise ValueError(f"--encoder {self.spec}: protocol: {error}") from error
 
 
 def load_function(spec):
