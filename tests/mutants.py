@@ -675,8 +675,8 @@ LIST = r"""
 + frames=frames,
 
 @ eval.py: test_wiring::a_function_of
-- batch = distinct[start : start + size]
-+ batch = distinct[start : start + 32]
+- batch_size=size,
++ batch_size=32,
 
 @ eval.py: test_wiring::eval_hands
 - corpora, lost, damaged = encode_rows(rows, None, "corpora")
@@ -1125,12 +1125,8 @@ LIST = r"""
 + return dict(self.named_parameters())
 
 @ model.py: test_embed::the_commands_prompt
-- items,
-- instruction,
-- range(len(items)),
-+ items,
-+ None,
-+ range(len(items)),
+- lambda item: collate.prepare(item, instruction),
++ lambda item: collate.prepare(item),
 
 @ model.py: test_model::an_unknown_model_type
 - if model_type not in BACKBONES:
@@ -1887,6 +1883,38 @@ LIST = r"""
 
 @ eval.py: test_eval::an_encoders_file
 - sys.modules["__mp_main__"] = module
++ pass
+
+@ eval.py: test_eval::an_encoder_with_frames
+- decoded["image"] = decoded["image"][0]
++ pass
+
+@ eval.py: test_eval::prepare_runs
+- workers=workers if function.frames else 0,
++ workers=0,
+
+@ eval.py: test_eval::the_settings_alone
+- "size": function.size,
++ "size": None,
+
+@ eval.py: test_eval::results_json_holds_what
+- return protocol | (function.protocol or {})
++ return protocol
+
+@ eval.py: test_eval::a_clip_that_hangs
+- return vectors, *say_where(rows, reasons, tally)
++ return vectors, *say_where(rows, reasons, {})
+
+@ embed.py: test_eval::vectors_with_a_fingerprint
+- dim = dim or agree_on_dim(cache.find_dim())
++ dim = dim or 0
+
+@ embed.py: test_eval::two_ranks_of_an_encoder
+- if place // share % world == rank and i not in known:
++ if place % world == rank and i not in known:
+
+@ support/cache.py: test_eval::two_ranks_of_an_encoder
+- vectors[places] = torch.cat(made)
 + pass
 
 @ eval.py: test_eval::an_encoder_may

@@ -23,6 +23,7 @@ import torch
 from conftest import moving_square, write_video
 from PIL import Image
 
+import embed
 import eval as ev
 import tables
 import uvrb
@@ -919,7 +920,8 @@ seen = []
 def embed(items, instruction):
     seen.extend(items)
     with open({log!r}, "a") as file:
-        file.write(json.dumps([len(items), instruction]) + "\\n")
+        texts = [item.get("text") for item in items]
+        file.write(json.dumps([len(items), instruction, texts]) + "\\n")
     rows = []
     for item in items:
         text = sum(map(ord, item.get("text", "")))
@@ -940,7 +942,7 @@ def write_encoder(folder, attributes):
 
 
 def calls_of(folder):
-    """Take the log of an encoder's calls -> [[number of items, instruction], ...]."""
+    """Take the log of an encoder's calls -> [[number of items, instruction, texts], ...]."""
     log = folder / "calls.jsonl"
     lines = log.read_text().splitlines() if log.exists() else []
     log.unlink(missing_ok=True)
@@ -986,7 +988,8 @@ def test_an_encoder_with_frames_gets_the_arrays_of_load_video_and_load_image(med
             assert item[kind].dtype == np.uint8 and item[kind].flags.writeable
             assert np.array_equal(item[kind], wanted[kind]), (kind, item[kind].shape)
 
-    assert calls_of(tmp_path) == [[3, "Find it."], [3, "Find it."], [1, "Find it."]]
+    calls = [call[:2] for call in calls_of(tmp_path)]
+    assert calls == [[3, "Find it."], [3, "Find it."], [1, "Find it."]]
     assert failed == {7: f"q.jsonl:8: {media / 'gone.mp4'} does not exist"} and not damaged
     for vector, item in zip(vectors, expected, strict=False):  # each in its own row
         pixels = item.get("video", item.get("image"))
@@ -1050,7 +1053,7 @@ def test_vectors_with_a_fingerprint_are_kept_until_anything_changes(media, tmp_p
         function = ev.load_function(write_encoder(tmp_path, attributes))
         cache = ev.function_cache(function, tmp_path / "cache") if keep else None
         vectors, failed, _ = ev.function_encoder(function, 2, cache=cache)(rows, instruction, "")
-        given = sum(n for n, _ in calls_of(tmp_path))
+        given = sum(n for n, _, _ in calls_of(tmp_path))
         if keep:
             assert torch.equal(vectors, calls(attributes, instruction, keep=False)[1])
         return given, vectors
@@ -1145,10 +1148,17 @@ def test_an_encoder_may_be_made_when_it_is_asked_for_by_a_name_with_a_hyphen(tmp
     assert vectors.shape == (1, 3)
 
 
+def test_ranks_whose_vectors_differ_in_width_are_an_error(monkeypatch):
+    monkeypatch.setattr(embed, "all_gather_object", lambda own: [own, 0, 5])
+    assert embed.agree_on_dim(5) == embed.agree_on_dim(0) == 5
+    with pytest.raises(ValueError, match=r"different widths: \[4, 5\]"):
+        embed.agree_on_dim(4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fingerprint", [None, "one"])
 def test_two_ranks_of_an_encoder_equal_one(media, tmp_path, fingerprint):
-    """With a clip that is lost, one that gives a part, and no vector from one rank alone."""
+    """With a clip that is lost and one that gives a part."""
     folder = world(tmp_path, media)
     (tmp_path / "videos" / "2.mp4").write_bytes(b"bad")
     write_damaged(tmp_path / "videos" / "5.mp4")
@@ -1157,6 +1167,7 @@ def test_two_ranks_of_an_encoder_equal_one(media, tmp_path, fingerprint):
     torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
     logged = []
     items = []
+    batches = []  # of texts: none of them fails, so that they are the same
     for ranks in (1, 2):
         out = tmp_path / str(ranks)
         words = ["--encoder", spec, "--uvrb", folder, "--root", media, "--out", out, "--rankings"]
@@ -1169,11 +1180,13 @@ def test_two_ranks_of_an_encoder_equal_one(media, tmp_path, fingerprint):
         )
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("results.json, tables and log") == 1
-        items.append(sum(n for n, _ in calls_of(tmp_path)))
+        calls = calls_of(tmp_path)
+        items.append(sum(n for n, _, _ in calls))
+        batches.append(sorted(texts for _, _, texts in calls if texts[0]))
         events = [json.loads(line) for line in (out / "log.jsonl").open()]
         logged.append([[event["failed"], event["damaged"]] for event in events])
         assert (out / "cache").exists() == bool(fingerprint)
-    assert items[0] == items[1]
+    assert items[0] == items[1] and batches[0] == batches[1]
     assert logged[0] == logged[1] and all(failed and damaged for failed, damaged in logged[0][2:])
     one, two = [results_of(tmp_path / name) for name in "12"]
     assert one == two
