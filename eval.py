@@ -522,16 +522,18 @@ class Function:
     def __post_init__(self):
         types = {"frames": int, "size": list | tuple, "fingerprint": str, "protocol": dict}
         types |= {"parameters": int, "published": str}
+        if self.frames is None:  # nothing is decoded
+            self.size = None
+            self.prepare = None
         for name, kind in types.items():
             value = getattr(self, name)
             if value is not None and not isinstance(value, kind):
-                raise ValueError(f"--encoder {self.spec}: {name} = {value!r}; expected {kind}")
+                expected = getattr(kind, "__name__", kind)
+                raise ValueError(f"--encoder {self.spec}: {name} = {value!r}; expected {expected}")
         if self.size and len(self.size) != 2:
             raise ValueError(f"--encoder {self.spec}: size = {self.size}; expected (height, width)")
         if self.size and self.prepare:
             raise ValueError(f"--encoder {self.spec}: expected size or prepare, not both")
-        if self.frames is None and (self.size or self.prepare):
-            raise ValueError(f"--encoder {self.spec}: size and prepare need frames")
         if self.frames is not None:
             sample_indices(1, self.frames)  # rejects odd numbers early
         try:
@@ -558,8 +560,12 @@ def load_function(spec):
 
     attributes = {}
     for field in dataclasses.fields(Function):
-        if field.name not in ("spec", "call"):
-            attributes[field.name] = getattr(call, field.name, None)
+        if field.name in ("spec", "call"):
+            continue
+        value = getattr(call, field.name, None)
+        if callable(value) and field.name != "prepare":  # a torch module's method `parameters`
+            value = None
+        attributes[field.name] = value
     return Function(spec, call, **attributes)
 
 
@@ -612,7 +618,7 @@ def function_encoder(function, size, *, cache=None, workers=0, seconds=60):
             return vectors
 
         def embed_some(todo, failed, tally):
-            batches = decode_and_embed(
+            made = decode_and_embed(
                 lambda item: decode_media(item, function),
                 embed_batch,
                 items,
@@ -623,16 +629,7 @@ def function_encoder(function, size, *, cache=None, workers=0, seconds=60):
                 failed=failed,
                 tally=tally,
             )
-            for batch, vectors in batches:
-                good = []
-                for row, i in enumerate(batch):
-                    if vectors[row].isfinite().all():
-                        good.append(row)
-                    elif vectors.isnan()[row].all():
-                        failed[i] = "the encoder says that this item failed (a row of NaN)"
-                    else:
-                        failed[i] = f"{function.spec} gives a vector that is not finite"
-                yield [batch[row] for row in good], vectors[good]
+            return keep_finite(made, function.spec, failed)
 
         tally = collections.Counter()
         made, failed = encode_distinct(
@@ -646,13 +643,27 @@ def function_encoder(function, size, *, cache=None, workers=0, seconds=60):
             tally=tally,
         )
         if len(failed) < len(items):
-            dim = made.shape[1]
+            dim = made.shape[1]  # on every rank, also where all vectors come from the cache
         vectors = torch.full((len(rows), made.shape[1]), math.nan)
         vectors[present] = made
         reasons = absent | {present[i]: reason for i, reason in failed.items()}
         return vectors, *say_where(rows, reasons, tally)
 
     return encode_rows
+
+
+def keep_finite(batches, spec, failed):
+    """Yield batches of decode_and_embed without rows that are not finite; those go to `failed`."""
+    for batch, vectors in batches:
+        good = []
+        for row, i in enumerate(batch):
+            if vectors[row].isfinite().all():
+                good.append(row)
+            elif vectors[row].isnan().all():
+                failed[i] = "the encoder says that this item failed (a row of NaN)"
+            else:
+                failed[i] = f"{spec} gives a vector that is not finite"
+        yield [batch[row] for row in good], vectors[good]
 
 
 def decode_media(item, function):

@@ -1124,15 +1124,25 @@ def test_results_json_holds_what_an_encoder_says_of_itself(tmp_path):
 
 WRONG_ATTRIBUTES = {  # lines of the encoder's file: words of the error
     "embed.frames = 3": "must be even",
-    "embed.frames = '8'": "frames = '8'; expected <class 'int'>",
-    "embed.size = (8, 8)": "need frames",
-    "embed.prepare = where_it_runs": "need frames",
+    "embed.frames = '8'": "frames = '8'; expected int",
+    "embed.frames = 4\nembed.size = 224": "size = 224; expected list | tuple",
     "embed.frames = 4\nembed.size = (8, 8, 3)": "expected (height, width)",
     "embed.frames = 4\nembed.size = (8, 8)\nembed.prepare = where_it_runs": "not both",
     "embed.protocol = {'weights': np.ones(2)}": "protocol",
     "embed.fingerprint = 7": "fingerprint = 7",
     "del embed\ndef __getattr__(name): raise AttributeError(f'{name}: I know A-1')": "I know A-1",
 }
+
+
+def test_a_torch_module_may_stand_for_the_function(tmp_path):
+    """Its methods are no attributes of an encoder; without frames, neither are size and prepare."""
+    lines = "import torch\nclass Model(torch.nn.Module):\n    size = 768\n"
+    lines += "    prepare = forward = lambda self, items, instruction: embed(items, instruction)\n"
+    write_encoder(tmp_path, lines + "model = Model()")
+    function = ev.load_function(f"{tmp_path}/mine.py:model")
+    assert (function.parameters, function.size, function.prepare) == (None, None, None)
+    vectors, failed, _ = ev.function_encoder(function, 8)(rows_of({"text": "abc"}), None, "")
+    assert vectors.shape == (1, 3) and not failed
 
 
 @pytest.mark.parametrize("lines", WRONG_ATTRIBUTES)
