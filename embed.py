@@ -21,6 +21,7 @@ Legend: n items, D embedding dim, N queries, M corpus rows.
 
 import collections
 import dataclasses
+import itertools
 import json
 import os
 import sys
@@ -79,8 +80,66 @@ def encode(
     """
     items = [with_plain_paths(item) for item in items]
     collate = gve.collator(frames=frames, max_tokens=max_tokens, max_length=max_length)
-    if cache is None:
-        cache = NoCache()
+    settings = {
+        "instruction": instruction,
+        "frames": frames,
+        "max_tokens": max_tokens,
+        "max_length": max_length,
+    }
+
+    def embed_some(todo, failed, tally):
+        return decode_and_embed(
+            lambda item: collate.prepare(item, instruction),
+            lambda batch: gve.embed_samples(collate, batch.values()),
+            items,
+            todo,
+            batch_tokens=batch_tokens,
+            workers=workers,
+            seconds=seconds,
+            failed=failed,
+            tally=tally,
+        )
+
+    was_training = gve.training
+    gve.eval()
+    result = encode_distinct(
+        items,
+        embed_some,
+        cache or NoCache(),
+        settings,
+        dim=gve.dim,
+        sort_key=lambda i: kind_and_length(items[i]),  # like beside like, to save padding
+        desc=desc,
+        tally=tally,
+    )
+    gve.train(was_training)
+    return result
+
+
+def encode_distinct(
+    items,
+    embed_some,
+    cache,
+    settings,
+    *,
+    dim=None,
+    sort_key=None,
+    share=1,
+    desc=None,
+    tally=None,
+):
+    """Embed items as encode does, by any model: equal ones once, and those of its cache not at all.
+
+    embed_some  function of (todo, failed, tally) that yields ([i, ...], vectors (b, D)) until all
+                indices of the list `todo` are done, but for those that failed: it adds their
+                reasons to the dict `failed`, and to the Counter `tally` what encode says
+    settings    dict of everything besides the cache's model that the vectors depend on
+    dim         D; None: as the first vectors have it
+    sort_key    function of an index by which items are sorted; None: their order
+    share       ranks get so many neighbours at a time
+
+    Raises ValueError if ranks find vectors of different D.
+    """
     rank = 0
     world = 1
     if cache.shared_by_ranks and dist.is_initialized():
@@ -93,42 +152,32 @@ def encode(
     for i, key in enumerate(keys):
         first.setdefault(key, i)
 
-    # Plan: items that the cache lacks, like beside like to save padding, dealt out to the ranks.
-    settings = {
-        "instruction": instruction,
-        "frames": frames,
-        "max_tokens": max_tokens,
-        "max_length": max_length,
-    }
+    # Plan: items that the cache lacks, dealt out to the ranks.
     cache.open(settings)
-    vectors = cache.allocate(len(items), gve.dim)
-    known = cache.read(first, vectors)
-    order = sorted(first.values(), key=lambda i: kind_and_length(items[i]))
-    todo = [i for i in order[rank::world] if i not in known]
+    dim = dim or agree_on_dim(cache.find_dim())
+    known = set()
+    if dim:
+        vectors = cache.allocate(len(items), dim)
+        known = cache.read(first, vectors)
+    todo = []
+    for place, i in enumerate(sorted(first.values(), key=sort_key)):
+        if place // share % world == rank and i not in known:
+            todo.append(i)
 
     # Run: decode, embed and keep, batch by batch.
     failed = {}
     own_tally = collections.Counter()
-    was_training = gve.training
-    gve.eval()
-    batches = decode_and_embed(
-        gve,
-        collate,
-        items,
-        instruction,
-        todo,
-        batch_tokens=batch_tokens,
-        workers=workers,
-        seconds=seconds,
-        failed=failed,
-        tally=own_tally,
-    )
+    batches = embed_some(todo, failed, own_tally)
     with report_progress(len(todo), desc, quiet=desc is None) as advance:
+        if not dim:
+            head = list(itertools.islice(batches, 1))
+            batches = itertools.chain(head, batches)
+            dim = agree_on_dim(head[0][1].shape[1] if head else 0)
+            vectors = cache.allocate(len(items), max(dim, 1))
         for batch, made in batches:
             vectors[batch] = made
             cache.add([{"key": keys[i], "item": items[i]} for i in batch], made)
             advance(len(batch))
-    gve.train(was_training)
     cache.flush()
 
     # Expand: read the other ranks' vectors, then give equal items those of the first one.
@@ -147,6 +196,14 @@ def encode(
     vectors[equals] = vectors[[first[keys[i]] for i in equals]]
     reasons = {i: failed[first[key]] for i, key in enumerate(keys) if first[key] in failed}
     return vectors, reasons
+
+
+def agree_on_dim(own):
+    """Return the D that any rank knows, 0 if none does; own: this rank's, or 0."""
+    known = set(all_gather_object(own)) - {0}
+    if len(known) > 1:
+        raise ValueError(f"ranks made vectors of different widths: {sorted(known)}")
+    return max(known, default=0)
 
 
 def kind_and_length(item):

@@ -4,7 +4,7 @@ arXiv 2510.27571 (section 4; tables.py makes the tables).
     python eval.py --ckpt runs/gve-mini                 mini-UVRB, after `python -m mini render`;
                                                         about a minute on 2 cores
     python eval.py --ckpt DIR_OR_HUB_ID --uvrb DIR      UVRB as released; Table 11's sets likewise
-    python eval.py --encoder my.py:embed --uvrb DIR     your model: see function_encoder
+    python eval.py --encoder my.py:embed --uvrb DIR     your model: see Function
     python eval.py --embeddings VECTORS --uvrb DIR      vectors of any origin: see read_datasets
     python eval.py --ckpt X --frames 8 16 48            Figure 12
     python eval.py --ckpt X --max-tokens 200 400 800    Figure 13
@@ -14,7 +14,7 @@ arXiv 2510.27571 (section 4; tables.py makes the tables).
 Writes <out>/results.json, whole or not at all, log.jsonl, and tables as .txt, .md, .csv and .tex;
 with --rankings also rankings/<DS>.jsonl. extras/export.py turns these into files for MTEB and
 trec_eval. <out>/cache keeps the vectors, so that a killed run goes on where it stopped. Under
-torchrun the ranks share a checkpoint's encoding.
+torchrun the ranks share the encoding.
 
 The exit status is 0 where items failed, too: the tables mark the scores that lack them, and the
 last line counts them. It is 1 where nothing could be scored, or where a table that --table or
@@ -29,6 +29,7 @@ Legend: N queries, M corpus items, D embedding dim, P positives of a query.
 
 import collections
 import dataclasses
+import hashlib
 import itertools
 import json
 import math
@@ -44,14 +45,17 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import transformers
+from PIL import Image
 
 import uvrb
 from data import PATH_KEY
-from embed import encode, find_first_equals, hash_some_columns, load_checkpoint
-from support.cache import VectorCache
+from embed import encode, encode_distinct, find_first_equals, hash_some_columns, load_checkpoint
+from model import decode_and_embed
+from support.cache import SharedVectors, VectorCache
 from support.files import hash_files, read_jsonl, write_json, write_jsonl
 from support.flags import flag, parse_flags
-from support.progress import first_few, track
+from support.media import load_image, open_clip, sample_indices
+from support.progress import first_few
 from support.ranks import join_ranks, leave_ranks
 from tables import cell, print_published, read_results, show, with_numbers
 
@@ -457,13 +461,21 @@ def checkpoint_encoder(gve, cache, flags, frames, max_tokens):
             if i not in failed:
                 where = rows[i]["where"]
                 raise ValueError(f"{where}: {flags.ckpt} gives a vector that is not finite")
-        failed = {i: f"{rows[i]['where']}: {reason}" for i, reason in failed.items()}
-        damaged = find_damaged(rows, tally)
-        for i in failed.keys() & damaged.keys():  # its window lies in the lost part
-            del damaged[i]
-        return vectors, failed, damaged
+        return vectors, *say_where(rows, failed, tally)
 
     return encode_rows
+
+
+def say_where(rows, reasons, tally):
+    """Name the lines of rows that failed or gave a part -> (failed, damaged) of encode_rows.
+
+    reasons: {index: reason}; tally: embed.encode's
+    """
+    failed = {i: f"{rows[i]['where']}: {reason}" for i, reason in reasons.items()}
+    damaged = find_damaged(rows, tally)
+    for i in failed.keys() & damaged.keys():  # its window lies in the lost part
+        del damaged[i]
+    return failed, damaged
 
 
 def find_damaged(rows, tally):
@@ -483,73 +495,229 @@ def find_damaged(rows, tally):
     return damaged
 
 
-def function_encoder(spec, size):
-    """Make the encoder of FILE.py:NAME, a function of (items, instruction) that returns (n, D).
+@dataclasses.dataclass
+class Function:
+    """The function of --encoder FILE.py:NAME, with the attributes that it may have.
 
-    items: at most `size` dicts with any of "text", "image" and "video", media as absolute paths or
-    with spans as in data.py, equal ones once and none whose media are absent. instruction: the
-    dataset's prompt (Table 5) for queries, None for the corpus. The result is a tensor, an array or
-    a list of rows. A row of NaN in it says that an item failed.
-
-    Raises ValueError if there is no such function, if it raises, or if its result is not (n, D)
-    with the same D in every call and no row of zeros.
+    It takes (items, instruction) and returns (n, D). items: dicts with any of "text", "image" and
+    "video", media as absolute paths or with spans as in data.py, equal ones once and none whose
+    media are absent. instruction: the dataset's prompt (Table 5) for queries, None for the corpus.
+    The result is a tensor, an array or a list of rows. A row of NaN in it says that an item failed.
     """
+
+    spec: str  # FILE.py:NAME
+    call: object
+    # An even number F. A "video" is then an array (F, H, W, 3) uint8, its uniform frames, and an
+    # "image" an array (H, W, 3). They are decoded in processes that may hang or crash, many items
+    # ahead: frames of full size take much memory there.
+    frames: int | None = None
+    # (height, width) to which frames and images are resized there, bicubic, whatever their shape.
+    size: tuple | None = None
+    # Or a function that is called there, without a GPU: of an array (F, H, W, 3) uint8, F = 1 for
+    # an image. Its result, tensor or array, becomes the "video" or "image".
+    prepare: object = None
+    # Changes with the weights and with every setting. With it vectors are kept in <out>/cache and
+    # found again as long as it, NAME and the file's content are the same; without it never.
+    fingerprint: str | None = None
+    protocol: dict | None = None  # joins the protocol in results.json
+    parameters: int | None = None  # size of the model, for Table 10
+    published: str | None = None  # the model's name in published.json
+
+    def __post_init__(self):
+        types = {"frames": int, "size": list | tuple, "fingerprint": str, "protocol": dict}
+        types |= {"parameters": int, "published": str}
+        if self.frames is None:  # nothing is decoded
+            self.size = None
+            self.prepare = None
+        for name, kind in types.items():
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, kind):
+                expected = getattr(kind, "__name__", kind)
+                raise ValueError(f"--encoder {self.spec}: {name} = {value!r}; expected {expected}")
+        if self.size and len(self.size) != 2:
+            raise ValueError(f"--encoder {self.spec}: size = {self.size}; expected (height, width)")
+        if self.size and self.prepare:
+            raise ValueError(f"--encoder {self.spec}: expected size or prepare, not both")
+        if self.frames is not None:
+            sample_indices(1, self.frames)  # rejects odd numbers early
+        try:
+            json.dumps([self.protocol, self.parameters])
+        except TypeError as error:  # results.json is written last, after hours perhaps
+            raise ValueError(f"--encoder {self.spec}: protocol: {error}") from error
+
+
+def load_function(spec):
+    """Run the file of FILE.py:NAME -> Function. Raises ValueError if there is no such function."""
     path, _, name = spec.rpartition(":")
     if not path.endswith(".py"):
         raise ValueError(f"--encoder {spec}: expected FILE.py:FUNCTION")
-    function = getattr(run_file(path), name, None)
-    if not callable(function):
-        raise ValueError(f"--encoder {spec}: {path} has no function {name!r}")
+    module = run_file(path)
+    reason = f"{path} has no function {name!r}"
+    try:
+        call = getattr(module, name)
+    except AttributeError as error:
+        call = None
+        if hasattr(module, "__getattr__"):  # it makes functions by name, and says of which names
+            reason = str(error)
+    if not callable(call):
+        raise ValueError(f"--encoder {spec}: {reason}")
+
+    attributes = {}
+    for field in dataclasses.fields(Function):
+        if field.name in ("spec", "call"):
+            continue
+        value = getattr(call, field.name, None)
+        if callable(value) and field.name != "prepare":  # a torch module's method `parameters`
+            value = None
+        attributes[field.name] = value
+    return Function(spec, call, **attributes)
+
+
+def function_cache(function, folder):
+    """Return the cache in `folder` of a function's vectors; without a fingerprint none is kept."""
+    if not function.fingerprint:
+        return SharedVectors()
+    path, _, name = function.spec.rpartition(":")
+    key = {
+        "encoder": name,
+        "file": hashlib.sha256(Path(path).read_bytes()).hexdigest(),
+        "fingerprint": function.fingerprint,
+        "frames": function.frames,
+        "size": function.size,
+        "prepare": function.prepare and getattr(function.prepare, "__qualname__", "an object"),
+    }
+    return VectorCache(folder, key)
+
+
+def function_encoder(function, size, *, cache=None, workers=0, seconds=60):
+    """Make the encoder of a Function.
+
+    size: most items of a call. cache: function_cache's. workers, seconds: as in embed.encode, for a
+    function with `frames`; others get no decoding. On any number of ranks the calls have the same
+    items, unless some cannot be decoded or are in the cache.
+
+    Raises ValueError if the function raises, or if its result is not (n, D) with the same D in
+    every call and no row of zeros.
+    """
     dim = None
 
     def encode_rows(rows, instruction, desc):
         nonlocal dim
-        distinct = []  # the first row of each item
-        place_of = {}  # {item as JSON: the place of its row in `distinct`}
-        places = {}  # {i: the place of row i's item}
-        failed = {}
+        absent = {}
+        present = []  # indices of all other rows
         for i, row in enumerate(rows):
-            absent = absent_medium(row["item"])
-            if absent:
-                failed[i] = f"{row['where']}: {absent} does not exist"
-                continue
-            key = json.dumps(row["item"], sort_keys=True)
-            if key not in place_of:
-                place_of[key] = len(distinct)
-                distinct.append(row)
-            places[i] = place_of[key]
+            path = absent_medium(row["item"])
+            if path:
+                absent[i] = f"{path} does not exist"
+            else:
+                present.append(i)
+        items = [rows[i]["item"] for i in present]
+        own_dim = dim
 
-        parts = []
-        starts = range(0, len(distinct), size)
-        for start in track(starts, len(starts), f"{desc}, in batches of {size}"):
-            batch = distinct[start : start + size]
-            part = call_encoder(spec, function, batch, instruction, dim)
-            dim = part.shape[1]
-            parts.append(part)
+        def embed_batch(batch):
+            nonlocal own_dim
+            decoded = [rows[present[i]] | sample for i, sample in batch.items()]
+            vectors = call_encoder(function, decoded, instruction, own_dim)
+            own_dim = vectors.shape[1]
+            return vectors
 
-        vectors = torch.full((len(rows), dim or 1), math.nan)
-        if parts:
-            vectors[list(places)] = torch.cat(parts)[list(places.values())]
-        not_finite = (~vectors.isfinite().all(1)).nonzero().flatten()
-        for i in not_finite.tolist():
-            reason = f"{spec} gives a vector that is not finite"
-            if vectors[i].isnan().all():
-                reason = "the encoder says that this item failed (a row of NaN)"
-            failed.setdefault(i, f"{rows[i]['where']}: {reason}")
-        return vectors, failed, {}
+        def embed_some(todo, failed, tally):
+            made = decode_and_embed(
+                lambda item: decode_media(item, function),
+                embed_batch,
+                items,
+                todo,
+                batch_size=size,
+                workers=workers if function.frames else 0,
+                seconds=seconds,
+                failed=failed,
+                tally=tally,
+            )
+            return keep_finite(made, function.spec, failed)
+
+        tally = collections.Counter()
+        made, failed = encode_distinct(
+            items,
+            embed_some,
+            cache or SharedVectors(),
+            {"instruction": instruction},
+            dim=dim,
+            share=size,
+            desc=desc,
+            tally=tally,
+        )
+        if len(failed) < len(items):
+            dim = made.shape[1]  # on every rank, also where all vectors come from the cache
+        vectors = torch.full((len(rows), made.shape[1]), math.nan)
+        vectors[present] = made
+        reasons = absent | {present[i]: reason for i, reason in failed.items()}
+        return vectors, *say_where(rows, reasons, tally)
 
     return encode_rows
 
 
-def call_encoder(spec, function, rows, instruction, dim):
-    """Call somebody's encoder with the items of these rows -> vectors (n, D) float32 on the CPU.
+def keep_finite(batches, spec, failed):
+    """Yield batches of decode_and_embed without rows that are not finite; those go to `failed`."""
+    for batch, vectors in batches:
+        good = []
+        for row, i in enumerate(batch):
+            if vectors[row].isfinite().all():
+                good.append(row)
+            elif vectors[row].isnan().all():
+                failed[i] = "the encoder says that this item failed (a row of NaN)"
+            else:
+                failed[i] = f"{spec} gives a vector that is not finite"
+        yield [batch[row] for row in good], vectors[good]
+
+
+def decode_media(item, function):
+    """Decode an item for a Function -> {"item": item with arrays} and, of a video, "decoder" and,
+    if it is damaged, "note". Without `frames` the item stays as it is.
+    """
+    decoded = dict(item)
+    sample = {"item": decoded}
+    if function.frames is None:
+        return sample
+    prepare = function.prepare or (lambda pixels: resize(pixels, function.size))
+    if "video" in item:
+        clip = open_clip(item["video"], function.frames)
+        decoded["video"] = prepare(clip.pixels)
+        sample["decoder"] = clip.decoder
+        if clip.note:
+            sample["note"] = clip.note
+    if "image" in item:
+        picture = np.array(load_image(item["image"]))  # a copy: Pillow's buffer is read-only
+        decoded["image"] = prepare(picture[None])
+        if not function.prepare:
+            decoded["image"] = decoded["image"][0]
+    return sample
+
+
+def resize(pixels, size):
+    """Resize pictures (F, H, W, 3) uint8 to `size`, (height, width), by Pillow's bicubic filter.
+
+    size None: returns them as they are.
+    """
+    if not size:
+        return pixels
+    height, width = size
+    resized = []
+    for picture in pixels:
+        image = Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC)
+        resized.append(np.asarray(image))
+    return np.stack(resized)
+
+
+def call_encoder(function, rows, instruction, dim):
+    """Call a Function with the items of these rows -> vectors (n, D) float32 on the CPU.
 
     dim: D of earlier calls, None in the first one. Raises ValueError if the encoder raises, having
     printed where; if its result is not (n, D) numbers; and for rows of zeros.
     """
+    spec = function.spec
     items = [row["item"] for row in rows]
     try:
-        result = function(items, instruction)
+        result = function.call(items, instruction)
     except Exception as error:
         traceback.print_exc()
         raise ValueError(f"--encoder {spec}: {type(error).__name__}: {error}") from error
@@ -782,15 +950,23 @@ def protocol_of(gve, flags, frames, max_tokens):
     }
 
 
+def function_protocol(function):
+    """Return a Function's protocol, what it says of itself included."""
+    protocol = {"checkpoint": function.spec, "similarity": "cosine, float32"}
+    if function.frames:
+        protocol["frames"] = function.frames
+    return protocol | (function.protocol or {})
+
+
 class Outcome(NamedTuple):
     results: dict  # the content of results.json
     failed: int  # queries and corpus items without a vector
 
 
-def score_datasets(source, benchmark, model, protocol, flags, out):
+def score_datasets(source, benchmark, model, protocol, flags, out, facts=None):
     """Score the Encoded datasets that `source` yields and write all files but the tables to `out`.
 
-    Returns an Outcome.
+    facts: dict of further keys of results.json. Returns an Outcome.
     """
     entries = {}
     failures = 0
@@ -827,7 +1003,7 @@ def score_datasets(source, benchmark, model, protocol, flags, out):
             print(f"  embedded in part: {note}")
         began = time.time()
 
-    results = summarise(benchmark, model, protocol, entries)
+    results = summarise(benchmark, model, protocol, entries) | (facts or {})
     write_json(out / "results.json", results)
     return Outcome(results, failures)
 
@@ -855,6 +1031,29 @@ def score_checkpoint(benches, benchmark, model, flags, out):
             continue
         protocol = protocol_of(gve, flags, frames, max_tokens)
         outcomes.append(score_datasets(source, benchmark, label, protocol, flags, folder))
+    leave_ranks()
+    return outcomes
+
+
+def score_function(benches, benchmark, model, flags, out):
+    """Score --encoder's function -> a list of one Outcome, empty on all ranks but 0."""
+    rank = 0
+    # Only then, since it starts CUDA, and after that the function's own processes cannot be forked.
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        rank, _, _ = join_ranks(flags.device)
+    function = load_function(flags.encoder)
+    cache = function_cache(function, out / "cache")
+    encoder = function_encoder(function, flags.batch_size, cache=cache, workers=flags.workers)
+    source = encode_datasets(encoder, benches)
+    outcomes = []
+    if rank == 0:
+        protocol = function_protocol(function)
+        facts = {"parameters": function.parameters, "published": function.published}
+        facts = {key: value for key, value in facts.items() if value is not None}
+        outcomes.append(score_datasets(source, benchmark, model, protocol, flags, out, facts))
+    else:
+        for _ in source:  # this rank takes its share of the encoding and scores nothing
+            pass
     leave_ranks()
     return outcomes
 
@@ -892,17 +1091,15 @@ def main(flags):
     scored = flags.embeddings or flags.encoder or flags.ckpt
     model = flags.name or Path(scored).name
     out = Path(flags.out or Path("runs") / Path(scored).name)
-    if flags.embeddings or flags.encoder:
+    if flags.embeddings:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # each rank would do and write everything
-            raise ValueError("--encoder and --embeddings take one process: no torchrun")
-        if flags.embeddings:
-            source = read_datasets(flags.embeddings, benches)
-        else:
-            source = encode_datasets(function_encoder(flags.encoder, flags.batch_size), benches)
+            raise ValueError("--embeddings takes one process: no torchrun")
+        source = read_datasets(flags.embeddings, benches)
         protocol = {"checkpoint": scored, "similarity": "cosine, float32"}
         outcomes = [score_datasets(source, benchmark, model, protocol, flags, out)]
     else:
-        outcomes = score_checkpoint(benches, benchmark, model, flags, out)
+        score_model = score_function if flags.encoder else score_checkpoint
+        outcomes = score_model(benches, benchmark, model, flags, out)
         if not outcomes:  # only rank 0 has any
             return
     results = [outcome.results for outcome in outcomes]

@@ -510,10 +510,9 @@ class GVE(nn.Module):
         vectors = torch.full((len(items), self.dim), torch.nan)
         reasons = {} if failed is None else failed
         batches = decode_and_embed(
-            self,
-            collate,
+            lambda item: collate.prepare(item, instruction),
+            lambda batch: self.embed_samples(collate, batch.values()),
             items,
-            instruction,
             range(len(items)),
             batch_size=batch_size,
             workers=workers,
@@ -528,6 +527,11 @@ class GVE(nn.Module):
             first = min(reasons)
             raise ValueError(f"item {first}: {reasons[first]}")
         return vectors
+
+    def embed_samples(self, collate, samples):
+        """Embed one batch of this collator's samples -> (b, D) float32 on the CPU."""
+        inputs = collate.batch(samples, raw=True)
+        return self(to_device(inputs, self.device)).float().cpu()
 
     def save_pretrained(self, folder, *, merge=False, info=None):
         """Write a checkpoint folder, valid for Hugging Face at its root; files appear whole.
@@ -599,10 +603,9 @@ def to_device(batch, device):
 
 
 def decode_and_embed(
-    gve,
-    collate,
+    prepare,
+    embed,
     items,
-    instruction,
     order,
     *,
     batch_tokens=math.inf,
@@ -614,6 +617,8 @@ def decode_and_embed(
 ):
     """Decode and embed items[i] for i in order -> yield ([i, ...], vectors (b, D)) per batch.
 
+    prepare: item -> its sample, a dict; in a decoding process
+    embed: {i: sample} -> vectors (b, D); no process is forked meanwhile
     batch_tokens: most tokens of a batch, padding included; batch_size: most items of a batch
     workers, seconds: see support.decoders.DecoderPool
     failed: dict that gets {i: reason} of the items that cannot be decoded
@@ -624,7 +629,7 @@ def decode_and_embed(
         workers = 0  # texts hang no decoder
     lock = threading.Lock()  # held while the model runs: no decoder may be forked meanwhile
     pool = DecoderPool(
-        lambda i: collate.prepare(items[i], instruction),
+        lambda i: prepare(items[i]),
         lambda i: name_media(items[i]),
         workers=workers,
         seconds=seconds,
@@ -638,8 +643,7 @@ def decode_and_embed(
             if tally is not None and "note" in sample:
                 tally["note: " + sample["note"]] += 1
         with lock:
-            inputs = collate.batch(batch.values(), raw=True)
-            vectors = gve(to_device(inputs, gve.device)).float().cpu()
+            vectors = embed(batch)
         yield list(batch), vectors
 
 
@@ -652,7 +656,8 @@ def name_media(item):
 def group_samples(decoded, batch_tokens, batch_size, failed):
     """Group (i, sample) into {i: sample} of so many tokens, padding included, and items at most.
 
-    A longer sample is a batch of its own. A Failed in a sample's place goes to failed[i].
+    A longer sample is a batch of its own, and one without "ids" has no tokens. A Failed in a
+    sample's place goes to failed[i].
     """
     batch = {}
     width = 0  # tokens of the longest sample
@@ -660,12 +665,13 @@ def group_samples(decoded, batch_tokens, batch_size, failed):
         if isinstance(sample, Failed):
             failed[i] = sample.reason
             continue
-        width = max(width, len(sample["ids"]))
+        length = len(sample.get("ids", ()))
+        width = max(width, length)
         is_full = width * (len(batch) + 1) > batch_tokens or len(batch) == batch_size
         if batch and is_full:
             yield batch
             batch = {}
-            width = len(sample["ids"])
+            width = length
         batch[i] = sample
     if batch:
         yield batch

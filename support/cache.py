@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save
 from tqdm import tqdm
 
 from support.files import file_fingerprint, read_jsonl, whole_file, write_json
+from support.ranks import all_gather_object
 
 # Raise this number with every change of code after which the same weights, settings and item give
 # another vector: prompt, pooled token, choice of frames, resizing, normalisation, positions. It is
@@ -74,6 +75,25 @@ def item_key(item):
     return hash_key([item, fingerprints])
 
 
+def gve_key(gve):
+    """Return everything but the settings of a run that a GVE's vectors depend on, a dict."""
+    processor = gve.processor
+    processor_key = [
+        processor.image_processor.to_json_string(),
+        processor.video_processor.to_json_string(),
+        processor.tokenizer.backend_tokenizer.to_str(),
+    ]
+    return {
+        "weights": hash_weights(gve),
+        "processor": hash_key(processor_key),
+        "prompt_style": gve.prompt_style,
+        "pooling": gve.pooling,
+        "min_tokens": gve.min_tokens,
+        "positions": gve.positions,
+        "device": gve.device.type,
+    }
+
+
 class NoCache:
     """Stands in for a VectorCache when vectors are not kept: nothing is found, nothing written."""
 
@@ -81,6 +101,9 @@ class NoCache:
 
     def open(self, settings):
         pass
+
+    def find_dim(self):
+        return 0
 
     def allocate(self, n, dim):
         """Return NaN (n, dim) float32."""
@@ -96,8 +119,36 @@ class NoCache:
         pass
 
 
+class SharedVectors(NoCache):
+    """Stands in for a VectorCache when ranks share the work and no vectors are kept on disk."""
+
+    shared_by_ranks = True
+
+    def open(self, settings):
+        """Begin anew."""
+        self.keys = []
+        self.vectors = []
+
+    def read(self, index_of, vectors):
+        """Copy all ranks' vectors with a key in index_of {key: i} to vectors[i] -> set of i."""
+        known = set()
+        for keys, made in all_gather_object((self.keys, self.vectors)):
+            places = [index_of[key] for key in keys]
+            if places:
+                vectors[places] = torch.cat(made)
+            known.update(places)
+        return known
+
+    def add(self, rows, vectors):
+        """Add vectors (n, D) with a row {"key", "item"} each."""
+        self.keys += [row["key"] for row in rows]
+        self.vectors.append(vectors)
+
+
 class VectorCache:
     """A model's vectors on disk.
+
+    model: a GVE, or a dict of everything that another model's vectors depend on
 
     folder/KEY/key.json     everything that KEY is a hash of: weights, versions, settings
     folder/KEY/X.npy        a shard: vectors (n, D) float32
@@ -109,26 +160,13 @@ class VectorCache:
 
     shared_by_ranks = True
 
-    def __init__(self, folder, gve, every=15):
+    def __init__(self, folder, model, every=15):
         self.folder = Path(folder)
         self.every = every
         self.folder.mkdir(parents=True, exist_ok=True)
-
-        processor = gve.processor
-        processor_key = [
-            processor.image_processor.to_json_string(),
-            processor.video_processor.to_json_string(),
-            processor.tokenizer.backend_tokenizer.to_str(),
-        ]
-        self.model_key = {
+        own = model if isinstance(model, dict) else gve_key(model)
+        self.model_key = own | {
             "version": VECTORS_VERSION,
-            "weights": hash_weights(gve),
-            "processor": hash_key(processor_key),
-            "prompt_style": gve.prompt_style,
-            "pooling": gve.pooling,
-            "min_tokens": gve.min_tokens,
-            "positions": gve.positions,
-            "device": gve.device.type,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         }
@@ -140,6 +178,12 @@ class VectorCache:
         self.shards.mkdir(parents=True, exist_ok=True)
         write_json(self.shards / "key.json", key)
         self.start_shard()
+
+    def find_dim(self):
+        """Return D of the vectors on disk under these settings, 0 if there are none."""
+        for path in self.shards.glob("*.jsonl"):
+            return np.load(path.with_suffix(".npy"), mmap_mode="r").shape[1]
+        return 0
 
     def allocate(self, n, dim):
         """Return NaN (n, dim) float32 in a nameless file: memory that the system can reclaim."""

@@ -1,13 +1,16 @@
 """eval.py: metrics against trec_eval, chance by sampling, ceilings by brute force, missing media,
 any model, the command; extras/export.py."""
 
+import ctypes
 import dataclasses
 import importlib
 import itertools
 import json
 import math
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +21,9 @@ import pytest
 import pytrec_eval
 import torch
 from conftest import moving_square, write_video
+from PIL import Image
 
+import embed
 import eval as ev
 import tables
 import uvrb
@@ -27,6 +32,7 @@ from extras import export
 from model import GVE
 from support.files import hash_files, write_json, write_jsonl
 from support.flags import parse_flags
+from support.media import load_image, load_video
 
 REPO = Path(__file__).resolve().parent.parent
 TREC = {  # our names of trec_eval's measures
@@ -757,27 +763,32 @@ def test_a_wrong_encoder_is_an_error_and_an_item_it_cannot_embed_is_a_loss(tiny,
     rows[1]["item"] = {"text": "y"}
     # 5 rows, two equal, one whose image is absent.
     with pytest.raises(ValueError, match=r"short: shape \(1, 2\) for 3 items; expected \(3, D\)"):
-        ev.function_encoder(f"{tmp_path}/mine.py:short", 8)(rows, None, "")
-    vectors, failed, _ = ev.function_encoder(f"{tmp_path}/mine.py:half", 2)(rows, None, "")
+        encoder_at(f"{tmp_path}/mine.py:short", 8)(rows, None, "")
+    vectors, failed, _ = encoder_at(f"{tmp_path}/mine.py:half", 2)(rows, None, "")
     assert set(failed) == {0, 1, 2, 4}
     assert failed[1] == "q.jsonl:2: the encoder says that this item failed (a row of NaN)"
     assert failed[4] == f"q.jsonl:5: {media / 'gone.png'} does not exist"
     assert vectors[3].tolist() == [1, 0] and vectors.isfinite().all(1).tolist() == 3 * [0] + [1, 0]
 
     with pytest.raises(ValueError, match="has no function 'nothing'"):
-        ev.function_encoder(f"{tmp_path}/mine.py:nothing", 8)
+        ev.load_function(f"{tmp_path}/mine.py:nothing")
     with pytest.raises(OSError, match="gone.py"):
-        ev.function_encoder(f"{tmp_path}/gone.py:embed", 8)
+        ev.load_function(f"{tmp_path}/gone.py:embed")
     for spec in (f"{tmp_path}/mine.py", "mine:embed"):
         with pytest.raises(ValueError, match="expected FILE.py:FUNCTION"):
-            ev.function_encoder(spec, 8)
+            ev.load_function(spec)
+
+
+def encoder_at(spec, size=8, **options):
+    """The encoder of FILE.py:NAME."""
+    return ev.function_encoder(ev.load_function(spec), size, **options)
 
 
 def encoder_of(folder, text, name="embed", size=8):
     """An encoder from a file of its own in `folder`."""
     folder.mkdir(exist_ok=True)
     (folder / "mine.py").write_text(text)
-    return ev.function_encoder(f"{folder}/mine.py:{name}", size)
+    return encoder_at(f"{folder}/mine.py:{name}", size)
 
 
 UNITS = {  # a function's result as people write it, three rows of the unit matrix
@@ -899,6 +910,300 @@ if __name__ == "__main__":
     assert sys.modules["model"] is not ours and ev.load_checkpoint.__globals__["GVE"] is ours.GVE
 
 
+# Encoders that declare attributes
+
+
+FRAMES = """
+import json, os
+import numpy as np
+seen = []
+def embed(items, instruction):
+    seen.extend(items)
+    with open({log!r}, "a") as file:
+        texts = [item.get("text") for item in items]
+        file.write(json.dumps([len(items), instruction, texts]) + "\\n")
+    rows = []
+    for item in items:
+        text = sum(map(ord, item.get("text", "")))
+        pixels = np.asarray(item.get("video", item.get("image", text)))
+        rows.append([1.0, pixels.mean() / 255, pixels.std() / 255])
+    return rows
+def where_it_runs(pixels):
+    return np.array([os.getpid(), *pixels.shape])
+{attributes}
+"""
+
+
+def write_encoder(folder, attributes):
+    """Write an encoder that keeps what it sees and logs its calls -> FILE.py:NAME."""
+    text = FRAMES.format(log=str(folder / "calls.jsonl"), attributes=attributes)
+    (folder / "mine.py").write_text(text)
+    return f"{folder}/mine.py:embed"
+
+
+def calls_of(folder):
+    """Take the log of an encoder's calls -> [[number of items, instruction, texts], ...]."""
+    log = folder / "calls.jsonl"
+    lines = log.read_text().splitlines() if log.exists() else []
+    log.unlink(missing_ok=True)
+    return [json.loads(line) for line in lines]
+
+
+def rows_of(*items):
+    return [{"item": item, "where": f"q.jsonl:{i + 1}"} for i, item in enumerate(items)]
+
+
+def squashed(picture, width, height):
+    return np.asarray(Image.fromarray(picture).resize((width, height), Image.BICUBIC))
+
+
+@pytest.mark.parametrize("size", [None, (20, 30)])
+def test_an_encoder_with_frames_gets_the_arrays_of_load_video_and_load_image(media, tmp_path, size):
+    """Windows, folders of frames and frames of videos, too; texts and absent media as ever."""
+    spec = write_encoder(tmp_path, f"embed.frames = 4\nembed.size = {size}")
+    window = {"path": str(media / "wide.mp4"), "start": 1.0, "end": 3.0}
+    moment = {"video": str(media / "b.mp4"), "time": 1.0}
+    videos = [str(media / "a.mp4"), window, str(media / "frames"), str(media / "short.mp4")]
+    items = [{"video": video} for video in videos]
+    items += [{"image": str(media / "wide.png"), "text": "and words"}, {"image": moment}]
+    items += [{"text": "words"}, {"video": str(media / "gone.mp4")}, items[1]]
+    function = ev.load_function(spec)
+    encode_rows = ev.function_encoder(function, 3, workers=1)
+    vectors, failed, damaged = encode_rows(rows_of(*items), "Find it.", "")
+
+    seen = function.call.__globals__["seen"]
+    expected = [{"video": load_video(video, 4)[0]} for video in videos]
+    expected.append({"image": load_image(items[4]["image"]), "text": "and words"})
+    expected.append({"image": load_image(moment)})
+    if size:
+        for item in expected:
+            if "video" in item:
+                item["video"] = np.stack([squashed(frame, 30, 20) for frame in item["video"]])
+            else:
+                item["image"] = squashed(item["image"], 30, 20)
+    assert len(seen) == 7 and seen[6] == {"text": "words"}
+    for item, wanted in zip(seen, expected, strict=False):
+        assert item.keys() == wanted.keys() and item.get("text") == wanted.get("text")
+        for kind in item.keys() - {"text"}:
+            assert item[kind].dtype == np.uint8 and item[kind].flags.writeable
+            assert np.array_equal(item[kind], wanted[kind]), (kind, item[kind].shape)
+
+    calls = [call[:2] for call in calls_of(tmp_path)]
+    assert calls == [[3, "Find it."], [3, "Find it."], [1, "Find it."]]
+    assert failed == {7: f"q.jsonl:8: {media / 'gone.mp4'} does not exist"} and not damaged
+    for vector, item in zip(vectors, expected, strict=False):  # each in its own row
+        pixels = item.get("video", item.get("image"))
+        assert vector.tolist() == pytest.approx([1, pixels.mean() / 255, pixels.std() / 255])
+    assert torch.equal(vectors[8], vectors[1])
+
+
+def test_prepare_runs_in_a_decoding_process_and_an_image_is_one_frame(media, tmp_path):
+    spec = write_encoder(tmp_path, "embed.frames = 4\nembed.prepare = where_it_runs")
+    rows = rows_of({"video": str(media / "wide.mp4")}, {"image": str(media / "i.png")})
+    for workers in (1, 0):
+        function = ev.load_function(spec)
+        ev.function_encoder(function, 8, workers=workers)(rows, None, "")
+        video, image = function.call.__globals__["seen"]
+        assert video["video"][1:].tolist() == [4, 84, 168, 3]
+        assert image["image"][1:].tolist() == [1, 70, 90, 3]
+        assert (video["video"][0] == os.getpid()) == (workers == 0)
+
+
+def test_a_clip_that_hangs_or_crashes_its_decoder_is_lost_alone_and_a_damaged_one_noted(
+    media, tmp_path, monkeypatch
+):
+    load = ev.open_clip
+
+    def fatal(video, frames):
+        if "/hang.mp4" in video:
+            ctypes.PyDLL(None).sleep(1000)  # holds the interpreter's lock: only a kill ends it
+        if "/crash.mp4" in video:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return load(video, frames)
+
+    monkeypatch.setattr(ev, "open_clip", fatal)
+    for name in ("hang", "crash", "b"):
+        shutil.copy(media / "b.mp4", tmp_path / f"{name}.mp4")
+    (tmp_path / "bad.mp4").write_bytes(b"bad")
+    write_damaged(tmp_path / "part.mp4")
+    names = ["hang", "b", "crash", "bad", "part"]
+    rows = rows_of(*[{"video": str(tmp_path / f"{name}.mp4")} for name in names])
+    spec = write_encoder(tmp_path, "embed.frames = 4\nembed.size = (8, 8)")
+    encode_rows = encoder_at(spec, 2, workers=2, seconds=1.5)
+    vectors, failed, damaged = encode_rows(rows, None, "")
+
+    assert set(failed) == {0, 2, 3}
+    assert failed[0] == f"q.jsonl:1: {tmp_path}/hang.mp4: not decoded within 1.5 s"
+    assert failed[2] == f"q.jsonl:3: {tmp_path}/crash.mp4: its decoder crashed"
+    assert failed[3].startswith(f"q.jsonl:4: {tmp_path}/bad.mp4: ")
+    assert re.fullmatch(r"q.jsonl:5: .*/part.mp4: damaged: \d+ of 40 frames decode", damaged[4])
+    assert vectors.isfinite().all(1).tolist() == [False, True, False, False, True]
+    alone, _, _ = encode_rows(rows[1:2], None, "")
+    assert torch.equal(alone[0], vectors[1])
+
+
+def test_vectors_with_a_fingerprint_are_kept_until_anything_changes(media, tmp_path):
+    plain = "embed.frames = 4\nembed.size = (8, 8)\nembed.fingerprint = 'one'"
+    clip = tmp_path / "clip.mp4"
+    shutil.copy(media / "a.mp4", clip)
+    rows = rows_of({"video": str(clip)}, {"text": "a"}, {"text": ""})
+
+    def calls(attributes=plain, instruction=None, keep=True):
+        """How many items the encoder is given; the vectors must be those without a cache."""
+        function = ev.load_function(write_encoder(tmp_path, attributes))
+        cache = ev.function_cache(function, tmp_path / "cache") if keep else None
+        vectors, failed, _ = ev.function_encoder(function, 2, cache=cache)(rows, instruction, "")
+        given = sum(n for n, _, _ in calls_of(tmp_path))
+        if keep:
+            assert torch.equal(vectors, calls(attributes, instruction, keep=False)[1])
+        return given, vectors
+
+    assert [calls()[0], calls()[0]] == [3, 0]
+    for change in (
+        plain + "\n",  # the file
+        plain.replace("one", "two"),
+        plain.replace("4", "2"),
+        plain.replace("(8, 8)", "(8, 6)"),
+        plain.replace("size = (8, 8)", "prepare = np.asarray"),
+    ):
+        assert [calls(change)[0], calls(change)[0]] == [3, 0], change
+    assert calls(instruction="Find it.")[0] == 3
+    shutil.copy(media / "wide.mp4", clip)
+    assert [calls()[0], calls()[0]] == [1, 0]
+
+
+def test_the_settings_alone_tell_one_key_from_another(tmp_path):
+    """Even where the file stays the same: they may come from outside it."""
+    spec = write_encoder(tmp_path, "")
+    settings = dict(frames=4, size=(8, 8), fingerprint="one")
+    changes = [{}, {"frames": 2}, {"size": (8, 6)}, {"fingerprint": "two"}]
+    changes += [{"size": None, "prepare": np.flip}, {"size": None}, {"spec": spec + "2"}]
+    keys = set()
+    for change in changes:
+        function = ev.Function(**({"spec": spec, "call": None} | settings | change))
+        keys.add(json.dumps(ev.function_cache(function, tmp_path / "cache").model_key))
+    assert len(keys) == len(changes)
+
+
+def test_without_a_fingerprint_nothing_is_kept_and_a_failed_item_never_is(tmp_path):
+    text = "def embed(items, instruction):\n    seen.append(len(items))\n"
+    text += "    return [[1.0, float(item['text'])] for item in items]\nseen = []\n"
+    rows = rows_of({"text": "1"}, {"text": "nan"}, {"text": "inf"})
+    for fingerprint, expected in (("", [3, 3]), ("embed.fingerprint = 'one'\n", [3, 2])):
+        (tmp_path / "mine.py").write_text(text + fingerprint)
+        given = []
+        for _ in range(2):
+            function = ev.load_function(f"{tmp_path}/mine.py:embed")
+            cache = ev.function_cache(function, tmp_path / "cache")
+            vectors, failed, _ = ev.function_encoder(function, 8, cache=cache)(rows, None, "")
+            assert set(failed) == {1, 2} and vectors[0].tolist() == [1, 1]
+            given += function.call.__globals__["seen"]
+        assert given == expected
+        assert (tmp_path / "cache").exists() == bool(fingerprint)
+
+
+def test_results_json_holds_what_an_encoder_says_of_itself(tmp_path):
+    attributes = "embed.protocol = {'positions': '1d'}\nembed.parameters = 12\n"
+    attributes += "embed.published = 'GME-2B'\nembed.frames = 4\nembed.fingerprint = 'one'"
+    spec = write_encoder(tmp_path, attributes)
+    folder = own_benchmark(tmp_path)
+    out = tmp_path / "out"
+    for expected in (7, 0):  # 9 different corpus items, 3 and 7 queries
+        call("--encoder", spec, "--uvrb", folder, "--out", out, "--batch-size", "3")
+        assert len(calls_of(tmp_path)) == expected
+    results = results_of(out)
+    known = {"checkpoint": spec, "similarity": "cosine, float32", "frames": 4, "positions": "1d"}
+    assert results["protocol"] == known
+    assert (results["parameters"], results["published"]) == (12, "GME-2B")
+
+    call("--encoder", write_encoder(tmp_path, ""), "--uvrb", folder, "--out", out)
+    results = results_of(out)
+    assert "parameters" not in results and "published" not in results
+    assert results["protocol"] == {"checkpoint": spec, "similarity": "cosine, float32"}
+
+
+WRONG_ATTRIBUTES = {  # lines of the encoder's file: words of the error
+    "embed.frames = 3": "must be even",
+    "embed.frames = '8'": "frames = '8'; expected int",
+    "embed.frames = 4\nembed.size = 224": "size = 224; expected list | tuple",
+    "embed.frames = 4\nembed.size = (8, 8, 3)": "expected (height, width)",
+    "embed.frames = 4\nembed.size = (8, 8)\nembed.prepare = where_it_runs": "not both",
+    "embed.protocol = {'weights': np.ones(2)}": "protocol",
+    "embed.fingerprint = 7": "fingerprint = 7",
+    "del embed\ndef __getattr__(name): raise AttributeError(f'{name}: I know A-1')": "I know A-1",
+}
+
+
+def test_a_torch_module_may_stand_for_the_function(tmp_path):
+    """Its methods are no attributes of an encoder; without frames, neither are size and prepare."""
+    lines = "import torch\nclass Model(torch.nn.Module):\n    size = 768\n"
+    lines += "    prepare = forward = lambda self, items, instruction: embed(items, instruction)\n"
+    write_encoder(tmp_path, lines + "model = Model()")
+    function = ev.load_function(f"{tmp_path}/mine.py:model")
+    assert (function.parameters, function.size, function.prepare) == (None, None, None)
+    vectors, failed, _ = ev.function_encoder(function, 8)(rows_of({"text": "abc"}), None, "")
+    assert vectors.shape == (1, 3) and not failed
+
+
+@pytest.mark.parametrize("lines", WRONG_ATTRIBUTES)
+def test_a_wrong_attribute_of_an_encoder_is_named(tmp_path, lines):
+    with pytest.raises(ValueError, match=re.escape(WRONG_ATTRIBUTES[lines])):
+        ev.load_function(write_encoder(tmp_path, lines))
+
+
+def test_an_encoder_may_be_made_when_it_is_asked_for_by_a_name_with_a_hyphen(tmp_path):
+    lines = "def __getattr__(name): return {'GME-2B': embed}[name]"
+    write_encoder(tmp_path, lines)
+    vectors, _, _ = encoder_at(f"{tmp_path}/mine.py:GME-2B")(rows_of({"text": "abc"}), None, "")
+    assert vectors.shape == (1, 3)
+
+
+def test_ranks_whose_vectors_differ_in_width_are_an_error(monkeypatch):
+    monkeypatch.setattr(embed, "all_gather_object", lambda own: [own, 0, 5])
+    assert embed.agree_on_dim(5) == embed.agree_on_dim(0) == 5
+    with pytest.raises(ValueError, match=r"different widths: \[4, 5\]"):
+        embed.agree_on_dim(4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fingerprint", [None, "one"])
+def test_two_ranks_of_an_encoder_equal_one(media, tmp_path, fingerprint):
+    """With a clip that is lost and one that gives a part."""
+    folder = world(tmp_path, media)
+    (tmp_path / "videos" / "2.mp4").write_bytes(b"bad")
+    write_damaged(tmp_path / "videos" / "5.mp4")
+    attributes = f"embed.frames = 4\nembed.size = (8, 8)\nembed.fingerprint = {fingerprint!r}"
+    spec = write_encoder(tmp_path, attributes)
+    torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
+    logged = []
+    items = []
+    batches = []  # of texts: none of them fails, so that they are the same
+    for ranks in (1, 2):
+        out = tmp_path / str(ranks)
+        words = ["--encoder", spec, "--uvrb", folder, "--root", media, "--out", out, "--rankings"]
+        words += ["--batch-size", "2", "--workers", "1", "--device", "cpu"]
+        done = subprocess.run(
+            [sys.executable, *(torchrun if ranks == 2 else []), REPO / "eval.py", *words],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("results.json, tables and log") == 1
+        calls = calls_of(tmp_path)
+        items.append(sum(n for n, _, _ in calls))
+        batches.append(sorted(texts for _, _, texts in calls if texts[0]))
+        events = [json.loads(line) for line in (out / "log.jsonl").open()]
+        logged.append([[event["failed"], event["damaged"]] for event in events])
+        assert (out / "cache").exists() == bool(fingerprint)
+    assert items[0] == items[1] and batches[0] == batches[1]
+    assert logged[0] == logged[1] and all(failed and damaged for failed, damaged in logged[0][2:])
+    one, two = [results_of(tmp_path / name) for name in "12"]
+    assert one == two
+    for path in (tmp_path / "1" / "rankings").iterdir():
+        assert path.read_bytes() == (tmp_path / "2" / "rankings" / path.name).read_bytes()
+
+
 def test_nothing_scored_is_an_error_with_the_reasons_in_the_log(tmp_path):
     folder = own_benchmark(tmp_path)
     text = "def embed(items, instruction):\n    return [[float('nan')] for _ in items]\n"
@@ -910,14 +1215,11 @@ def test_nothing_scored_is_an_error_with_the_reasons_in_the_log(tmp_path):
     assert [len(json.loads(event)["failed"]) for event in events] == [7, 16]
 
 
-def test_torchrun_and_an_encoder_of_ones_own_are_refused_before_every_rank_writes(
-    tmp_path, monkeypatch
-):
+def test_torchrun_and_vectors_in_files_are_refused_before_every_rank_writes(tmp_path, monkeypatch):
     folder = own_benchmark(tmp_path)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    for source in (["--encoder", f"{tmp_path / 'mine.py'}:embed"], ["--embeddings", tmp_path]):
-        with pytest.raises(ValueError, match="take one process: no torchrun"):
-            call(*source, "--uvrb", folder, "--out", tmp_path / "out")
+    with pytest.raises(ValueError, match="takes one process: no torchrun"):
+        call("--embeddings", tmp_path, "--uvrb", folder, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
