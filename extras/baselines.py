@@ -1,0 +1,1101 @@
+"""The fourteen baselines of UVRB as encoders for eval.py (arXiv 2510.27571, section 4.1, Table 10).
+
+    python eval.py --encoder extras/baselines.py:ViCLIP --uvrb DIR
+    BASELINE=FOLDER_OR_HUB_ID python eval.py --encoder extras/baselines.py:GME-2B --uvrb DIR
+
+A baseline is a row of ROWS. Its family is one function that loads weights and one that embeds
+items. BASELINE says where the weights lie, if not at the row's hub id. No code of the hub runs:
+weights are safetensors, or pickles that torch.load reads with weights_only=True, and each tensor of
+a file must be used or stand in its family's list of unused ones.
+
+Here: the registry and the models of two towers, which are CLIP with more than one frame and
+InternVideo2. The models on top of a language model are in baselines_mllm.py.
+
+None of this was tried with the released weights: no hub was in reach. Tests compare each family's
+forward with golden values of its upstream modules, tiny and random.
+
+Legend: B batch, F frames, P patches of a frame, T tokens, D a tower's width, E embedding dim.
+"""
+
+import atexit
+import dataclasses
+import functools
+import gzip
+import hashlib
+import html
+import json
+import math
+import os
+import pickle
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import init_empty_weights
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoTokenizer, BertConfig, BertModel, CLIPConfig, CLIPModel, CLIPTokenizer
+from transformers.models.clip.modeling_clip import CLIPAttention, CLIPEncoderLayer
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository, for a script
+
+from model import checkpoint_file, fingerprint_weights
+from support.media import MediaError, load_image, load_video
+
+# The registry
+
+
+@dataclasses.dataclass(frozen=True)
+class Baseline:
+    """One of the fourteen.
+
+    settings: constants of its family, those that the paper leaves open among them. All of them go
+    into results.json's protocol.
+    """
+
+    name: str  # as in published.json
+    hub: str  # hub id of the weights
+    family: str  # a key of FAMILIES, or of FAMILIES in baselines_mllm.py
+    licence: str
+    weights: str = "model.safetensors"  # the file's name if it is neither this nor sharded
+    frames: int = 8  # of a video (section 4.1)
+    settings: dict = dataclasses.field(default_factory=dict)
+
+
+# PAPER: silent about queries of text and a medium for models of two towers. "sum" adds the two
+# projected vectors, as UniIR's and MMEB's CLIP baselines do; "unit sum" adds their unit vectors.
+COMPOSED = ("sum", "unit sum")
+
+# Their texts carry no instruction. The keys of settings:
+#   layout     naming of the tensors, a key of CLIP_NAMES
+#   video      how frames become one vector, a key of CLIP_VIDEO
+#   heads      attention heads of the vision and of the text tower; other sizes are the tensors'
+#   text_tokens  longer texts lose their tail; start and end token included
+#   resize     a key of RESIZE; colours: a key of COLOURS
+#   image      "one frame", or "repeated" to the number of frames
+CLIP = {
+    "layout": "huggingface",
+    "video": "mean",
+    "heads": (12, 8),
+    "activation": "quick_gelu",
+    "text_tokens": 77,
+    "tokenizer": "openai/clip-vit-large-patch14",  # where the folder brings none
+    "unescape": False,
+    "resize": "crop bicubic",
+    "colours": "clip",
+    "image": "one frame",
+    "composed": "sum",
+}
+
+# Upstream cuts its texts at 32 tokens. It also repairs broken Unicode with ftfy, which is left out.
+VICLIP = CLIP | {
+    "layout": "viclip",
+    "video": "joint",
+    "heads": (16, 12),
+    "text_tokens": 32,
+    "unescape": True,
+    "resize": "squash bilinear",
+    "colours": "imagenet",
+}
+
+VIDEOCLIP_XL = VICLIP | {"layout": "videoclip-xl", "text_tokens": 248}
+
+# PAPER: silent about images. Upstream sends them to a second model whose space is another one.
+# Upstream's frames are mirrored at random, at inference, too: left out.
+LANGUAGEBIND = CLIP | {
+    "video": "time",
+    "heads": (16, 16),
+    "activation": "gelu",
+    "resize": "crop bilinear",
+    "image": "repeated",
+}
+
+# PAPER: 8 frames for a model of 4, whose positions are then interpolated as upstream's code can;
+# frames=4 in the rows is the other choice. pre_text and bicubic are upstream's benchmark; its demo
+# leaves texts as they are and resizes bilinearly.
+INTERNVIDEO2 = {
+    "trained_frames": 4,
+    "heads": 16,
+    "pooling_heads": 16,
+    "text_heads": 16,
+    "text_layers": 19,  # of 24: the others are the re-ranker, which the paper leaves out
+    "text_tokens": 40,
+    "tokenizer": "bert-large-uncased",
+    "pre_text": True,
+    "resize": "squash bicubic",
+    "colours": "imagenet",
+    "image": "one frame",
+    "composed": "sum",
+}
+
+# Where a card names no licence, none is given here. CLIP4Clip's hub id is inferred from its size:
+# the paper gives no link, and the authors of CLIP4Clip released no weights.
+ROWS = [
+    Baseline(
+        name="CLIP4Clip",
+        hub="Searchium-ai/clip4clip-webvid150k",
+        family="clip",
+        licence="not named",
+        weights="pytorch_model.bin",
+        settings=CLIP,
+    ),
+    Baseline(
+        name="ViCLIP",
+        hub="OpenGVLab/ViCLIP-L-14-hf",
+        family="clip",
+        licence="not named",
+        settings=VICLIP,
+    ),
+    Baseline(
+        name="VideoCLIP-XL",
+        hub="alibaba-pai/VideoCLIP-XL",
+        family="clip",
+        licence="CC-BY-NC-SA-4.0",
+        weights="VideoCLIP-XL.bin",
+        settings=VIDEOCLIP_XL,
+    ),
+    Baseline(
+        name="LanguageBind",
+        hub="LanguageBind/LanguageBind_Video_Huge_V1.5_FT",
+        family="clip",
+        licence="MIT",
+        weights="pytorch_model.bin",
+        settings=LANGUAGEBIND,
+    ),
+    Baseline(
+        name="InternVideo2-1B",
+        hub="OpenGVLab/InternVideo2-Stage2_1B-224p-f4",
+        family="internvideo2",
+        licence="Apache-2.0",
+        weights="InternVideo2-stage2_1b-224p-f4.pt",
+        settings=INTERNVIDEO2,
+    ),
+    Baseline(
+        name="InternVideo2-6B",
+        hub="OpenGVLab/InternVideo2-Stage2_6B",
+        family="internvideo2",
+        licence="MIT",
+        settings=INTERNVIDEO2 | {"heads": 25},
+    ),
+    Baseline("GME-2B", "Alibaba-NLP/gme-Qwen2-VL-2B-Instruct", "gme", "Apache-2.0"),
+    Baseline("GME-7B", "Alibaba-NLP/gme-Qwen2-VL-7B-Instruct", "gme", "Apache-2.0"),
+    Baseline("Unite-2B", "friedrichor/Unite-Base-Qwen2-VL-2B", "unite", "Apache-2.0"),
+    Baseline("Unite-7B", "friedrichor/Unite-Base-Qwen2-VL-7B", "unite", "Apache-2.0"),
+    Baseline("VLM2Vec-V2", "VLM2Vec/VLM2Vec-V2.0", "vlm2vec", "Apache-2.0"),
+    Baseline("B3-7B", "raghavlite/B3_Qwen2_7B", "vlm2vec", "not named"),
+    Baseline("BGE-VL", "BAAI/BGE-VL-v1.5-mmeb", "bge-vl", "MIT"),
+    Baseline("UniME-7B", "DeepGlint-AI/UniME-LLaVA-OneVision-7B", "unime", "not named"),
+]
+BASELINES = {row.name: row for row in ROWS}
+
+
+def __getattr__(name):
+    """Load the baseline of this name -> its encoder; eval.py's --encoder FILE.py:NAME asks for it.
+
+    Raises ValueError for a name that is none of the fourteen.
+    """
+    if name.startswith("__"):  # Python's own questions to a module
+        raise AttributeError(name)
+    if name not in BASELINES:
+        raise ValueError(f"no baseline {name!r}; accepted: {', '.join(BASELINES)}")
+    return make_encoder(BASELINES[name], os.environ.get("BASELINE"))
+
+
+def make_encoder(row, path=None, device=None):
+    """Load a baseline -> a function (items, instruction) -> (n, E) float32, NaN for failed items.
+
+    path: folder or hub id of the weights, by default the row's. device: by default a GPU if there
+    is one. The function's attributes tell eval.py how to decode and what to write down; protocol
+    counts in "texts_cut" the texts so far that were longer than the text tower's limit.
+    Raises ValueError if the weights cannot be had or do not fit.
+    """
+    path = path or row.hub
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    load, embed = find_family(row.family)
+    try:
+        model = load(row, path, device)
+    except OSError as error:  # of the hub: an absent or gated id, or no connection
+        first_line = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"{row.name}: {path} cannot be read: {first_line} Its licence may have to be accepted "
+            "at the hub; BASELINE=FOLDER takes weights from a folder"
+        ) from error
+
+    protocol = {"baseline": row.name, "weights": path, "licence": row.licence}
+    protocol |= {"frames": row.frames, "dtype": model.dtype, **row.settings}
+    settings = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode())
+
+    def encoder(items, instruction=None):
+        vectors = embed(model, items, instruction)
+        protocol["texts_cut"] = model.texts_cut
+        return vectors
+
+    def report():
+        if model.texts_cut:
+            limit = row.settings.get("text_tokens", "its limit of")
+            print(f"{row.name}: {model.texts_cut} texts were cut at {limit} tokens")
+
+    atexit.register(report)
+    encoder.frames = row.frames
+    encoder.prepare = model.prepare
+    encoder.fingerprint = f"{model.fingerprint}-{settings.hexdigest()[:16]}"
+    encoder.protocol = protocol
+    encoder.parameters = model.parameter_count
+    encoder.published = row.name
+    return encoder
+
+
+def find_family(name):
+    """Return a family's (load, embed).
+
+    load(row, path, device) gives an object with the attributes of Dual that make_encoder reads;
+    embed(that object, items, instruction) gives an array or tensor (n, E).
+    """
+    if name in FAMILIES:
+        return FAMILIES[name]
+    from extras import baselines_mllm
+
+    return baselines_mllm.FAMILIES[name]
+
+
+# Weights
+
+
+def read_weights(path, row):
+    """Read all tensors of a baseline's files -> {name in the file: tensor on the CPU}.
+
+    Raises ValueError if there is no such file or it holds anything but tensors.
+    """
+    index = checkpoint_file(path, "model.safetensors.index.json")
+    if index:
+        shards = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
+    elif checkpoint_file(path, "model.safetensors"):
+        shards = ["model.safetensors"]
+    else:
+        shards = [row.weights]
+
+    tensors = {}
+    for shard in shards:
+        file = checkpoint_file(path, shard)
+        if file is None:
+            raise ValueError(f"{row.name}: {path} has no {shard}, or the hub is out of reach")
+        try:
+            if shard.endswith(".safetensors"):
+                tensors |= load_file(file)
+            else:
+                tensors |= read_pickle(file)
+        except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise ValueError(f"{row.name}: {file} is no file of tensors: {error}") from error
+    return tensors
+
+
+def read_pickle(file):
+    """Read a state dict that torch.save wrote -> {name: tensor}; DeepSpeed puts it a level deeper.
+
+    Raises pickle.UnpicklingError for a file that names anything but tensors and plain containers.
+    """
+    state = torch.load(file, weights_only=True, map_location="cpu")
+    for wrapper in ("module", "model"):
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    if not isinstance(state, dict):
+        raise pickle.UnpicklingError(f"a {type(state).__name__} where a state dict was expected")
+    return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+
+
+def shape_of(tensors, name, row, path):
+    """Return a tensor's shape. Raises ValueError naming it if a file lacks it."""
+    if name not in tensors:
+        found = ", ".join(list(tensors)[:3])
+        raise ValueError(
+            f"{row.name}: {path} holds other weights: expected a tensor {name}, found {found}, ..."
+        )
+    return tensors[name].shape
+
+
+def count_layers(tensors, prefix, row, path):
+    """Count the layers whose tensors are named <prefix><number>.<rest>."""
+    numbers = {-1}
+    for name in tensors:
+        number = name.removeprefix(prefix).partition(".")[0]
+        if name.startswith(prefix) and number.isdigit():
+            numbers.add(int(number))
+    if max(numbers) < 0:
+        shape_of(tensors, f"{prefix}0", row, path)  # raises
+    return max(numbers) + 1
+
+
+def fill(model, tensors, source, unused, row, path):
+    """Fill a model that was built without memory with tensors of a file -> their fingerprint.
+
+    source: function of a parameter's name -> (the tensor's name in the file, function of the tensor
+    that gives the parameter). unused: pattern of names that a file may hold for nothing.
+    Raises ValueError naming tensors that are missing, left over, or of another shape.
+    """
+    state = {}
+    used = set()
+    missing = set()
+    misshapen = []
+    for name, parameter in model.state_dict().items():
+        file_name, convert = source(name)
+        used.add(file_name)
+        if file_name not in tensors:
+            missing.add(file_name)
+            continue
+        state[name] = convert(tensors[file_name])
+        expected = tuple(parameter.shape)
+        if state[name].shape != expected:
+            misshapen.append(f"{file_name} (expected {expected}, got {tuple(state[name].shape)})")
+
+    extra = []
+    for name in tensors:
+        if name not in used and not re.fullmatch(unused, name):
+            extra.append(name)
+
+    problems = []
+    kinds = {"missing": missing, "unexpected": extra, "of another shape": misshapen}
+    for kind, names in kinds.items():
+        if names:
+            problems.append(f"{len(names)} {kind}: {', '.join(sorted(names)[:3])}")
+    if problems:
+        raise ValueError(f"{row.name}: tensors of {path} do not fit; {'; '.join(problems)}")
+
+    model.load_state_dict(state, assign=True)
+    return fingerprint_weights(state)
+
+
+# Models of two towers: texts and frames meet in one space
+
+
+@dataclasses.dataclass
+class Dual:
+    """A loaded model of two towers."""
+
+    row: Baseline
+    towers: nn.Module
+    tokenizer: object
+    size: int  # frames are so many pixels high and wide
+    encode_text: object  # function of towers, ids (B, T), mask (B, T) -> (B, E)
+    encode_video: object  # function of towers, pixels (B, F, 3, H, W) -> (B, E)
+    fingerprint: str
+    texts_cut: int = 0
+
+    @property
+    def dtype(self):
+        return str(next(self.towers.parameters()).dtype).removeprefix("torch.")
+
+    @property
+    def parameter_count(self):
+        return sum(p.numel() for p in self.towers.parameters())
+
+    @property
+    def prepare(self):
+        """Function of frames uint8 (F, H, W, 3) -> (F, size, size, 3), for a decoding process."""
+        return functools.partial(RESIZE[self.row.settings["resize"]], size=self.size)
+
+
+def to_device(towers, device):
+    """Move weights to a device: in bfloat16 on a GPU, as section 4.1 has it, else in float32."""
+    dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+    return towers.to(device, dtype).eval().requires_grad_(False)
+
+
+BATCH = 8  # items per forward pass
+
+
+@torch.no_grad()
+def embed_dual(dual, items, instruction):
+    """Embed items with two towers -> unit vectors (n, E) float32 on the CPU, NaN for failed items.
+
+    items: dicts with any of "text", "image" and "video"; media as paths or spans (data.py), or as
+    arrays that dual.prepare made. instruction: not used, their texts never carry one.
+    """
+    texts = []  # (item's number, text)
+    clips = {}  # {number of frames: [(item's number, frames)]}
+    failed = set()
+    for i, item in enumerate(items):
+        if item.get("text"):
+            texts.append((i, item["text"]))
+        for kind in ("image", "video"):
+            if item.get(kind) is None:
+                continue
+            try:
+                frames = load_frames(dual, kind, item[kind])
+            except (MediaError, OSError) as error:
+                print(f"{dual.row.name}: no vector: {error}")
+                failed.add(i)
+                continue
+            clips.setdefault(len(frames), []).append((i, frames))
+
+    parts = [[] for _ in items]  # the projected vectors of each item
+    for start in range(0, len(texts), BATCH):
+        batch = texts[start : start + BATCH]
+        ids, mask = tokenize(dual, [text for _, text in batch])
+        vectors = dual.encode_text(dual.towers, ids, mask).float().cpu()
+        for (i, _), vector in zip(batch, vectors, strict=True):
+            parts[i].append(vector)
+    for same_length in clips.values():
+        for start in range(0, len(same_length), BATCH):
+            batch = same_length[start : start + BATCH]
+            pixels = normalise_colours(dual, np.stack([frames for _, frames in batch]))
+            vectors = dual.encode_video(dual.towers, pixels).float().cpu()
+            for (i, _), vector in zip(batch, vectors, strict=True):
+                parts[i].append(vector)
+
+    dim = next((len(vectors[0]) for vectors in parts if vectors), 1)
+    result = torch.full((len(items), dim), math.nan)
+    for i, vectors in enumerate(parts):
+        if vectors and i not in failed:
+            result[i] = compose(vectors, dual.row.settings["composed"])
+    return result
+
+
+def compose(vectors, how):
+    """Join the projected vectors of an item's text and media, each (E,) -> a unit vector (E,)."""
+    if how not in COMPOSED:
+        raise ValueError(f"composed {how!r} is unknown; accepted: {', '.join(COMPOSED)}")
+    if how == "unit sum":
+        vectors = [F.normalize(vector, dim=-1) for vector in vectors]
+    return F.normalize(torch.stack(vectors).sum(0), dim=-1)
+
+
+# Texts
+
+
+def tokenize(dual, texts):
+    """Tokenize and pad texts -> ids (B, T), mask (B, T). Texts beyond the limit lose their tail.
+
+    The start and the end token always stay. Padding does not matter to the vectors, so the longest
+    text decides T.
+    """
+    settings = dual.row.settings
+    limit = settings["text_tokens"]
+    rows = []
+    for text in texts:
+        if settings.get("unescape"):
+            text = html.unescape(html.unescape(text))
+        if settings.get("pre_text"):
+            text = pre_text(text)
+        ids = dual.tokenizer(text, verbose=False)["input_ids"]
+        if len(ids) > limit:
+            dual.texts_cut += 1
+            ids = ids[: limit - 1] + ids[-1:]
+        rows.append(torch.tensor(ids))
+
+    device = next(dual.towers.parameters()).device
+    padding = dual.tokenizer.pad_token_id
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding)
+    ones = [torch.ones_like(row) for row in rows]
+    mask = nn.utils.rnn.pad_sequence(ones, batch_first=True)
+    return ids.to(device), mask.to(device)
+
+
+def pre_text(text):
+    """Clean a text as InternVideo2's benchmark does: lower case, no punctuation, single spaces."""
+    text = re.sub(r"[,.'!?\"()*#:;~]", "", text.lower())
+    text = re.sub(r"[-/]", " ", text)
+    return " ".join(text.split())
+
+
+def load_tokenizer(path, row):
+    """Load the tokenizer of a baseline's folder, else the one that its row names.
+
+    OpenAI's vocabulary is one of: tokenizer.json, vocab.json, bpe_simple_vocab_16e6.txt.gz.
+    """
+    for name in ("tokenizer.json", "vocab.json", "vocab.txt"):
+        if checkpoint_file(path, name):
+            # Not AutoTokenizer, which asks config.json for a model type that may be unknown.
+            return tokenizer_class(row).from_pretrained(path)
+    merges = checkpoint_file(path, "bpe_simple_vocab_16e6.txt.gz")
+    if merges:
+        return read_openai_vocabulary(merges)
+    return AutoTokenizer.from_pretrained(row.settings["tokenizer"])
+
+
+def tokenizer_class(row):
+    """Return the class of a baseline's tokenizer."""
+    from transformers import BertTokenizer
+
+    return CLIPTokenizer if row.family == "clip" else BertTokenizer
+
+
+def read_openai_vocabulary(file):
+    """Make a tokenizer of OpenAI CLIP's own file -> CLIPTokenizer.
+
+    The file has a header, 48,894 merges of which line i makes token 512 + i, and more that CLIP
+    does not use. Before them come the 256 letters that stand for bytes, in GPT-2's order, and the
+    same as ends of words.
+    """
+    lines = gzip.decompress(Path(file).read_bytes()).decode().split("\n")
+    merges = []
+    for line in lines[1 : 49152 - 256 - 2 + 1]:
+        if line:
+            merges.append(tuple(line.split()))
+
+    # Printable bytes stand for themselves; the others get letters from 256 on.
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = [chr(byte) for byte in printable]
+    letters += [chr(256 + i) for i in range(256 - len(printable))]
+    tokens = letters + [letter + "</w>" for letter in letters]
+    tokens += ["".join(pair) for pair in merges]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocabulary, merges=merges)
+
+
+# Frames
+
+
+def load_frames(dual, kind, medium):
+    """Decode a medium, unless eval.py has done so -> prepared frames (F, size, size, 3).
+
+    kind: "image" or "video". Raises MediaError or FileNotFoundError.
+    """
+    if isinstance(medium, np.ndarray):
+        frames = medium
+    elif kind == "image":
+        frames = dual.prepare(load_image(medium))
+    else:
+        frames = dual.prepare(load_video(medium, dual.row.frames)[0])
+    frames = frames.reshape(-1, *frames.shape[-3:])  # an image may come without its axis of time
+    if kind == "image" and dual.row.settings["image"] == "repeated":
+        frames = np.repeat(frames, dual.row.frames, axis=0)
+    return frames
+
+
+COLOURS = {  # mean and standard deviation of red, green and blue
+    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+
+
+def normalise_colours(dual, frames):
+    """Turn prepared frames (B, F, H, W, 3), 0 to 255, into a tower's pixels (B, F, 3, H, W)."""
+    parameter = next(dual.towers.parameters())
+    mean, std = COLOURS[dual.row.settings["colours"]]
+    pixels = torch.from_numpy(frames).to(parameter.device).float() / 255
+    pixels = (pixels - pixels.new_tensor(mean)) / pixels.new_tensor(std)
+    return pixels.movedim(-1, 2).to(parameter.dtype)
+
+
+def short_side(height, width, size):
+    """Scale (height, width) so that the short side is `size`; the long one is rounded down."""
+    if height < width:
+        return size, int(size * width / height)
+    return int(size * height / width), size
+
+
+def centre(frames, size):
+    """Cut the central square from frames (F, H, W, 3)."""
+    top = round((frames.shape[1] - size) / 2)
+    left = round((frames.shape[2] - size) / 2)
+    return frames[:, top : top + size, left : left + size]
+
+
+def interpolate(frames, shape, mode):
+    """Resize frames (F, H, W, 3) without antialiasing -> float32 0 to 255."""
+    pixels = torch.from_numpy(frames).movedim(-1, 1).float()
+    pixels = F.interpolate(pixels, shape, mode=mode, align_corners=False, antialias=False)
+    return pixels.clamp(0, 255).movedim(1, -1).contiguous().numpy()
+
+
+def with_time(frames):
+    """Give an image (H, W, 3) an axis of time; frames (F, H, W, 3) have one."""
+    return frames.reshape(-1, *frames.shape[-3:])
+
+
+def crop_bicubic(frames, size):
+    """Short side to `size` by Pillow's bicubic rule, then the central square (CLIP4Clip)."""
+    frames = with_time(frames)
+    height, width = short_side(*frames.shape[1:3], size)
+    resized = []
+    for frame in frames:
+        image = Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC)
+        resized.append(np.asarray(image))
+    return np.ascontiguousarray(centre(np.stack(resized), size))
+
+
+def crop_bilinear(frames, size):
+    """Short side to `size`, bilinear, then the central square; never rounded (LanguageBind)."""
+    frames = with_time(frames)
+    shape = short_side(*frames.shape[1:3], size)
+    return np.ascontiguousarray(centre(interpolate(frames, shape, "bilinear"), size))
+
+
+def squash_bilinear(frames, size):
+    """Squash to a square, bilinear, as OpenCV does by default (ViCLIP, VideoCLIP-XL)."""
+    frames = interpolate(with_time(frames), (size, size), "bilinear")
+    return frames.round().astype(np.uint8)
+
+
+def squash_bicubic(frames, size):
+    """Squash to a square, bicubic, as torchvision 0.14 did to tensors (InternVideo2)."""
+    frames = interpolate(with_time(frames), (size, size), "bicubic")
+    return frames.round().astype(np.uint8)
+
+
+RESIZE = {
+    "crop bicubic": crop_bicubic,
+    "crop bilinear": crop_bilinear,
+    "squash bilinear": squash_bilinear,
+    "squash bicubic": squash_bicubic,
+}
+
+
+# CLIP with more than one frame: CLIP4Clip, ViCLIP, VideoCLIP-XL, LanguageBind
+
+OPENAI_NAMES = {  # part of a name in transformers' CLIPModel: the same in OpenAI's layout
+    "encoder.layers.": "transformer.resblocks.",
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "self_attn.q_proj.": "attn.in_proj_",
+    "self_attn.k_proj.": "attn.in_proj_",
+    "self_attn.v_proj.": "attn.in_proj_",
+    "self_attn.out_proj": "attn.out_proj",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "embeddings.patch_embedding.weight": "conv1.weight",
+    "embeddings.class_embedding": "class_embedding",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "embeddings.temporal_embedding": "temporal_positional_embedding",
+    "embeddings.token_embedding": "token_embedding",
+    "pre_layrnorm": "ln_pre",
+    "post_layernorm": "ln_post",
+    "final_layer_norm": "ln_final",
+}
+
+# Layout: names of the towers and of their projections.
+CLIP_NAMES = {
+    "huggingface": {},
+    "viclip": {
+        "vision_model.": "vision_encoder.",
+        "text_model.": "text_encoder.",
+        "visual_projection.weight": "vision_encoder.proj",
+        "text_projection.weight": "text_encoder.text_projection",
+    },
+    "videoclip-xl": {
+        "vision_model.": "vision_model.vision_encoder.",
+        "text_model.": "text_model.",
+        "visual_projection.weight": "vision_model.vision_encoder.proj",
+        "text_projection.weight": "text_model.text_projection",
+    },
+}
+CLIP_UNUSED = r"(.*\.)?(position_ids|logit_scale|temp)"  # buffers and temperatures
+KEPT_POSITIONS = 20  # VideoCLIP-XL: the first rows of its text positions are CLIP's
+
+
+def clip_source(layout, name):
+    """Return a parameter's name in the file, and how the file's tensor becomes the parameter.
+
+    layout: a key of CLIP_NAMES; name: in transformers' CLIPModel.
+    """
+    if layout == "huggingface":
+        return name, lambda tensor: tensor
+    towers = CLIP_NAMES[layout]
+    if name in towers:  # projections stand the other way round
+        return towers[name], lambda tensor: tensor.T
+
+    def convert(tensor):
+        for i, letter in enumerate("qkv"):
+            if f"self_attn.{letter}_proj" in name:
+                return tensor.chunk(3)[i]
+        return tensor
+
+    tower = name.partition(".")[0] + "."
+    rest = name.removeprefix(tower)
+    for ours, theirs in OPENAI_NAMES.items():
+        rest = rest.replace(ours, theirs)
+    return towers[tower] + rest, convert
+
+
+class TimeLayer(CLIPEncoderLayer):
+    """LanguageBind's layer: attention over the frames at each place, then CLIP's layer."""
+
+    def __init__(self, config, frames):
+        super().__init__(config)
+        self.temporal_embedding = nn.Parameter(torch.empty(1, frames, config.hidden_size))
+        self.temporal_attn = CLIPAttention(config)
+        self.temporal_layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, hidden, attention_mask=None, **kwargs):
+        """Take and give states (B F, T, D)."""
+        frames = self.temporal_embedding.shape[1]
+        tokens = hidden.shape[1]
+        x = hidden.unflatten(0, (-1, frames)).transpose(1, 2).flatten(0, 1)  # (B T, F, D)
+        x = x + self.temporal_embedding  # which stays in the residual stream
+        x = x + self.temporal_attn(self.temporal_layer_norm1(x))[0]
+        hidden = x.unflatten(0, (-1, tokens)).transpose(1, 2).flatten(0, 1)  # (B F, T, D)
+        return super().forward(hidden, attention_mask, **kwargs)
+
+
+def load_clip(row, path, device):
+    """Load a CLIP -> Dual. All sizes but the number of heads are those of the tensors.
+
+    Raises ValueError if the tensors do not fit, OSError if the hub has none.
+    """
+    settings = row.settings
+    tensors = read_weights(path, row)
+    tokenizer = load_tokenizer(path, row)
+    source = functools.partial(clip_source, settings["layout"])
+
+    def shape(name):
+        return shape_of(tensors, source(name)[0], row, path)
+
+    def layers(tower):
+        first, _ = source(f"{tower}.encoder.layers.0.layer_norm1.weight")
+        prefix = first.partition("0.")[0]
+        return count_layers(tensors, prefix, row, path)
+
+    if settings["layout"] == "videoclip-xl":
+        merge_text_positions(tensors, row, path)
+    patch_name, _ = source("vision_model.embeddings.patch_embedding.weight")
+    width, *_, patch = shape("vision_model.embeddings.patch_embedding.weight")
+    if tensors[patch_name].ndim == 5:  # a convolution over one frame at a time
+        tensors[patch_name] = tensors[patch_name].squeeze(2)
+    places, _ = shape("vision_model.embeddings.position_embedding.weight")
+    size = patch * math.isqrt(places - 1)
+    vocabulary, text_width = shape("text_model.embeddings.token_embedding.weight")
+
+    same = {"hidden_act": settings["activation"], "layer_norm_eps": 1e-5}
+    vision_mlp = source("vision_model.encoder.layers.0.mlp.fc1.bias")[0]
+    text_mlp = source("text_model.encoder.layers.0.mlp.fc1.bias")[0]
+    vision = {
+        "hidden_size": width,
+        "intermediate_size": shape_of(tensors, vision_mlp, row, path)[0],
+        "num_hidden_layers": layers("vision_model"),
+        "num_attention_heads": settings["heads"][0],
+        "patch_size": patch,
+        "image_size": size,
+    }
+    text = {
+        "hidden_size": text_width,
+        "intermediate_size": shape_of(tensors, text_mlp, row, path)[0],
+        "num_hidden_layers": layers("text_model"),
+        "num_attention_heads": settings["heads"][1],
+        "vocab_size": vocabulary,
+        "max_position_embeddings": settings["text_tokens"],
+        "eos_token_id": tokenizer.eos_token_id,  # the pooled token
+    }
+    name, convert = source("visual_projection.weight")
+    shape("visual_projection.weight")
+    dim = convert(tensors[name]).shape[0]
+    config = CLIPConfig(text | same, vision | same, projection_dim=dim)
+
+    with init_empty_weights():
+        towers = CLIPModel(config)
+        towers.logit_scale = None
+        embeddings = towers.vision_model.embeddings
+        if settings["video"] == "joint":
+            embeddings.temporal_embedding = nn.Parameter(torch.empty(1, row.frames, width))
+        if settings["video"] == "time":
+            embeddings.class_embedding = nn.Parameter(torch.empty(row.frames, width))
+            blocks = [
+                TimeLayer(config.vision_config, row.frames) for _ in range(layers("vision_model"))
+            ]
+            towers.vision_model.encoder.layers = nn.ModuleList(blocks)
+    fingerprint = fill(towers, tensors, source, CLIP_UNUSED, row, path)
+    towers = to_device(towers, device)
+    encode_video = CLIP_VIDEO[settings["video"]]
+    return Dual(row, towers, tokenizer, size, clip_text, encode_video, fingerprint)
+
+
+def merge_text_positions(tensors, row, path):
+    """Make VideoCLIP-XL's two tables of text positions one: CLIP's first rows, then its own."""
+    name = "text_model.positional_embedding"
+    for table in (name, f"{name}_res"):
+        shape_of(tensors, table, row, path)
+    merged = tensors.pop(f"{name}_res").clone()
+    merged[:KEPT_POSITIONS] = tensors[name][:KEPT_POSITIONS]
+    tensors[name] = merged
+
+
+def clip_text(towers, ids, mask):
+    """Project the end token's state -> (B, E). Its causal mask hides the padding."""
+    return towers.get_text_features(ids).pooler_output
+
+
+def mean_of_frames(towers, pixels):
+    """CLIP4Clip: the mean of the frames' unit vectors -> (B, E)."""
+    frames = towers.get_image_features(pixels.flatten(0, 1)).pooler_output
+    return F.normalize(frames, dim=-1).unflatten(0, pixels.shape[:2]).mean(1)
+
+
+def embed_patches(embeddings, pixels):
+    """Embed patches and add the positions of their places -> (B, F, P, D)."""
+    patches = embeddings.patch_embedding(pixels.flatten(0, 1)).flatten(2).transpose(1, 2)
+    patches = patches + embeddings.position_embedding.weight[1:]
+    return patches.unflatten(0, pixels.shape[:2])
+
+
+def joint_frames(towers, pixels):
+    """ViCLIP: one sequence of a class token and all frames' patches -> (B, E)."""
+    vision = towers.vision_model
+    embeddings = vision.embeddings
+    patches = embed_patches(embeddings, pixels)
+    batch, frames, _, width = patches.shape
+    time = embeddings.temporal_embedding  # (1, F, D)
+    if frames == 1:
+        time = time.mean(1, keepdim=True)  # an image
+    patches = patches + time[:, :, None]
+
+    first = embeddings.class_embedding + embeddings.position_embedding.weight[0]
+    tokens = torch.cat([first.expand(batch, 1, width), patches.flatten(1, 2)], 1)
+    hidden = vision.encoder(vision.pre_layrnorm(tokens)).last_hidden_state
+    return towers.visual_projection(vision.post_layernorm(hidden[:, 0]))
+
+
+def frames_over_time(towers, pixels):
+    """LanguageBind: a sequence per frame, its layers look over time; mean of frames -> (B, E)."""
+    vision = towers.vision_model
+    embeddings = vision.embeddings
+    patches = embed_patches(embeddings, pixels)
+    # Each frame has its own class token.
+    first = embeddings.class_embedding + embeddings.position_embedding.weight[0]  # (F, D)
+    first = first[:, None].expand(len(patches), -1, -1, -1)  # (B, F, 1, D)
+    tokens = torch.cat([first, patches], 2).flatten(0, 1)
+    hidden = vision.encoder(vision.pre_layrnorm(tokens)).last_hidden_state
+    frames = vision.post_layernorm(hidden[:, 0]).unflatten(0, pixels.shape[:2])
+    return towers.visual_projection(frames.mean(1))
+
+
+CLIP_VIDEO = {"mean": mean_of_frames, "joint": joint_frames, "time": frames_over_time}
+
+
+# InternVideo2, stage 2. Modules and parameters carry the names of the released files.
+
+INTERNVIDEO2_UNUSED = (
+    # Decoders of its training, temperatures, the match head that re-ranks, the audio tower
+    r"(.*\.)?(clip_decoder\..*|final_clip_decoder\..*|clip_pos_embed|clip_img_pos_embed|temp)"
+    r"|(.*\.)?(itm_head|audio\w*)\..*"
+    # BERT's head, buffers
+    r"|(.*\.)?text_encoder\.cls\..*|.*position_ids"
+)
+
+
+def split_heads(x, heads):
+    """(B, T, D) -> (B, heads, T, D / heads)."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def attend(q, k, v, heads):
+    """Attend from q to k and v, each (B, T, D) -> (B, T of q, D)."""
+    q, k, v = (split_heads(x, heads) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+class Attention(nn.Module):
+    """Self-attention; queries and keys are normalised over the whole width, before the heads."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.q_norm = nn.RMSNorm(width, eps=1e-6)
+        self.k_norm = nn.RMSNorm(width, eps=1e-6)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return self.proj(attend(self.q_norm(q), self.k_norm(k), v, self.heads))
+
+
+class Scale(nn.Module):
+    """A factor per channel, multiplied in float32 as upstream does."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.empty(width))
+
+    def forward(self, x):
+        return (x.float() * self.gamma.float()).to(x.dtype)
+
+
+class Mlp(nn.Module):
+    def __init__(self, width, inner):
+        super().__init__()
+        self.fc1 = nn.Linear(width, inner)
+        self.fc2 = nn.Linear(inner, width)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, width, heads, inner):
+        super().__init__()
+        self.norm1 = nn.RMSNorm(width, eps=1e-6)
+        self.attn = Attention(width, heads)
+        self.ls1 = Scale(width)
+        self.norm2 = nn.RMSNorm(width, eps=1e-6)
+        self.mlp = Mlp(width, inner)
+        self.ls2 = Scale(width)
+
+    def forward(self, x):
+        x = x + self.ls1(self.attn(self.norm1(x)))
+        return x + self.ls2(self.mlp(self.norm2(x)))
+
+
+class CrossAttention(nn.Module):
+    def __init__(self, width, heads, dim):
+        super().__init__()
+        self.heads = heads
+        for letter in "qkv":
+            self.add_module(letter, nn.Linear(width, width, bias=False))
+            self.register_parameter(f"{letter}_bias", nn.Parameter(torch.empty(width)))
+        self.proj = nn.Linear(width, dim)
+
+    def forward(self, q, k, v):
+        q = self.q(q) + self.q_bias
+        k = self.k(k) + self.k_bias
+        v = self.v(v) + self.v_bias
+        return self.proj(attend(q, k, v, self.heads))
+
+
+class AttentionPool(nn.Module):
+    """Attend to all tokens with their mean as the query: (B, T, D) -> (B, dim)."""
+
+    def __init__(self, width, heads, dim):
+        super().__init__()
+        self.norm1_q = nn.LayerNorm(width)
+        self.norm1_k = nn.LayerNorm(width)
+        self.norm1_v = nn.LayerNorm(width)
+        self.cross_attn = CrossAttention(width, heads, dim)
+
+    def forward(self, x):
+        mean = self.norm1_q(x.mean(1, keepdim=True))
+        return self.cross_attn(mean, self.norm1_k(x), self.norm1_v(x))[:, 0]
+
+
+class InternVideo2Vision(nn.Module):
+    """InternVideo2's vision tower: pixels (B, F, 3, H, W) -> (B, dim).
+
+    image_positions: whether images have a table of positions of their own (1B; not 6B).
+    """
+
+    def __init__(
+        self, width, heads, layers, inner, patch, places, frames, pool_heads, dim, image_positions
+    ):
+        super().__init__()
+        self.frames = frames
+        kernel = (1, patch, patch)
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv3d(3, width, kernel, stride=kernel)})
+        self.cls_token = nn.Parameter(torch.empty(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + frames * places, width))
+        self.img_pos_embed = None
+        if image_positions:
+            self.img_pos_embed = nn.Parameter(torch.empty(1, 1 + places, width))
+        self.blocks = nn.ModuleList(Block(width, heads, inner) for _ in range(layers))
+        self.clip_projector = AttentionPool(width, pool_heads, dim)
+
+    def positions(self, frames):
+        """Positions of the class token and of so many frames' patches -> (1, 1 + F P, D)."""
+        if frames == 1 and self.img_pos_embed is not None:
+            return self.img_pos_embed
+        first = self.pos_embed[:, :1]
+        table = self.pos_embed[:, 1:].unflatten(1, (self.frames, -1))  # (1, F, P, D)
+        if frames == 1:
+            table = table.mean(1, keepdim=True)
+        elif frames != self.frames:
+            series = table.flatten(2).transpose(1, 2).float()  # (1, P D, F)
+            series = F.interpolate(series, frames, mode="linear", align_corners=False)
+            table = series.transpose(1, 2).unflatten(2, table.shape[2:]).to(table.dtype)
+        return torch.cat([first, table.flatten(1, 2)], 1)
+
+    def forward(self, pixels):
+        patches = self.patch_embed["proj"](pixels.transpose(1, 2)).flatten(2).transpose(1, 2)
+        x = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], 1)
+        x = x + self.positions(pixels.shape[1])
+        for block in self.blocks:
+            x = block(x)
+        return self.clip_projector(x)  # there is no norm before it
+
+
+def load_internvideo2(row, path, device):
+    """Load an InternVideo2 -> Dual. All sizes but those of its row are those of the tensors.
+
+    Raises ValueError if the tensors do not fit, OSError if the hub has none.
+    """
+    settings = row.settings
+    tensors = read_weights(path, row)
+    # The released files differ in what stands before the names.
+    prefix = ""
+    for name in tensors:
+        if name.endswith("vision_encoder.cls_token"):
+            prefix = name.removesuffix("vision_encoder.cls_token")
+
+    def shape(name):
+        return shape_of(tensors, prefix + name, row, path)
+
+    width, *_, patch = shape("vision_encoder.patch_embed.proj.weight")
+    places = (shape("vision_encoder.pos_embed")[1] - 1) // settings["trained_frames"]
+    pooled, _ = shape("vision_encoder.clip_projector.cross_attn.proj.weight")
+    vocabulary, text_width = shape("text_encoder.bert.embeddings.word_embeddings.weight")
+    dim, _ = shape("vision_proj.weight")
+    config = BertConfig(
+        vocab_size=vocabulary,
+        hidden_size=text_width,
+        num_hidden_layers=settings["text_layers"],
+        num_attention_heads=settings["text_heads"],
+        intermediate_size=shape("text_encoder.bert.encoder.layer.0.intermediate.dense.bias")[0],
+        max_position_embeddings=shape("text_encoder.bert.embeddings.position_embeddings.weight")[0],
+    )
+
+    with init_empty_weights():
+        vision = InternVideo2Vision(
+            width=width,
+            heads=settings["heads"],
+            layers=count_layers(tensors, f"{prefix}vision_encoder.blocks.", row, path),
+            inner=shape("vision_encoder.blocks.0.mlp.fc1.bias")[0],
+            patch=patch,
+            places=places,
+            frames=settings["trained_frames"],
+            pool_heads=settings["pooling_heads"],
+            dim=pooled,
+            image_positions=f"{prefix}vision_encoder.img_pos_embed" in tensors,
+        )
+        bert = BertModel(config, add_pooling_layer=False)
+        towers = nn.ModuleDict(
+            {
+                "vision_encoder": vision,
+                "vision_proj": nn.Linear(pooled, dim),
+                "text_encoder": nn.ModuleDict({"bert": bert}),
+                "text_proj": nn.Linear(text_width, dim),
+            }
+        )
+
+    # Layers of the re-ranker, and nothing else, may be left over.
+    for name in list(tensors):
+        layer = name.removeprefix(f"{prefix}text_encoder.bert.encoder.layer.").partition(".")[0]
+        if layer.isdigit() and int(layer) >= settings["text_layers"]:
+            del tensors[name]
+
+    def source(name):
+        return prefix + name, lambda tensor: tensor
+
+    fingerprint = fill(towers, tensors, source, INTERNVIDEO2_UNUSED, row, path)
+    towers = to_device(towers, device)
+    tokenizer = load_tokenizer(path, row)
+    size = patch * math.isqrt(places)
+    return Dual(row, towers, tokenizer, size, internvideo2_text, internvideo2_video, fingerprint)
+
+
+def internvideo2_text(towers, ids, mask):
+    """Project the class token's state -> (B, E)."""
+    states = towers["text_encoder"]["bert"](ids, attention_mask=mask).last_hidden_state
+    return towers["text_proj"](states[:, 0])
+
+
+def internvideo2_video(towers, pixels):
+    """Project the pooled tokens -> (B, E)."""
+    return towers["vision_proj"](towers["vision_encoder"](pixels))
+
+
+FAMILIES = {
+    "clip": (load_clip, embed_dual),
+    "internvideo2": (load_internvideo2, embed_dual),
+}
