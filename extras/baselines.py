@@ -44,7 +44,7 @@ from transformers.models.clip.modeling_clip import CLIPAttention, CLIPEncoderLay
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository, for a script
 
-from model import checkpoint_file, fingerprint_weights
+from model import checkpoint_file, fingerprint_weights, first_line
 from support.media import MediaError, load_image, load_video
 
 # The registry
@@ -60,7 +60,7 @@ class Baseline:
 
     name: str  # as in published.json
     hub: str  # hub id of the weights
-    family: str  # a key of FAMILIES, or of FAMILIES in baselines_mllm.py
+    family: str  # a key of FAMILIES, or X of load_X and embed_X in baselines_mllm.py
     licence: str
     weights: str = "model.safetensors"  # the file's name if it is neither this nor sharded
     frames: int = 8  # of a video (section 4.1)
@@ -182,14 +182,14 @@ ROWS = [
         licence="MIT",
         settings=INTERNVIDEO2 | {"heads": 25},
     ),
-    Baseline("GME-2B", "Alibaba-NLP/gme-Qwen2-VL-2B-Instruct", "gme", "Apache-2.0"),
-    Baseline("GME-7B", "Alibaba-NLP/gme-Qwen2-VL-7B-Instruct", "gme", "Apache-2.0"),
-    Baseline("Unite-2B", "friedrichor/Unite-Base-Qwen2-VL-2B", "unite", "Apache-2.0"),
-    Baseline("Unite-7B", "friedrichor/Unite-Base-Qwen2-VL-7B", "unite", "Apache-2.0"),
-    Baseline("VLM2Vec-V2", "VLM2Vec/VLM2Vec-V2.0", "vlm2vec", "Apache-2.0"),
-    Baseline("B3-7B", "raghavlite/B3_Qwen2_7B", "vlm2vec", "not named"),
-    Baseline("BGE-VL", "BAAI/BGE-VL-v1.5-mmeb", "bge-vl", "MIT"),
-    Baseline("UniME-7B", "DeepGlint-AI/UniME-LLaVA-OneVision-7B", "unime", "not named"),
+    Baseline("GME-2B", "Alibaba-NLP/gme-Qwen2-VL-2B-Instruct", "qwen2vl", "Apache-2.0"),
+    Baseline("GME-7B", "Alibaba-NLP/gme-Qwen2-VL-7B-Instruct", "qwen2vl", "Apache-2.0"),
+    Baseline("Unite-2B", "friedrichor/Unite-Base-Qwen2-VL-2B", "qwen2vl", "Apache-2.0"),
+    Baseline("Unite-7B", "friedrichor/Unite-Base-Qwen2-VL-7B", "qwen2vl", "Apache-2.0"),
+    Baseline("VLM2Vec-V2", "VLM2Vec/VLM2Vec-V2.0", "qwen2vl", "Apache-2.0"),
+    Baseline("B3-7B", "raghavlite/B3_Qwen2_7B", "qwen2vl", "not named"),
+    Baseline("BGE-VL", "BAAI/BGE-VL-v1.5-mmeb", "llava", "MIT"),
+    Baseline("UniME-7B", "DeepGlint-AI/UniME-LLaVA-OneVision-7B", "llava", "not named"),
 ]
 BASELINES = {row.name: row for row in ROWS}
 
@@ -210,57 +210,81 @@ def make_encoder(row, path=None, device=None):
     """Load a baseline -> a function (items, instruction) -> (n, E) float32, NaN for failed items.
 
     path: folder or hub id of the weights, by default the row's. device: by default a GPU if there
-    is one. The function's attributes tell eval.py how to decode and what to write down; protocol
-    counts in "texts_cut" the texts so far that were longer than the text tower's limit.
+    is one. The function's attributes tell eval.py how to decode and what to write down. Media are
+    arrays that `prepare` made, or paths and spans as in data.py. protocol["texts_cut"] counts the
+    texts so far that were longer than the text tower's limit.
     Raises ValueError if the weights cannot be had or do not fit.
     """
     path = path or row.hub
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    load, embed = find_family(row.family)
+    load, embed, own_row = find_family(row)
     try:
-        model = load(row, path, device)
+        model = load(own_row, path, device)
     except OSError as error:  # of the hub: an absent or gated id, or no connection
-        first_line = str(error).strip().split("\n")[0]
         raise ValueError(
-            f"{row.name}: {path} cannot be read: {first_line} Its licence may have to be accepted "
-            "at the hub; BASELINE=FOLDER takes weights from a folder"
+            f"{row.name}: {path} cannot be read: {first_line(error)}; its licence may have to be "
+            "accepted at the hub; BASELINE=FOLDER takes the weights from a folder"
         ) from error
 
-    protocol = {"baseline": row.name, "weights": path, "licence": row.licence}
-    protocol |= {"frames": row.frames, "dtype": model.dtype, **row.settings}
-    settings = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode())
+    protocol = {"baseline": row.name, "weights": path, "licence": row.licence, **model.protocol}
+    settings = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()
 
     def encoder(items, instruction=None):
-        vectors = embed(model, items, instruction)
-        protocol["texts_cut"] = model.texts_cut
+        ready, places = decode_items(items, row.frames, model.prepare)
+        vectors = torch.full((len(items), model.dim), math.nan)
+        if ready:
+            vectors[places] = torch.as_tensor(embed(model, ready, instruction)).float().cpu()
+        protocol["texts_cut"] = model.protocol["texts_cut"]
         return vectors
 
     def report():
-        if model.texts_cut:
-            limit = row.settings.get("text_tokens", "its limit of")
-            print(f"{row.name}: {model.texts_cut} texts were cut at {limit} tokens")
+        if model.protocol["texts_cut"]:
+            print(f"{row.name}: {model.protocol['texts_cut']} texts lost their tail at its limit")
 
     atexit.register(report)
     encoder.frames = row.frames
     encoder.prepare = model.prepare
-    encoder.fingerprint = f"{model.fingerprint}-{settings.hexdigest()[:16]}"
+    encoder.fingerprint = f"{model.fingerprint}-{settings[:16]}"
     encoder.protocol = protocol
-    encoder.parameters = model.parameter_count
+    encoder.parameters = model.parameters
     encoder.published = row.name
     return encoder
 
 
-def find_family(name):
-    """Return a family's (load, embed).
+def find_family(row):
+    """Return a row's load(row, path, device) -> model and embed(model, items, instruction), and the
+    row as load wants it.
 
-    load(row, path, device) gives an object with the attributes of Dual that make_encoder reads;
-    embed(that object, items, instruction) gives an array or tensor (n, E).
+    A model has what make_encoder reads: prepare, dim, fingerprint, parameters and protocol.
     """
-    if name in FAMILIES:
-        return FAMILIES[name]
+    if row.family in FAMILIES:
+        return *FAMILIES[row.family], row
     from extras import baselines_mllm
 
-    return baselines_mllm.FAMILIES[name]
+    load = getattr(baselines_mllm, f"load_{row.family}")
+    embed = getattr(baselines_mllm, f"embed_{row.family}")
+    return load, embed, baselines_mllm.MLLMS[row.name]
+
+
+def decode_items(items, frames, prepare):
+    """Decode the media that are paths still -> (items whose media are prepared arrays, their
+    places in `items`); those that cannot be decoded are printed and left out.
+    """
+    ready = []
+    places = []
+    for i, item in enumerate(items):
+        item = dict(item)
+        try:
+            if item.get("image") is not None and not isinstance(item["image"], np.ndarray):
+                item["image"] = prepare(load_image(item["image"])[None])
+            if item.get("video") is not None and not isinstance(item["video"], np.ndarray):
+                item["video"] = prepare(load_video(item["video"], frames)[0])
+        except (MediaError, OSError) as error:
+            print(f"no vector: {error}")
+            continue
+        ready.append(item)
+        places.append(i)
+    return ready, places
 
 
 # Weights
@@ -383,15 +407,9 @@ class Dual:
     encode_text: object  # function of towers, ids (B, T), mask (B, T) -> (B, E)
     encode_video: object  # function of towers, pixels (B, F, 3, H, W) -> (B, E)
     fingerprint: str
-    texts_cut: int = 0
-
-    @property
-    def dtype(self):
-        return str(next(self.towers.parameters()).dtype).removeprefix("torch.")
-
-    @property
-    def parameter_count(self):
-        return sum(p.numel() for p in self.towers.parameters())
+    dim: int
+    parameters: int
+    protocol: dict  # "texts_cut" counts texts that lost their tail
 
     @property
     def prepare(self):
@@ -399,10 +417,14 @@ class Dual:
         return functools.partial(RESIZE[self.row.settings["resize"]], size=self.size)
 
 
-def to_device(towers, device):
-    """Move weights to a device: in bfloat16 on a GPU, as section 4.1 has it, else in float32."""
+def finish(row, towers, device, **fields):
+    """Move towers to a device, in bfloat16 on a GPU as section 4.1 has it -> Dual."""
     dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
-    return towers.to(device, dtype).eval().requires_grad_(False)
+    towers = towers.to(device, dtype).eval().requires_grad_(False)
+    parameters = sum(p.numel() for p in towers.parameters())
+    protocol = {"frames": row.frames, **row.settings, "texts_cut": 0}
+    protocol["dtype"] = str(dtype).removeprefix("torch.")
+    return Dual(row, towers, parameters=parameters, protocol=protocol, **fields)
 
 
 BATCH = 8  # items per forward pass
@@ -410,49 +432,43 @@ BATCH = 8  # items per forward pass
 
 @torch.no_grad()
 def embed_dual(dual, items, instruction):
-    """Embed items with two towers -> unit vectors (n, E) float32 on the CPU, NaN for failed items.
+    """Embed items with two towers -> unit vectors (n, E) float32 on the CPU.
 
-    items: dicts with any of "text", "image" and "video"; media as paths or spans (data.py), or as
-    arrays that dual.prepare made. instruction: not used, their texts never carry one.
+    items: dicts with any of "text", "image" and "video", media as dual.prepare gives them.
+    instruction: not used, texts never carry one.
     """
     texts = []  # (item's number, text)
     clips = {}  # {number of frames: [(item's number, frames)]}
-    failed = set()
     for i, item in enumerate(items):
         if item.get("text"):
             texts.append((i, item["text"]))
         for kind in ("image", "video"):
-            if item.get(kind) is None:
-                continue
-            try:
-                frames = load_frames(dual, kind, item[kind])
-            except (MediaError, OSError) as error:
-                print(f"{dual.row.name}: no vector: {error}")
-                failed.add(i)
-                continue
-            clips.setdefault(len(frames), []).append((i, frames))
+            if item.get(kind) is not None:
+                frames = with_time(item[kind])
+                if kind == "image" and dual.row.settings["image"] == "repeated":
+                    frames = np.repeat(frames, dual.row.frames, axis=0)
+                clips.setdefault(len(frames), []).append((i, frames))
 
     parts = [[] for _ in items]  # the projected vectors of each item
-    for start in range(0, len(texts), BATCH):
-        batch = texts[start : start + BATCH]
-        ids, mask = tokenize(dual, [text for _, text in batch])
-        vectors = dual.encode_text(dual.towers, ids, mask).float().cpu()
-        for (i, _), vector in zip(batch, vectors, strict=True):
-            parts[i].append(vector)
-    for same_length in clips.values():
-        for start in range(0, len(same_length), BATCH):
-            batch = same_length[start : start + BATCH]
-            pixels = normalise_colours(dual, np.stack([frames for _, frames in batch]))
-            vectors = dual.encode_video(dual.towers, pixels).float().cpu()
-            for (i, _), vector in zip(batch, vectors, strict=True):
-                parts[i].append(vector)
 
-    dim = next((len(vectors[0]) for vectors in parts if vectors), 1)
-    result = torch.full((len(items), dim), math.nan)
-    for i, vectors in enumerate(parts):
-        if vectors and i not in failed:
-            result[i] = compose(vectors, dual.row.settings["composed"])
-    return result
+    def keep(batch, vectors):
+        for (i, _), vector in zip(batch, vectors.float().cpu(), strict=True):
+            parts[i].append(vector)
+
+    for batch in batched(texts, BATCH):
+        ids, mask = tokenize(dual, [text for _, text in batch])
+        keep(batch, dual.encode_text(dual.towers, ids, mask))
+    for same_length in clips.values():
+        for batch in batched(same_length, BATCH):
+            pixels = normalise_colours(dual, np.stack([frames for _, frames in batch]))
+            keep(batch, dual.encode_video(dual.towers, pixels))
+    composed = dual.row.settings["composed"]
+    return torch.stack([compose(vectors, composed) for vectors in parts])
+
+
+def batched(rows, size):
+    """Cut a list into lists of at most `size`."""
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 def compose(vectors, how):
@@ -483,7 +499,7 @@ def tokenize(dual, texts):
             text = pre_text(text)
         ids = dual.tokenizer(text, verbose=False)["input_ids"]
         if len(ids) > limit:
-            dual.texts_cut += 1
+            dual.protocol["texts_cut"] += 1
             ids = ids[: limit - 1] + ids[-1:]
         rows.append(torch.tensor(ids))
 
@@ -549,23 +565,6 @@ def read_openai_vocabulary(file):
 
 
 # Frames
-
-
-def load_frames(dual, kind, medium):
-    """Decode a medium, unless eval.py has done so -> prepared frames (F, size, size, 3).
-
-    kind: "image" or "video". Raises MediaError or FileNotFoundError.
-    """
-    if isinstance(medium, np.ndarray):
-        frames = medium
-    elif kind == "image":
-        frames = dual.prepare(load_image(medium))
-    else:
-        frames = dual.prepare(load_video(medium, dual.row.frames)[0])
-    frames = frames.reshape(-1, *frames.shape[-3:])  # an image may come without its axis of time
-    if kind == "image" and dual.row.settings["image"] == "repeated":
-        frames = np.repeat(frames, dual.row.frames, axis=0)
-    return frames
 
 
 COLOURS = {  # mean and standard deviation of red, green and blue
@@ -784,7 +783,9 @@ def load_clip(row, path, device):
     name, convert = source("visual_projection.weight")
     shape("visual_projection.weight")
     dim = convert(tensors[name]).shape[0]
-    config = CLIPConfig(text | same, vision | same, projection_dim=dim)
+    config = CLIPConfig(
+        text_config=text | same, vision_config=vision | same, projection_dim=dim
+    )
 
     with init_empty_weights():
         towers = CLIPModel(config)
@@ -799,9 +800,17 @@ def load_clip(row, path, device):
             ]
             towers.vision_model.encoder.layers = nn.ModuleList(blocks)
     fingerprint = fill(towers, tensors, source, CLIP_UNUSED, row, path)
-    towers = to_device(towers, device)
-    encode_video = CLIP_VIDEO[settings["video"]]
-    return Dual(row, towers, tokenizer, size, clip_text, encode_video, fingerprint)
+    return finish(
+        row,
+        towers,
+        device,
+        tokenizer=tokenizer,
+        size=size,
+        encode_text=clip_text,
+        encode_video=CLIP_VIDEO[settings["video"]],
+        fingerprint=fingerprint,
+        dim=dim,
+    )
 
 
 def merge_text_positions(tensors, row, path):
@@ -1078,10 +1087,17 @@ def load_internvideo2(row, path, device):
         return prefix + name, lambda tensor: tensor
 
     fingerprint = fill(towers, tensors, source, INTERNVIDEO2_UNUSED, row, path)
-    towers = to_device(towers, device)
-    tokenizer = load_tokenizer(path, row)
-    size = patch * math.isqrt(places)
-    return Dual(row, towers, tokenizer, size, internvideo2_text, internvideo2_video, fingerprint)
+    return finish(
+        row,
+        towers,
+        device,
+        tokenizer=load_tokenizer(path, row),
+        size=patch * math.isqrt(places),
+        encode_text=internvideo2_text,
+        encode_video=internvideo2_video,
+        fingerprint=fingerprint,
+        dim=dim,
+    )
 
 
 def internvideo2_text(towers, ids, mask):
