@@ -44,7 +44,7 @@ from transformers.models.clip.modeling_clip import CLIPAttention, CLIPEncoderLay
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository, for a script
 
-from model import checkpoint_file, fingerprint_weights, first_line
+from model import checkpoint_file, fingerprint_weights, first_line, is_hub_id
 from support.media import MediaError, load_image, load_video
 
 # The registry
@@ -215,8 +215,10 @@ def make_encoder(row, path=None, device=None):
     texts so far that were longer than the text tower's limit.
     Raises ValueError if the weights cannot be had or do not fit.
     """
-    path = path or row.hub
+    path = str(path or row.hub)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not Path(path).is_dir() and not is_hub_id(path):
+        raise ValueError(f"{row.name}: {path} is neither a folder nor a hub id, owner/name")
     load, embed, own_row = find_family(row)
     try:
         model = load(own_row, path, device)
@@ -577,7 +579,7 @@ def normalise_colours(dual, frames):
     """Turn prepared frames (B, F, H, W, 3), 0 to 255, into a tower's pixels (B, F, 3, H, W)."""
     parameter = next(dual.towers.parameters())
     mean, std = COLOURS[dual.row.settings["colours"]]
-    pixels = torch.from_numpy(frames).to(parameter.device).float() / 255
+    pixels = torch.as_tensor(frames).to(parameter.device).float() / 255
     pixels = (pixels - pixels.new_tensor(mean)) / pixels.new_tensor(std)
     return pixels.movedim(-1, 2).to(parameter.dtype)
 
@@ -598,7 +600,7 @@ def centre(frames, size):
 
 def interpolate(frames, shape, mode):
     """Resize frames (F, H, W, 3) without antialiasing -> float32 0 to 255."""
-    pixels = torch.from_numpy(frames).movedim(-1, 1).float()
+    pixels = torch.tensor(frames).movedim(-1, 1).float()
     pixels = F.interpolate(pixels, shape, mode=mode, align_corners=False, antialias=False)
     return pixels.clamp(0, 255).movedim(1, -1).contiguous().numpy()
 
@@ -777,15 +779,15 @@ def load_clip(row, path, device):
         "num_hidden_layers": layers("text_model"),
         "num_attention_heads": settings["heads"][1],
         "vocab_size": vocabulary,
+        "bos_token_id": tokenizer.bos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
         "max_position_embeddings": settings["text_tokens"],
         "eos_token_id": tokenizer.eos_token_id,  # the pooled token
     }
     name, convert = source("visual_projection.weight")
     shape("visual_projection.weight")
     dim = convert(tensors[name]).shape[0]
-    config = CLIPConfig(
-        text_config=text | same, vision_config=vision | same, projection_dim=dim
-    )
+    config = CLIPConfig(text_config=text | same, vision_config=vision | same, projection_dim=dim)
 
     with init_empty_weights():
         towers = CLIPModel(config)
