@@ -39,7 +39,14 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoTokenizer, BertConfig, BertModel, CLIPConfig, CLIPModel, CLIPTokenizer
+from transformers import (
+    BertConfig,
+    BertModel,
+    BertTokenizer,
+    CLIPConfig,
+    CLIPModel,
+    CLIPTokenizer,
+)
 from transformers.models.clip.modeling_clip import CLIPAttention, CLIPEncoderLayer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository, for a script
@@ -133,8 +140,8 @@ INTERNVIDEO2 = {
     "composed": "sum",
 }
 
-# Where a card names no licence, none is given here. CLIP4Clip's hub id is inferred from its size:
-# the paper gives no link, and the authors of CLIP4Clip released no weights.
+# licence is that of the weights; "code" says that only their code names one. CLIP4Clip's hub id is
+# inferred from the model's size: the paper gives no link, and its authors released no weights.
 ROWS = [
     Baseline(
         name="CLIP4Clip",
@@ -148,7 +155,7 @@ ROWS = [
         name="ViCLIP",
         hub="OpenGVLab/ViCLIP-L-14-hf",
         family="clip",
-        licence="not named",
+        licence="code: Apache-2.0",
         settings=VICLIP,
     ),
     Baseline(
@@ -187,9 +194,9 @@ ROWS = [
     Baseline("Unite-2B", "friedrichor/Unite-Base-Qwen2-VL-2B", "qwen2vl", "Apache-2.0"),
     Baseline("Unite-7B", "friedrichor/Unite-Base-Qwen2-VL-7B", "qwen2vl", "Apache-2.0"),
     Baseline("VLM2Vec-V2", "VLM2Vec/VLM2Vec-V2.0", "qwen2vl", "Apache-2.0"),
-    Baseline("B3-7B", "raghavlite/B3_Qwen2_7B", "qwen2vl", "not named"),
+    Baseline("B3-7B", "raghavlite/B3_Qwen2_7B", "qwen2vl", "code: Apache-2.0"),
     Baseline("BGE-VL", "BAAI/BGE-VL-v1.5-mmeb", "llava", "MIT"),
-    Baseline("UniME-7B", "DeepGlint-AI/UniME-LLaVA-OneVision-7B", "llava", "not named"),
+    Baseline("UniME-7B", "DeepGlint-AI/UniME-LLaVA-OneVision-7B", "llava", "code: MIT"),
 ]
 BASELINES = {row.name: row for row in ROWS}
 
@@ -241,7 +248,7 @@ def make_encoder(row, path=None, device=None):
 
     def report():
         if model.protocol["texts_cut"]:
-            print(f"{row.name}: {model.protocol['texts_cut']} texts lost their tail at its limit")
+            print(f"{row.name}: texts cut at its limit: {model.protocol['texts_cut']}")
 
     atexit.register(report)
     encoder.frames = row.frames
@@ -334,25 +341,24 @@ def read_pickle(file):
     return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
 
 
-def shape_of(tensors, name, row, path):
-    """Return a tensor's shape. Raises ValueError naming it if a file lacks it."""
+def find_tensor(tensors, name, row, path):
+    """Return a tensor of a file. Raises ValueError naming it if the file lacks it."""
     if name not in tensors:
         found = ", ".join(list(tensors)[:3])
         raise ValueError(
             f"{row.name}: {path} holds other weights: expected a tensor {name}, found {found}, ..."
         )
-    return tensors[name].shape
+    return tensors[name]
 
 
-def count_layers(tensors, prefix, row, path):
-    """Count the layers whose tensors are named <prefix><number>.<rest>."""
-    numbers = {-1}
+def count_layers(tensors, first):
+    """Count the layers of a tower; first: the name of any tensor of layer 0, in the file."""
+    prefix = first.partition("0.")[0]
+    numbers = [0]
     for name in tensors:
         number = name.removeprefix(prefix).partition(".")[0]
         if name.startswith(prefix) and number.isdigit():
-            numbers.add(int(number))
-    if max(numbers) < 0:
-        shape_of(tensors, f"{prefix}0", row, path)  # raises
+            numbers.append(int(number))
     return max(numbers) + 1
 
 
@@ -521,25 +527,16 @@ def pre_text(text):
 
 
 def load_tokenizer(path, row):
-    """Load the tokenizer of a baseline's folder, else the one that its row names.
-
-    OpenAI's vocabulary is one of: tokenizer.json, vocab.json, bpe_simple_vocab_16e6.txt.gz.
-    """
+    """Load the tokenizer of a baseline's folder, else the one that its row names."""
+    # Not AutoTokenizer, which asks config.json for a model type that transformers may not know.
+    tokenizer_class = CLIPTokenizer if row.family == "clip" else BertTokenizer
     for name in ("tokenizer.json", "vocab.json", "vocab.txt"):
         if checkpoint_file(path, name):
-            # Not AutoTokenizer, which asks config.json for a model type that may be unknown.
-            return tokenizer_class(row).from_pretrained(path)
+            return tokenizer_class.from_pretrained(path)
     merges = checkpoint_file(path, "bpe_simple_vocab_16e6.txt.gz")
     if merges:
         return read_openai_vocabulary(merges)
-    return AutoTokenizer.from_pretrained(row.settings["tokenizer"])
-
-
-def tokenizer_class(row):
-    """Return the class of a baseline's tokenizer."""
-    from transformers import BertTokenizer
-
-    return CLIPTokenizer if row.family == "clip" else BertTokenizer
+    return tokenizer_class.from_pretrained(row.settings["tokenizer"])
 
 
 def read_openai_vocabulary(file):
@@ -695,23 +692,25 @@ def clip_source(layout, name):
 
     layout: a key of CLIP_NAMES; name: in transformers' CLIPModel.
     """
-    if layout == "huggingface":
-        return name, lambda tensor: tensor
-    towers = CLIP_NAMES[layout]
-    if name in towers:  # projections stand the other way round
-        return towers[name], lambda tensor: tensor.T
+    names = CLIP_NAMES[layout]
+    if name in names:  # a projection: OpenAI multiplies from the other side
+        return names[name], torch.t
+    file_name = name
+    if names:
+        tower, dot, rest = name.partition(".")
+        for ours, theirs in OPENAI_NAMES.items():
+            rest = rest.replace(ours, theirs)
+        file_name = names[tower + dot] + rest
 
     def convert(tensor):
-        for i, letter in enumerate("qkv"):
-            if f"self_attn.{letter}_proj" in name:
-                return tensor.chunk(3)[i]
+        if tensor.ndim == 5:  # a convolution over one frame at a time
+            return tensor.squeeze(2)
+        if file_name.endswith(("in_proj_weight", "in_proj_bias")):
+            letter = name.split(".")[-2][0]  # of q_proj, k_proj or v_proj
+            return tensor.chunk(3)["qkv".index(letter)]
         return tensor
 
-    tower = name.partition(".")[0] + "."
-    rest = name.removeprefix(tower)
-    for ours, theirs in OPENAI_NAMES.items():
-        rest = rest.replace(ours, theirs)
-    return towers[tower] + rest, convert
+    return file_name, convert
 
 
 class TimeLayer(CLIPEncoderLayer):
@@ -735,91 +734,94 @@ class TimeLayer(CLIPEncoderLayer):
 
 
 def load_clip(row, path, device):
-    """Load a CLIP -> Dual. All sizes but the number of heads are those of the tensors.
+    """Load a CLIP -> Dual.
 
     Raises ValueError if the tensors do not fit, OSError if the hub has none.
     """
-    settings = row.settings
+    layout = row.settings["layout"]
     tensors = read_weights(path, row)
     tokenizer = load_tokenizer(path, row)
-    source = functools.partial(clip_source, settings["layout"])
-
-    def shape(name):
-        return shape_of(tensors, source(name)[0], row, path)
-
-    def layers(tower):
-        first, _ = source(f"{tower}.encoder.layers.0.layer_norm1.weight")
-        prefix = first.partition("0.")[0]
-        return count_layers(tensors, prefix, row, path)
-
-    if settings["layout"] == "videoclip-xl":
+    if layout == "videoclip-xl":
         merge_text_positions(tensors, row, path)
-    patch_name, _ = source("vision_model.embeddings.patch_embedding.weight")
-    width, *_, patch = shape("vision_model.embeddings.patch_embedding.weight")
-    if tensors[patch_name].ndim == 5:  # a convolution over one frame at a time
-        tensors[patch_name] = tensors[patch_name].squeeze(2)
-    places, _ = shape("vision_model.embeddings.position_embedding.weight")
-    size = patch * math.isqrt(places - 1)
-    vocabulary, text_width = shape("text_model.embeddings.token_embedding.weight")
-
-    same = {"hidden_act": settings["activation"], "layer_norm_eps": 1e-5}
-    vision_mlp = source("vision_model.encoder.layers.0.mlp.fc1.bias")[0]
-    text_mlp = source("text_model.encoder.layers.0.mlp.fc1.bias")[0]
-    vision = {
-        "hidden_size": width,
-        "intermediate_size": shape_of(tensors, vision_mlp, row, path)[0],
-        "num_hidden_layers": layers("vision_model"),
-        "num_attention_heads": settings["heads"][0],
-        "patch_size": patch,
-        "image_size": size,
-    }
-    text = {
-        "hidden_size": text_width,
-        "intermediate_size": shape_of(tensors, text_mlp, row, path)[0],
-        "num_hidden_layers": layers("text_model"),
-        "num_attention_heads": settings["heads"][1],
-        "vocab_size": vocabulary,
-        "bos_token_id": tokenizer.bos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-        "max_position_embeddings": settings["text_tokens"],
-        "eos_token_id": tokenizer.eos_token_id,  # the pooled token
-    }
-    name, convert = source("visual_projection.weight")
-    shape("visual_projection.weight")
-    dim = convert(tensors[name]).shape[0]
-    config = CLIPConfig(text_config=text | same, vision_config=vision | same, projection_dim=dim)
-
+    config = clip_config(tensors, tokenizer, row, path)
     with init_empty_weights():
-        towers = CLIPModel(config)
-        towers.logit_scale = None
-        embeddings = towers.vision_model.embeddings
-        if settings["video"] == "joint":
-            embeddings.temporal_embedding = nn.Parameter(torch.empty(1, row.frames, width))
-        if settings["video"] == "time":
-            embeddings.class_embedding = nn.Parameter(torch.empty(row.frames, width))
-            blocks = [
-                TimeLayer(config.vision_config, row.frames) for _ in range(layers("vision_model"))
-            ]
-            towers.vision_model.encoder.layers = nn.ModuleList(blocks)
+        towers = build_clip(config, row)
+    source = functools.partial(clip_source, layout)
     fingerprint = fill(towers, tensors, source, CLIP_UNUSED, row, path)
     return finish(
         row,
         towers,
         device,
         tokenizer=tokenizer,
-        size=size,
+        size=config.vision_config.image_size,
         encode_text=clip_text,
-        encode_video=CLIP_VIDEO[settings["video"]],
+        encode_video=CLIP_VIDEO[row.settings["video"]],
         fingerprint=fingerprint,
-        dim=dim,
+        dim=config.projection_dim,
     )
+
+
+def clip_config(tensors, tokenizer, row, path):
+    """Read a CLIP's sizes from its tensors; they do not tell the number of heads.
+
+    Raises ValueError for tensors of another family.
+    """
+    settings = row.settings
+
+    def shape(name):
+        file_name, convert = clip_source(settings["layout"], name)
+        return convert(find_tensor(tensors, file_name, row, path)).shape
+
+    def tower(name, heads):
+        first = f"{name}.encoder.layers.0."
+        return {
+            "hidden_size": shape(first + "layer_norm1.weight")[0],
+            "intermediate_size": shape(first + "mlp.fc1.bias")[0],
+            "num_hidden_layers": count_layers(tensors, clip_source(settings["layout"], first)[0]),
+            "num_attention_heads": heads,
+            "hidden_act": settings["activation"],
+            "layer_norm_eps": 1e-5,
+        }
+
+    patch = shape("vision_model.embeddings.patch_embedding.weight")[-1]
+    places = shape("vision_model.embeddings.position_embedding.weight")[0] - 1
+    vision = {"patch_size": patch, "image_size": patch * math.isqrt(places)}
+    text = {
+        "vocab_size": shape("text_model.embeddings.token_embedding.weight")[0],
+        "max_position_embeddings": settings["text_tokens"],
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,  # the pooled token
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    vision_heads, text_heads = settings["heads"]
+    return CLIPConfig(
+        vision_config=vision | tower("vision_model", vision_heads),
+        text_config=text | tower("text_model", text_heads),
+        projection_dim=shape("visual_projection.weight")[0],
+    )
+
+
+def build_clip(config, row):
+    """Build a CLIPModel with what its kind of video adds to it."""
+    clip = CLIPModel(config)
+    clip.logit_scale = None  # cosines need none
+    vision = config.vision_config
+    if row.settings["video"] == "joint":
+        times = torch.empty(1, row.frames, vision.hidden_size)
+        clip.vision_model.embeddings.temporal_embedding = nn.Parameter(times)
+    if row.settings["video"] == "time":
+        classes = torch.empty(row.frames, vision.hidden_size)
+        clip.vision_model.embeddings.class_embedding = nn.Parameter(classes)
+        layers = [TimeLayer(vision, row.frames) for _ in range(vision.num_hidden_layers)]
+        clip.vision_model.encoder.layers = nn.ModuleList(layers)
+    return clip
 
 
 def merge_text_positions(tensors, row, path):
     """Make VideoCLIP-XL's two tables of text positions one: CLIP's first rows, then its own."""
     name = "text_model.positional_embedding"
     for table in (name, f"{name}_res"):
-        shape_of(tensors, table, row, path)
+        find_tensor(tensors, table, row, path)
     merged = tensors.pop(f"{name}_res").clone()
     merged[:KEPT_POSITIONS] = tensors[name][:KEPT_POSITIONS]
     tensors[name] = merged
@@ -1040,7 +1042,7 @@ def load_internvideo2(row, path, device):
             prefix = name.removesuffix("vision_encoder.cls_token")
 
     def shape(name):
-        return shape_of(tensors, prefix + name, row, path)
+        return find_tensor(tensors, prefix + name, row, path).shape
 
     width, *_, patch = shape("vision_encoder.patch_embed.proj.weight")
     places = (shape("vision_encoder.pos_embed")[1] - 1) // settings["trained_frames"]
@@ -1060,7 +1062,7 @@ def load_internvideo2(row, path, device):
         vision = InternVideo2Vision(
             width=width,
             heads=settings["heads"],
-            layers=count_layers(tensors, f"{prefix}vision_encoder.blocks.", row, path),
+            layers=count_layers(tensors, f"{prefix}vision_encoder.blocks.0."),
             inner=shape("vision_encoder.blocks.0.mlp.fc1.bias")[0],
             patch=patch,
             places=places,
