@@ -79,19 +79,23 @@ class Baseline:
 COMPOSED = ("sum", "unit sum")
 
 # Their texts carry no instruction. The keys of settings:
-#   layout     naming of the tensors, a key of CLIP_NAMES
-#   video      how frames become one vector, a key of CLIP_VIDEO
-#   heads      attention heads of the vision and of the text tower; other sizes are the tensors'
+#   layout       names of the tensors, a key of CLIP_NAMES
+#   video        how frames become one vector, a key of CLIP_VIDEO
+#   heads        attention heads of the vision and the text tower; the tensors tell all other sizes
 #   text_tokens  longer texts lose their tail; start and end token included
-#   resize     a key of RESIZE; colours: a key of COLOURS
-#   image      "one frame", or "repeated" to the number of frames
+#   tokenizer    hub id of the tokenizer for a folder that brings none
+#   unescape     whether HTML's entities in texts are resolved
+#   resize       a key of RESIZE
+#   colours      a key of COLOURS
+#   image        "one frame", or "repeated" to the number of frames
+#   composed     one of COMPOSED
 CLIP = {
     "layout": "huggingface",
     "video": "mean",
     "heads": (12, 8),
     "activation": "quick_gelu",
     "text_tokens": 77,
-    "tokenizer": "openai/clip-vit-large-patch14",  # where the folder brings none
+    "tokenizer": "openai/clip-vit-large-patch14",
     "unescape": False,
     "resize": "crop bicubic",
     "colours": "clip",
@@ -182,6 +186,7 @@ ROWS = [
         weights="InternVideo2-stage2_1b-224p-f4.pt",
         settings=INTERNVIDEO2,
     ),
+    # Its repository with an audio encoder holds a pickle of classes, which torch.load refuses.
     Baseline(
         name="InternVideo2-6B",
         hub="OpenGVLab/InternVideo2-Stage2_6B",
@@ -235,20 +240,21 @@ def make_encoder(row, path=None, device=None):
             "accepted at the hub; BASELINE=FOLDER takes the weights from a folder"
         ) from error
 
-    protocol = {"baseline": row.name, "weights": path, "licence": row.licence, **model.protocol}
-    settings = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()
+    notes = model.protocol
+    settings = hashlib.sha256(json.dumps(notes, sort_keys=True).encode()).hexdigest()
+    protocol = {"baseline": row.name, "weights": path, "licence": row.licence, **notes}
 
     def encoder(items, instruction=None):
         ready, places = decode_items(items, row.frames, model.prepare)
         vectors = torch.full((len(items), model.dim), math.nan)
         if ready:
             vectors[places] = torch.as_tensor(embed(model, ready, instruction)).float().cpu()
-        protocol["texts_cut"] = model.protocol["texts_cut"]
+        protocol["texts_cut"] = notes["texts_cut"]
         return vectors
 
     def report():
-        if model.protocol["texts_cut"]:
-            print(f"{row.name}: texts cut at its limit: {model.protocol['texts_cut']}")
+        if notes["texts_cut"]:
+            print(f"{row.name}: texts cut at its limit: {notes['texts_cut']}")
 
     atexit.register(report)
     encoder.frames = row.frames
@@ -316,7 +322,10 @@ def read_weights(path, row):
     for shard in shards:
         file = checkpoint_file(path, shard)
         if file is None:
-            raise ValueError(f"{row.name}: {path} has no {shard}, or the hub is out of reach")
+            raise ValueError(
+                f"{row.name}: {path} has no {shard}, or the hub is out of reach; BASELINE=FOLDER "
+                "takes the weights from a folder"
+            )
         try:
             if shard.endswith(".safetensors"):
                 tensors |= load_file(file)
@@ -443,7 +452,8 @@ def embed_dual(dual, items, instruction):
     """Embed items with two towers -> unit vectors (n, E) float32 on the CPU.
 
     items: dicts with any of "text", "image" and "video", media as dual.prepare gives them.
-    instruction: not used, texts never carry one.
+    instruction: not used, texts never carry one. Raises ValueError for another number of frames
+    than the row's: one frame would count as an image.
     """
     texts = []  # (item's number, text)
     clips = {}  # {number of frames: [(item's number, frames)]}
@@ -453,6 +463,8 @@ def embed_dual(dual, items, instruction):
         for kind in ("image", "video"):
             if item.get(kind) is not None:
                 frames = with_time(item[kind])
+                if kind == "video" and len(frames) != dual.row.frames:
+                    raise ValueError(f"expected {dual.row.frames} frames, got {len(frames)}")
                 if kind == "image" and dual.row.settings["image"] == "repeated":
                     frames = np.repeat(frames, dual.row.frames, axis=0)
                 clips.setdefault(len(frames), []).append((i, frames))
@@ -740,10 +752,11 @@ def load_clip(row, path, device):
     """
     layout = row.settings["layout"]
     tensors = read_weights(path, row)
-    tokenizer = load_tokenizer(path, row)
     if layout == "videoclip-xl":
         merge_text_positions(tensors, row, path)
-    config = clip_config(tensors, tokenizer, row, path)
+    config = clip_config(tensors, row, path)
+    tokenizer = load_tokenizer(path, row)
+    config.text_config.eos_token_id = tokenizer.eos_token_id  # the pooled token
     with init_empty_weights():
         towers = build_clip(config, row)
     source = functools.partial(clip_source, layout)
@@ -761,7 +774,7 @@ def load_clip(row, path, device):
     )
 
 
-def clip_config(tensors, tokenizer, row, path):
+def clip_config(tensors, row, path):
     """Read a CLIP's sizes from its tensors; they do not tell the number of heads.
 
     Raises ValueError for tensors of another family.
@@ -789,9 +802,6 @@ def clip_config(tensors, tokenizer, row, path):
     text = {
         "vocab_size": shape("text_model.embeddings.token_embedding.weight")[0],
         "max_position_embeddings": settings["text_tokens"],
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,  # the pooled token
-        "pad_token_id": tokenizer.pad_token_id,
     }
     vision_heads, text_heads = settings["heads"]
     return CLIPConfig(
