@@ -222,9 +222,10 @@ def make_encoder(row, path=None, device=None):
     """Load a baseline -> a function (items, instruction) -> (n, E) float32, NaN for failed items.
 
     path: folder or hub id of the weights, by default the row's. device: by default a GPU if there
-    is one. The function's attributes tell eval.py how to decode and what to write down. Media are
-    arrays that `prepare` made, or paths and spans as in data.py. protocol["texts_cut"] counts the
-    texts so far that were longer than the text tower's limit.
+    is one. Media are arrays that the function's `prepare` made, or paths and spans as in data.py.
+    Its other attributes are for eval.py (see its Function) and `model`, the loaded model. How many
+    texts were longer than the model's limit is printed when the program ends, not written into
+    results.json, as vectors that eval.py finds in its cache are not counted.
     Raises ValueError if the weights cannot be had or do not fit.
     """
     path = str(path or row.hub)
@@ -241,15 +242,15 @@ def make_encoder(row, path=None, device=None):
         ) from error
 
     notes = model.protocol
-    settings = hashlib.sha256(json.dumps(notes, sort_keys=True).encode()).hexdigest()
     protocol = {"baseline": row.name, "weights": path, "licence": row.licence, **notes}
+    del protocol["texts_cut"]
+    settings = json.dumps(protocol | {"weights": ""}, sort_keys=True)  # wherever they lie
 
     def encoder(items, instruction=None):
         ready, places = decode_items(items, row.frames, model.prepare)
         vectors = torch.full((len(items), model.dim), math.nan)
         if ready:
             vectors[places] = torch.as_tensor(embed(model, ready, instruction)).float().cpu()
-        protocol["texts_cut"] = notes["texts_cut"]
         return vectors
 
     def report():
@@ -259,10 +260,11 @@ def make_encoder(row, path=None, device=None):
     atexit.register(report)
     encoder.frames = row.frames
     encoder.prepare = model.prepare
-    encoder.fingerprint = f"{model.fingerprint}-{settings[:16]}"
+    encoder.fingerprint = model.fingerprint + hashlib.sha256(settings.encode()).hexdigest()[:16]
     encoder.protocol = protocol
     encoder.parameters = model.parameters
     encoder.published = row.name
+    encoder.model = model
     return encoder
 
 

@@ -661,11 +661,11 @@ def test_an_encoder_takes_paths_or_prepared_arrays(tmp_path, media, monkeypatch,
 
         assert encoder.published == encoder.protocol["baseline"] == name
         assert encoder.protocol["composed"] == "sum" and encoder.protocol["frames"] == 8
-        assert encoder.protocol["texts_cut"] == 0
+        assert encoder.model.protocol["texts_cut"] == 0
         with pytest.raises(ValueError, match="expected 8 frames, got 1"):
             encoder([{"video": frames[:1]}])
     encoder([{"text": "red " * 90}])
-    assert encoder.protocol["texts_cut"] == 1
+    assert encoder.model.protocol["texts_cut"] == 1 and "texts_cut" not in encoder.protocol
 
     # The fingerprint is one of weights and settings.
     row = with_settings("LanguageBind", composed="unit sum")
