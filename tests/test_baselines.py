@@ -403,6 +403,41 @@ def test_clip4clip_is_the_mean_of_the_unit_vectors_of_frames(tmp_path):
     check(bl.compose([a, b], "unit sum"), F.normalize(torch.tensor([0.6, 1.8]), dim=-1), 1e-6)
 
 
+@pytest.mark.parametrize(
+    "name, millions",
+    [
+        ("CLIP4Clip", 151.3),
+        ("ViCLIP", 427.6),
+        ("VideoCLIP-XL", 427.8),
+        pytest.param("LanguageBind", 1196.4, marks=pytest.mark.slow),
+    ],
+)
+def test_real_sizes_have_the_parameters_of_the_released_files(name, millions):
+    """By the files' sizes in float32: ViCLIP and VideoCLIP-XL 1.71 GB, LanguageBind 4.79 GB. OpenAI's
+    ViT-B/32 has 151.3M. VideoCLIP-XL's file holds a second table of text positions."""
+    vision = {"hidden_size": 1024, "num_hidden_layers": 24, "patch_size": 14}
+    text = {"hidden_size": 768, "num_hidden_layers": 12}
+    dim = 768
+    if name == "CLIP4Clip":
+        vision = {"hidden_size": 768, "num_hidden_layers": 12, "patch_size": 32}
+        text = {"hidden_size": 512, "num_hidden_layers": 12}
+        dim = 512
+    if name == "LanguageBind":
+        vision = {"hidden_size": 1280, "num_hidden_layers": 32, "patch_size": 14}
+        text = {"hidden_size": 1024, "num_hidden_layers": 24}
+        dim = 1024
+    row = bl.BASELINES[name]
+    for tower, heads in zip((vision, text), row.settings["heads"], strict=True):
+        tower["intermediate_size"] = 4 * tower["hidden_size"]
+        tower["num_attention_heads"] = heads
+        assert tower["hidden_size"] % heads == 0
+    text["max_position_embeddings"] = row.settings["text_tokens"]
+    config = CLIPConfig(vision_config=vision, text_config=text, projection_dim=dim)
+    with torch.device("meta"):
+        clip = bl.build_clip(config, row)
+    assert sum(p.numel() for p in clip.parameters()) / 1e6 == pytest.approx(millions, abs=0.06)
+
+
 # Frames
 
 
