@@ -34,7 +34,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import init_empty_weights
+from accelerate import init_empty_weights  # PEFT brings it
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file

@@ -413,7 +413,7 @@ def test_clip4clip_is_the_mean_of_the_unit_vectors_of_frames(tmp_path):
     ],
 )
 def test_real_sizes_have_the_parameters_of_the_released_files(name, millions):
-    """By the files' sizes in float32: ViCLIP and VideoCLIP-XL 1.71 GB, LanguageBind 4.79 GB. OpenAI's
+    """By files' sizes in float32: ViCLIP and VideoCLIP-XL 1.71 GB, LanguageBind 4.79 GB. OpenAI's
     ViT-B/32 has 151.3M. VideoCLIP-XL's file holds a second table of text positions."""
     vision = {"hidden_size": 1024, "num_hidden_layers": 24, "patch_size": 14}
     text = {"hidden_size": 768, "num_hidden_layers": 12}
