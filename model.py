@@ -48,6 +48,10 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLModel,
     Qwen2_5_VLProcessor,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLModel,
+    Qwen2VLProcessor,
 )
 from transformers.utils import cached_file
 
@@ -168,6 +172,37 @@ def mrope_positions(
     return torch.where(vision, base_of_block + inside, base) * attention_mask.long()
 
 
+def grid_positions(
+    token_types,
+    attention_mask,
+    image_grid_thw=None,
+    video_grid_thw=None,
+    second_per_grid_ts=None,
+    *,
+    tokens_per_second=1,
+    merge_size=2,
+):
+    """Compute Qwen2-VL's rotary positions: temporal grids count up by one, whatever their times.
+
+    Arguments and result as in mrope_positions; the two about time have no effect. The text after a
+    video goes on at its largest position plus one, as up to transformers 4.51.3; later versions let
+    it begin inside the video's time range if the video has more temporal grids than rows and
+    columns.
+    """
+    ones = None
+    if video_grid_thw is not None:
+        ones = torch.ones(len(video_grid_thw))
+    return mrope_positions(
+        token_types,
+        attention_mask,
+        image_grid_thw,
+        video_grid_thw,
+        ones,
+        tokens_per_second=1,
+        merge_size=merge_size,
+    )
+
+
 # The table of backbones: everything in which one Qwen-VL family differs from another, except the
 # prompt (data.py) and the count of FLOPs (support/flops.py).
 
@@ -252,8 +287,26 @@ def embeds_with_features(core, batch):
     return {"inputs_embeds": embeds}
 
 
+# Table 9: q, k, v, up, gate, down of the language model; o_proj is not in its list. The pattern
+# names the language model because some vision towers' MLPs have the same projections.
+LORA_TARGETS = r".*language_model\.layers\.\d+\.(self_attn\.[qkv]_proj|mlp\.(up|gate|down)_proj)"
+
 # By the model_type of a checkpoint's config.json.
 BACKBONES = {
+    "qwen2_vl": BackboneSpec(
+        name="Qwen2-VL",
+        config_class=Qwen2VLConfig,
+        model_class=Qwen2VLModel,
+        generation_class=Qwen2VLForConditionalGeneration,
+        processor_class=Qwen2VLProcessor,
+        token_side=28,
+        tokens_per_second=1,
+        lora_targets=LORA_TARGETS,
+        positions=grid_positions,
+        encode_media=encode_media,
+        language_inputs=embeds_with_features,
+        install_fixes=windows.install,
+    ),
     "qwen2_5_vl": BackboneSpec(
         name="Qwen2.5-VL",
         config_class=Qwen2_5_VLConfig,
@@ -262,16 +315,12 @@ BACKBONES = {
         processor_class=Qwen2_5_VLProcessor,
         token_side=28,
         tokens_per_second=2,
-        # Table 9: q, k, v, up, gate, down of the language model; o_proj is not in its list. The
-        # pattern names the language model because the vision tower's MLP has the same projections.
-        lora_targets=(
-            r".*language_model\.layers\.\d+\.(self_attn\.[qkv]_proj|mlp\.(up|gate|down)_proj)"
-        ),
+        lora_targets=LORA_TARGETS,
         positions=mrope_positions,
         encode_media=encode_media,
         language_inputs=embeds_with_features,
         install_fixes=windows.install,
-    )
+    ),
 }
 
 
