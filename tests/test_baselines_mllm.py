@@ -1,0 +1,389 @@
+"""extras/baselines_mllm.py against upstream's values (golden/), transformers and PEFT."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import SPECIAL, byte_tokenizer, moving_square
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import (
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextImageProcessor,
+    LlavaNextProcessor,
+    LlavaNextVideoConfig,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionImageProcessor,
+    LlavaOnevisionProcessor,
+    LlavaOnevisionVideoProcessor,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLImageProcessor,
+    Qwen2VLModel,
+    Qwen2VLProcessor,
+    Qwen2VLVideoProcessor,
+)
+from transformers.models.llava_next_video.modeling_llava_next_video import LlavaNextVideoPooler
+
+from extras import baselines_mllm as mllm
+from model import BACKBONES, GVE, load_backbone
+
+GOLDEN = Path(__file__).parent / "golden"
+SIDE = 56  # pixels along the side of a tile of the tiny LLaVAs, 4 x 4 patches
+GRID = [[SIDE, SIDE], [SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]]
+QWEN2VL = ("GME-2B", "GME-7B", "Unite-2B", "Unite-7B", "VLM2Vec-V2", "B3-7B")
+VIDEO = moving_square(8, 70, 90, seed=1)
+IMAGE = moving_square(1, 61, 47, seed=2)[0]
+ITEMS = [
+    {"text": "a red ball"},
+    {"image": IMAGE},
+    {"video": VIDEO},
+    {"text": "now in blue", "image": IMAGE},
+    {"text": "and then?", "video": VIDEO},
+    {"text": "another, rather longer text"},
+]
+
+
+def equal(a, b, tolerance=2e-5):
+    difference = (a - b).abs()
+    assert difference.max() <= tolerance, f"max {difference.max()}, mean {difference.mean()}"
+
+
+# Tiny random folders in the layout that the released ones have
+
+
+def save_random(network, folder, rename=None):
+    """Save a network with weights large enough that inputs show, under a released one's names."""
+    with torch.no_grad():
+        for p in network.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    network.save_pretrained(folder)
+    if rename:
+        file = folder / "model.safetensors"
+        renamed = {re.sub(*rename, key): value for key, value in load_file(file).items()}
+        save_file(renamed, file, {"format": "pt"})
+    return folder
+
+
+TEXT = dict(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    bos_token_id=0,
+    eos_token_id=0,
+)
+VISION = dict(
+    hidden_size=32,
+    intermediate_size=48,
+    num_attention_heads=2,
+    num_hidden_layers=2,
+    image_size=SIDE,
+    patch_size=14,
+)
+# transformers 5.17 saves a tower without the level that released folders have.
+TOWER_LEVEL = (r"^vision_tower\.", "vision_tower.vision_model.")
+
+
+@pytest.fixture(scope="session")
+def qwen2vl_folder(tmp_path_factory):
+    torch.manual_seed(0)
+    tokenizer = byte_tokenizer()
+    ids = dict(zip(SPECIAL, tokenizer.convert_tokens_to_ids(SPECIAL), strict=True))
+    config = Qwen2VLConfig(
+        vision_config=dict(depth=2, embed_dim=32, hidden_size=32, num_heads=2),
+        text_config=TEXT
+        | dict(
+            vocab_size=len(tokenizer),
+            rope_parameters={"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4},
+        ),
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+    )
+    folder = tmp_path_factory.mktemp("qwen2vl")
+    save_random(Qwen2VLForConditionalGeneration(config), folder)
+    names = set(load_file(folder / "model.safetensors"))
+    assert {"model.layers.0.mlp.up_proj.weight", "visual.blocks.0.attn.qkv.weight"} <= names
+    Qwen2VLProcessor(
+        Qwen2VLImageProcessor(), tokenizer, Qwen2VLVideoProcessor(), chat_template=""
+    ).save_pretrained(folder)
+    return folder
+
+
+def llava_tokenizer():
+    tokenizer = byte_tokenizer()
+    added = ["<s>", "<image>", "<video>", "<instruct>", "<query>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": added, "bos_token": "<s>"})
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def llava_next_folder(tmp_path_factory):
+    torch.manual_seed(1)
+    tokenizer = llava_tokenizer()
+    config = LlavaNextConfig(
+        vision_config=VISION | dict(model_type="clip_vision_model", projection_dim=32),
+        text_config=TEXT | dict(model_type="mistral", vocab_size=len(tokenizer)),
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        image_grid_pinpoints=GRID[1:],
+    )
+    folder = tmp_path_factory.mktemp("llava_next")
+    save_random(LlavaNextForConditionalGeneration(config), folder, TOWER_LEVEL)
+    tokenizer.save_pretrained(folder)
+    LlavaNextImageProcessor(
+        size={"shortest_edge": SIDE},
+        crop_size={"height": SIDE, "width": SIDE},
+        image_grid_pinpoints=GRID[1:],
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def llava_onevision_folder(tmp_path_factory):
+    torch.manual_seed(2)
+    tokenizer = llava_tokenizer()
+    config = LlavaOnevisionConfig(
+        vision_config=VISION | dict(model_type="siglip_vision_model", vision_use_head=False),
+        text_config=TEXT | dict(model_type="qwen2", vocab_size=len(tokenizer)),
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        video_token_id=tokenizer.convert_tokens_to_ids("<video>"),
+        image_grid_pinpoints=GRID,
+    )
+    folder = tmp_path_factory.mktemp("llava_onevision")
+    save_random(LlavaOnevisionForConditionalGeneration(config), folder, TOWER_LEVEL)
+    tokenizer.save_pretrained(folder)
+    LlavaOnevisionImageProcessor(
+        size={"height": SIDE, "width": SIDE},
+        image_grid_pinpoints=GRID,
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def models(qwen2vl_folder, llava_next_folder, llava_onevision_folder):
+    """Each of the eight names over the tiny folder of its family -> {name: Mllm}."""
+    loaded = {}
+    qwen2vl = mllm.load_qwen2vl(mllm.MLLMS["GME-2B"], qwen2vl_folder, "cpu")
+    for name in QWEN2VL:
+        # The tiny models see a few tokens a frame, so that the tests take seconds.
+        row = dataclasses.replace(mllm.MLLMS[name], frame_tokens=6)
+        loaded[name] = dataclasses.replace(qwen2vl, row=row)
+    row = dataclasses.replace(mllm.MLLMS["BGE-VL"], frame_side=SIDE, image_side=2 * SIDE)
+    loaded["BGE-VL"] = mllm.load_llava(row, llava_next_folder, "cpu")
+    row = dataclasses.replace(mllm.MLLMS["UniME-7B"], frame_side=SIDE, image_side=SIDE)
+    loaded["UniME-7B"] = mllm.load_llava(row, llava_onevision_folder, "cpu")
+    return loaded
+
+
+def embed(model, items, instruction=None):
+    if isinstance(model.network, GVE):
+        return mllm.embed_qwen2vl(model, items, instruction)
+    return mllm.embed_llava(model, items, instruction)
+
+
+# Upstream's values
+
+
+def test_qwen2vl_equals_the_upstream_modules():
+    golden = load_file(GOLDEN / "qwen2vl.safetensors")
+    spec = BACKBONES["qwen2_vl"]
+    backbone = load_backbone(str(GOLDEN / "qwen2vl"), spec, torch.float32)
+    gve = GVE(backbone, None, spec, positions="1d").eval()
+    for ids, mask, expected in (("ids", "mask", "unite"), ("ids2", "mask2", "vlm2vec")):
+        for flip in (False, True):  # padded on the right, then on the left
+            columns = torch.arange(golden[ids].shape[1]).expand_as(golden[ids])
+            if flip:
+                columns = golden[mask].sort(dim=1, stable=True).indices
+            batch = {
+                "input_ids": golden[ids].gather(1, columns),
+                "attention_mask": golden[mask].gather(1, columns),
+                "pixel_values_videos": golden["pixels"],
+                "video_grid_thw": golden["grid"],
+            }
+            with torch.no_grad():
+                equal(gve(batch), golden[expected])
+
+
+def golden_llava():
+    """The LLaVA-NeXT of golden/ as an Mllm, whose tokenizer knows <image> alone."""
+    network = mllm.load_strictly(
+        LlavaNextForConditionalGeneration, str(GOLDEN / "llava_next"), torch.float32
+    )
+
+    class Tokenizer:
+        def convert_tokens_to_ids(self, tokens):
+            return [80 for _ in tokens]
+
+    return mllm.Mllm(
+        row=mllm.MLLMS["BGE-VL"],
+        network=network.eval(),
+        tokenizer=Tokenizer(),
+        image_processor=None,
+        video_processor=None,
+        placeholders={"image": "<image>"},
+        start=[],
+        dim=32,
+        fingerprint="",
+        parameters=0,
+        protocol={},
+    )
+
+
+@torch.no_grad()
+def test_llava_next_equals_the_upstream_module():
+    golden = load_file(GOLDEN / "llava.safetensors")
+    model = golden_llava()
+    core = model.network.model
+    features = core.get_image_features(golden["pixels"], golden["sizes"]).pooler_output
+
+    ids = golden["ids"][0].tolist()
+    samples = [
+        {"ids": ids, "features": list(features)},
+        {"ids": ids[:2], "features": []},  # padded
+    ]
+    vectors = mllm.forward_llava(model, samples)
+    equal(vectors[0], F.normalize(golden["h"][0, -1], dim=0))
+    equal(vectors[1], F.normalize(golden["h"][0, 1], dim=0))  # causal: as in the longer row
+
+    tiles = mllm.encode_tiles(core, golden["pixels"][0, :1], 1)
+    equal(tiles[0], features[0][:4])  # the base tile
+
+
+@torch.no_grad()
+def test_frames_of_llava_next_are_pooled_as_in_llava_next_video(models):
+    core = models["BGE-VL"].network.model
+    pixels = torch.randn(3, 3, SIDE, SIDE)
+    pooled = mllm.encode_tiles(core, pixels, 2)
+    assert pooled.shape == (3, 4, 32)
+
+    config = LlavaNextVideoConfig(
+        vision_config=core.config.vision_config,
+        spatial_pool_mode="average",
+        spatial_pool_stride=2,
+    )
+    states = core.vision_tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+    equal(pooled, core.multi_modal_projector(LlavaNextVideoPooler(config)(states)))
+
+
+def hugging_face_vector(network, inputs):
+    """The last token's vector by transformers' own forward, a batch of one."""
+    out = network(**inputs, output_hidden_states=True)
+    return F.normalize(out.hidden_states[-1][0, -1], dim=0)
+
+
+@torch.no_grad()
+def test_unime_equals_transformers(models):
+    model = models["UniME-7B"]
+    processor = LlavaOnevisionProcessor(
+        model.image_processor,
+        model.tokenizer,
+        LlavaOnevisionVideoProcessor(
+            size={"height": SIDE, "width": SIDE}, image_mean=[0.5] * 3, image_std=[0.5] * 3
+        ),
+        num_image_tokens=16,
+        vision_feature_select_strategy="full",
+    )
+    video = [np.asarray(Image.fromarray(f).resize((SIDE, SIDE), 3)) for f in VIDEO]
+    media = [
+        {},
+        {"images": Image.fromarray(IMAGE).resize((SIDE, SIDE), 3)},
+        {"videos": [np.stack(video)]},
+        {"images": Image.fromarray(IMAGE).resize((SIDE, SIDE), 3)},
+        {"videos": [np.stack(video)]},
+    ]
+    words = [
+        "\na red ball\nSummary above sentence",
+        "<image>\nSummary above image",
+        "<video>\nSummary above video",
+        "<image>\nnow in blue\nSummary above image and sentence",
+        "<video>\nand then?\nSummary above video and sentence",
+    ]
+    vectors = embed(model, ITEMS, "not used")
+    for i, (medium, text) in enumerate(zip(media, words, strict=True)):
+        text = f"<|im_start|>user {text} in one word:\n<|im_end|><|im_start|>assistant\n"
+        inputs = processor(text=text, **medium, return_tensors="pt")
+        equal(vectors[i], hugging_face_vector(model.network, inputs))
+
+
+@torch.no_grad()
+def test_bge_vl_equals_transformers(models):
+    model = models["BGE-VL"]
+    processor = LlavaNextProcessor(
+        model.image_processor,
+        model.tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+    image = Image.fromarray(IMAGE).resize((2 * SIDE, 2 * SIDE), 3)
+    texts = [
+        "<s>[INST] \n <instruct> Find it. <query>  a red ball \n [/INST]",
+        "<s>[INST] \n <instruct> Find it. <query>  <image> [/INST]",
+        "<s>[INST] \n <instruct> Find it. <query>  now in blue \n <image> [/INST]",
+    ]
+    vectors = embed(model, [ITEMS[0], ITEMS[1], ITEMS[3]], "Find it.")
+    for vector, text in zip(vectors, texts, strict=True):
+        medium = {"images": image} if "<image>" in text else {}
+        inputs = processor(text=text, **medium, return_tensors="pt")
+        equal(vector, hugging_face_vector(model.network, inputs))
+
+
+@torch.no_grad()
+def test_bge_vl_shows_a_video_as_eight_images(models):
+    model = models["BGE-VL"]
+    vector = embed(model, [ITEMS[4]], "Find it.")[0]
+    # By hand: 8 placeholders of 2 x 2 tokens, a frame's pooled tile in each.
+    text = "[INST] \n <instruct> Find it. <query>  and then? \n" + (" " + "<image>" * 4) * 8
+    ids = model.tokenizer(f"<s>{text} [/INST]", return_tensors="pt").input_ids
+    frames = [np.asarray(Image.fromarray(f).resize((SIDE, SIDE), 3)) for f in VIDEO]
+    processor = model.image_processor
+    pixels = processor(images=frames, return_tensors="pt")["pixel_values"][:, 0]  # base tiles
+    core = model.network.model
+    states = core.vision_tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+    grids = states.view(8, 2, 2, 2, 2, 32).mean((2, 4)).view(8, 4, 32)
+    embeds = core.get_input_embeddings()(ids)
+    embeds[ids == model.network.config.image_token_id] = core.multi_modal_projector(
+        grids
+    ).flatten(0, 1)
+    hidden = core.language_model(inputs_embeds=embeds).last_hidden_state
+    equal(vector, F.normalize(hidden[0, -1], dim=0))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["GME-2B", "VLM2Vec-V2"])
+def test_qwen2vl_equals_transformers(models, qwen2vl_folder, name):
+    model = models[name]
+    network = Qwen2VLModel.from_pretrained(qwen2vl_folder).eval()
+    processor = Qwen2VLProcessor.from_pretrained(qwen2vl_folder)
+    size = {"shortest_edge": 4 * 28 * 28, "longest_edge": 6 * 28 * 28}
+    frames = list(torch.from_numpy(VIDEO).movedim(-1, 1))
+    if name == "GME-2B":
+        block = "<|vision_start|><|image_pad|><|vision_end|>"
+        text = (
+            "<|im_start|>system\nFind it.<|im_end|>\n<|im_start|>user\n" + block * 8 + "and then?"
+            "<|im_end|>\n<|im_start|>assistant\n<|endoftext|>"
+        )
+        inputs = processor(text=text, images=frames, images_kwargs={"size": size}, return_tensors="pt")
+    else:
+        options = {"size": size, "do_sample_frames": False, "cap_pixels_per_frame": False}
+        text = "<|video_pad|> Find it. and then?"
+        inputs = processor(
+            text=text, videos=[torch.stack(frames)], videos_kwargs=options, return_tensors="pt"
+        )
+    places = torch.arange(inputs["input_ids"].shape[1]).expand(3, 1, -1)
+    hidden = network(**inputs, position_ids=places).last_hidden_state
+    vector = embed(model, [ITEMS[4]], "Find it.")[0]
+    equal(vector, F.normalize(hidden[0, -1], dim=0))
