@@ -179,7 +179,7 @@ def models(qwen2vl_folder, llava_next_folder, llava_onevision_folder):
     qwen2vl = mllm.load_qwen2vl(mllm.MLLMS["GME-2B"], qwen2vl_folder, "cpu")
     for name in QWEN2VL:
         # The tiny models see a few tokens a frame, so that the tests take seconds.
-        row = dataclasses.replace(mllm.MLLMS[name], frame_tokens=6)
+        row = dataclasses.replace(mllm.MLLMS[name], frame_tokens=12)
         loaded[name] = dataclasses.replace(qwen2vl, row=row)
     row = dataclasses.replace(mllm.MLLMS["BGE-VL"], frame_side=SIDE, image_side=2 * SIDE)
     loaded["BGE-VL"] = mllm.load_llava(row, llava_next_folder, "cpu")
@@ -355,9 +355,9 @@ def test_bge_vl_shows_a_video_as_eight_images(models):
     states = core.vision_tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
     grids = states.view(8, 2, 2, 2, 2, 32).mean((2, 4)).view(8, 4, 32)
     embeds = core.get_input_embeddings()(ids)
-    embeds[ids == model.network.config.image_token_id] = core.multi_modal_projector(
-        grids
-    ).flatten(0, 1)
+    embeds[ids == model.network.config.image_token_id] = core.multi_modal_projector(grids).flatten(
+        0, 1
+    )
     hidden = core.language_model(inputs_embeds=embeds).last_hidden_state
     equal(vector, F.normalize(hidden[0, -1], dim=0))
 
@@ -368,7 +368,7 @@ def test_qwen2vl_equals_transformers(models, qwen2vl_folder, name):
     model = models[name]
     network = Qwen2VLModel.from_pretrained(qwen2vl_folder).eval()
     processor = Qwen2VLProcessor.from_pretrained(qwen2vl_folder)
-    size = {"shortest_edge": 4 * 28 * 28, "longest_edge": 6 * 28 * 28}
+    size = {"shortest_edge": 4 * 28 * 28, "longest_edge": 12 * 28 * 28}
     frames = list(torch.from_numpy(VIDEO).movedim(-1, 1))
     if name == "GME-2B":
         block = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -376,7 +376,9 @@ def test_qwen2vl_equals_transformers(models, qwen2vl_folder, name):
             "<|im_start|>system\nFind it.<|im_end|>\n<|im_start|>user\n" + block * 8 + "and then?"
             "<|im_end|>\n<|im_start|>assistant\n<|endoftext|>"
         )
-        inputs = processor(text=text, images=frames, images_kwargs={"size": size}, return_tensors="pt")
+        inputs = processor(
+            text=text, images=frames, images_kwargs={"size": size}, return_tensors="pt"
+        )
     else:
         options = {"size": size, "do_sample_frames": False, "cap_pixels_per_frame": False}
         text = "<|video_pad|> Find it. and then?"
@@ -387,3 +389,289 @@ def test_qwen2vl_equals_transformers(models, qwen2vl_folder, name):
     hidden = network(**inputs, position_ids=places).last_hidden_state
     vector = embed(model, [ITEMS[4]], "Find it.")[0]
     equal(vector, F.normalize(hidden[0, -1], dim=0))
+
+
+# Prompts, as BASELINES' readings of upstream have them
+
+
+def prompt(name, text="", kind="", instruction="", n=1):
+    pads = {"bge_vl": "<image>", "unime": f"<{kind}>"}
+    placeholders = [pads.get(name, f"<|{kind}_pad|>")] * n if kind else []
+    return mllm.PROMPTS[name](mllm.Turn(kind, placeholders, text, instruction))
+
+
+def test_prompts_are_those_that_the_models_were_trained_on():
+    default = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+    end = "<|im_end|>\n<|im_start|>assistant\n<|endoftext|>"
+    image = "<|vision_start|><|image_pad|><|vision_end|>"
+    video = "<|vision_start|><|video_pad|><|vision_end|>"
+
+    assert prompt("gme", "a dog") == default + "a dog" + end
+    assert prompt("gme", "a dog", "image", "Find it.", n=2) == (
+        "<|im_start|>system\nFind it.<|im_end|>\n<|im_start|>user\n" + image * 2 + "a dog" + end
+    )
+
+    one_word = " in one word:" + end
+    assert prompt("unite", "a dog", "", "no") == (
+        default + "a dog\nSummary above sentence" + one_word
+    )
+    assert prompt("unite", "", "image") == default + image + "\nSummary above image" + one_word
+    assert prompt("unite", "a dog", "video") == (
+        default + video + "a dog\nSummary above sentence and video" + one_word
+    )
+
+    assert prompt("vlm2vec", "a dog") == "a dog"
+    assert prompt("vlm2vec", "a dog", "image", "Find it.") == "<|image_pad|> Find it. a dog"
+    assert prompt("vlm2vec", "", "video") == (
+        "<|video_pad|> Understand the content of the provided video."
+    )
+
+    assert prompt("b3", "a dog", "", "Find it.") == "Find it. a dog"
+    assert prompt("b3", "a dog", "image", "Find it.") == "<|image_pad|>\nFind it. a dog"
+    assert prompt("b3", "", "video") == "<|video_pad|>\nRepresent the given video."
+
+    assert prompt("bge_vl", "a dog", "image", "Find it.") == (
+        "[INST] \n <instruct> Find it. <query>  a dog \n <image> [/INST]"
+    )
+    assert prompt("bge_vl", "", "image", "Find it.") == (
+        "[INST] \n <instruct> Find it. <query>  <image> [/INST]"
+    )
+    assert prompt("bge_vl", "a dog") == "[INST]  a dog \n [/INST]"
+    assert prompt("bge_vl", "", "video", n=2) == "[INST]  <image> <image> [/INST]"
+
+    answer = " in one word:\n<|im_end|><|im_start|>assistant\n"
+    assert prompt("unime", "a dog", "", "no") == (
+        "<|im_start|>user \na dog\nSummary above sentence" + answer
+    )
+    assert prompt("unime", "", "video") == (
+        "<|im_start|>user <video>\nSummary above video" + answer
+    )
+    assert prompt("unime", "a dog", "image") == (
+        "<|im_start|>user <image>\na dog\nSummary above image and sentence" + answer
+    )
+
+
+def decoded(model, item, instruction, counts, kind=""):
+    ids = mllm.tokenise(model, item, instruction, kind, counts)
+    return model.tokenizer.decode(ids)
+
+
+def test_users_write_no_special_tokens(models):
+    text = "a <|im_end|> b <image> \ud83d"
+    assert decoded(models["VLM2Vec-V2"], {"text": text}, "<|im_start|>", []) == (
+        "< |im_start|> a < |im_end|> b <image> \ufffd"
+    )
+    assert decoded(models["BGE-VL"], {"text": text}, "<query>", []) == (
+        "<s>[INST] \n <instruct> < query> <query>  a < |im_end|> b < image> \ufffd \n [/INST]"
+    )
+
+
+@pytest.mark.parametrize("name", list(mllm.MLLMS))
+def test_a_long_text_loses_its_tail_and_is_counted(models, name):
+    row = dataclasses.replace(models[name].row, max_length=300)
+    model = dataclasses.replace(models[name], row=row, protocol={"texts_cut": 0})
+    kind = "image" if name == "BGE-VL" else "video"
+    counts = [20, 20] if row.video == "images" else [40]
+
+    short = decoded(model, {"text": "abc", "video": VIDEO}, None, counts, kind)
+    before, after = short.split("abc")
+    assert model.protocol["texts_cut"] == 0
+    long = decoded(model, {"text": "abc" * 200, "video": VIDEO}, None, counts, kind)
+    assert long.startswith(before + "abcabc") and long.endswith(after)
+    ids = mllm.tokenise(model, {"text": "abc" * 200}, None, kind, counts)
+    assert len(ids) == 300  # bytes are tokens here
+    assert model.protocol["texts_cut"] == 2
+
+    # Vision tokens are never cut.
+    with pytest.raises(ValueError, match="400 vision tokens .*8 frames per video.* exceed 300"):
+        mllm.tokenise(model, {"text": "abc"}, None, kind, [400])
+
+
+# Items
+
+
+@pytest.mark.parametrize("name", list(mllm.MLLMS))
+def test_items_of_every_kind(models, name):
+    model = models[name]
+    with torch.no_grad():
+        vectors = embed(model, ITEMS, "Find it.")
+        alone = torch.cat([embed(model, [item], "Find it.") for item in ITEMS])
+    assert vectors.shape == (6, 32)
+    equal(vectors.norm(dim=1), torch.ones(6), 1e-5)
+    equal(vectors, alone, 1e-5)  # neither padding nor neighbours show
+    similar = vectors @ vectors.T - 2 * torch.eye(6)
+    assert similar.max() < 0.9999  # all of an item shows
+
+
+def test_a_video_is_never_a_single_frame(models, capsys):
+    for model in models.values():
+        vectors = embed(model, [{"video": VIDEO[:1]}, {"text": "a"}])
+        assert vectors[0].isnan().all() and vectors[1].isfinite().all()
+        assert "1 frames in place of 8" in capsys.readouterr().err
+
+    # Every frame shows in the vector of the whole.
+    for name in ("GME-2B", "VLM2Vec-V2", "BGE-VL", "UniME-7B"):
+        whole = embed(models[name], [{"video": VIDEO}])
+        for i in range(8):
+            changed = VIDEO.copy()
+            changed[i] = 255 - changed[i]
+            other = embed(models[name], [{"video": changed}])
+            assert (whole - other).abs().max() > 1e-4, (name, i)
+
+
+def test_frames_become_pixels_as_the_reference_processors_make_them(models):
+    rng = np.random.default_rng(0)
+    coarse = rng.integers(0, 256, (3, 13, 17, 3), np.uint8)
+    for height, width in ((61, 47), (101, 333), (271, 480)):
+        large = [Image.fromarray(frame).resize((width, height), 2) for frame in coarse]
+        frames = np.stack([np.asarray(frame) for frame in large])
+        channels_first = torch.from_numpy(frames).movedim(-1, 1)
+
+        model = models["UniME-7B"]
+        reference = LlavaOnevisionVideoProcessor(
+            size={"height": SIDE, "width": SIDE}, image_mean=[0.5] * 3, image_std=[0.5] * 3
+        )([channels_first], return_tensors="pt")["pixel_values_videos"][0]
+        own = mllm.normalise_frames(model.prepare(frames), model.image_processor)
+        equal(own * 0.5, reference * 0.5, 1.01 / 255)
+
+        model = models["BGE-VL"]
+        processor = model.image_processor
+        reference = processor(images=list(channels_first), return_tensors="pt")["pixel_values"]
+        own = mllm.normalise_frames(model.prepare(frames), processor)
+        std = torch.tensor(processor.image_std)[:, None, None]
+        equal(own * std, reference[:, 0] * std, 1.01 / 255)
+
+        model = models["GME-2B"]
+        size = {"shortest_edge": 4 * 28 * 28, "longest_edge": 12 * 28 * 28}
+        reference = model.image_processor(
+            list(channels_first), size=size, do_normalize=False, return_tensors="pt"
+        )
+        own = mllm.cut_patches(model, "video", model.prepare(frames))
+        assert own["image_grid_thw"].tolist() == reference["image_grid_thw"].tolist()
+        equal(own["pixel_values"] / 255, reference["pixel_values"], 1.01 / 255)
+
+        for prepared in models.values():  # once more changes nothing
+            small = prepared.prepare(frames)
+            assert np.array_equal(prepared.prepare(small), small)
+
+
+# Loading
+
+
+def dora_adapter(folder, base, seed=3):
+    """Let PEFT make a DoRA adapter as VLM2Vec-V2's, under the names of its time."""
+    torch.manual_seed(seed)
+    targets = "qkv_proj,o_proj,gate_up_proj,down_proj,k_proj,q_proj,out_proj,v_proj"
+    config = LoraConfig(
+        r=4,
+        lora_alpha=64,
+        target_modules=targets.split(","),
+        use_dora=True,
+        task_type="FEATURE_EXTRACTION",
+        init_lora_weights="gaussian",
+    )
+    network = Qwen2VLModel.from_pretrained(base)
+    network.name_or_path = str(base)
+    adapted = get_peft_model(network, config)
+    with torch.no_grad():
+        for name, p in adapted.named_parameters():
+            if "lora_" in name:
+                p.add_(torch.rand_like(p) * 0.2)
+    adapted.save_pretrained(folder)
+
+    file = folder / "adapter_model.safetensors"
+    tensors = {
+        key.replace("base_model.model.language_model.", "base_model.model.model."): value
+        for key, value in load_file(file).items()
+    }
+    save_file(tensors, file)
+    (folder / "README.md").unlink(missing_ok=True)
+    return tensors
+
+
+def test_a_dora_adapter_is_merged_with_its_magnitudes(qwen2vl_folder, models, tmp_path):
+    tensors = dora_adapter(tmp_path, qwen2vl_folder)
+    model = mllm.load_qwen2vl(mllm.MLLMS["VLM2Vec-V2"], tmp_path, "cpu")
+    merged = model.network.core.state_dict()
+    base = load_file(qwen2vl_folder / "model.safetensors")
+
+    magnitudes = [key for key in tensors if key.endswith("lora_magnitude_vector")]
+    assert len(magnitudes) == 10  # q, k, v, o and down in two layers
+    for key in magnitudes:
+        name = key.removesuffix(".lora_magnitude_vector")
+        a = tensors[f"{name}.lora_A.weight"]
+        b = tensors[f"{name}.lora_B.weight"]
+        module = name.removeprefix("base_model.model.")  # model.layers.0...
+        weight = base[f"{module}.weight"] + 64 / 4 * b @ a
+        # arXiv 2402.09353, Equation 5: the magnitude times the direction of each row.
+        weight = tensors[key][:, None] * weight / weight.norm(dim=1, keepdim=True)
+        equal(merged[module.replace("model.", "language_model.", 1) + ".weight"], weight, 1e-5)
+
+    plain = models["VLM2Vec-V2"]
+    model = dataclasses.replace(model, row=plain.row)
+    assert (embed(model, ITEMS) - embed(plain, ITEMS)).abs().max() > 0.01
+    assert model.fingerprint != plain.fingerprint
+    assert model.parameters == sum(p.numel() for p in plain.network.parameters())
+
+
+def test_an_adapter_tensor_without_a_place_is_named(qwen2vl_folder, tmp_path):
+    tensors = dora_adapter(tmp_path, qwen2vl_folder)
+    file = tmp_path / "adapter_model.safetensors"
+    key = "base_model.model.model.layers.1.self_attn.q_proj.lora_magnitude_vector"
+    row = mllm.MLLMS["VLM2Vec-V2"]
+
+    rest = {name: value for name, value in tensors.items() if name != key}
+    save_file(rest, file)
+    with pytest.raises(ValueError, match=r"missing .*layers\.1\.self_attn\.q_proj\.lora_magn"):
+        mllm.load_qwen2vl(row, tmp_path, "cpu")
+
+    save_file(rest | {key.replace("q_proj", "f_proj"): tensors[key]}, file)
+    with pytest.raises(ValueError, match=r"without a place .*layers\.1\.self_attn\.f_proj\.lora_m"):
+        mllm.load_qwen2vl(row, tmp_path, "cpu")
+
+    file.rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(ValueError, match="weights_only=True"):
+        mllm.load_qwen2vl(row, tmp_path, "cpu")
+
+
+@pytest.mark.parametrize("family", ["qwen2vl", "llava_next", "llava_onevision"])
+def test_a_folder_that_does_not_fit_says_what_is_wrong(family, request, tmp_path):
+    source = request.getfixturevalue(f"{family}_folder")
+    for file in source.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    load, name = mllm.load_llava, "UniME-7B"
+    if family == "qwen2vl":
+        load, name = mllm.load_qwen2vl, "B3-7B"
+    if family == "llava_next":
+        name = "BGE-VL"
+    row = mllm.MLLMS[name]
+    assert load(row, tmp_path, "cpu").parameters > 10_000
+
+    weights = tmp_path / "model.safetensors"
+    tensors = load_file(weights)
+    key = next(key for key in tensors if key.endswith("layers.1.mlp.up_proj.weight"))
+    rest = {name: value for name, value in tensors.items() if name != key}
+    save_file(rest, weights, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"missing_keys.*layers\.1\.mlp\.up_proj\.weight"):
+        load(row, tmp_path, "cpu")
+    save_file(tensors | {f"{key}s": tensors[key].clone()}, weights, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"unexpected_keys.*up_proj\.weights"):
+        load(row, tmp_path, "cpu")
+    save_file(tensors | {key: tensors[key][:4].clone()}, weights, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"mismatched_keys.*up_proj\.weight"):
+        load(row, tmp_path, "cpu")
+
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "clip"}))
+    with pytest.raises(ValueError, match="'clip'; expected .* tensors such as"):
+        load(row, tmp_path, "cpu")
+    with pytest.raises(ValueError, match="nobody/nothing: no config.json"):
+        load(row, "nobody/nothing", "cpu")
+
+
+def test_the_rows_name_models_of_the_paper():
+    published = json.loads((Path(__file__).parent.parent / "published.json").read_text())
+    for name, row in mllm.MLLMS.items():
+        assert name in published["models"]
+        assert row.prompt in mllm.PROMPTS
+        assert row.frames == 8 and row.max_length == 8192  # section 4.1
