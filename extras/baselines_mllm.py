@@ -21,6 +21,7 @@ Legend: B batch, T tokens, D embedding dim, F frames, V vision tokens.
 
 import bisect
 import dataclasses
+import hashlib
 import json
 import math
 import sys
@@ -104,7 +105,7 @@ MLLMS = {
     ),
     "VLM2Vec-V2": MllmRow(hub_id="VLM2Vec/VLM2Vec-V2.0", licence="Apache-2.0", prompt="vlm2vec"),
     # B3 was trained on images alone, but its code takes videos.
-    "B3-7B": MllmRow(hub_id="raghavlite/B3_Qwen2_7B", licence="Apache-2.0", prompt="b3"),
+    "B3-7B": MllmRow(hub_id="raghavlite/B3_Qwen2_7B", licence="Apache-2.0 (its code)", prompt="b3"),
     # A frame is one tile, 576 tokens; averaged in 2x2 squares it is 144, as the paper's rule asks.
     # Such features are not what the model was trained on: frame_pool=1 may score better, with
     # 4,608 tokens per video.
@@ -120,7 +121,7 @@ MLLMS = {
     # The model pools a frame to 14x14 tokens by itself. It was trained on images of a single tile.
     "UniME-7B": MllmRow(
         hub_id="DeepGlint-AI/UniME-LLaVA-OneVision-7B",
-        licence="MIT",
+        licence="MIT (its code)",
         prompt="unime",
         frame_side=384,
         image_side=384,
@@ -239,7 +240,7 @@ class Mllm:
     placeholders: dict  # {"image": token, "video": token}
     start: list  # ids before every prompt
     dim: int
-    fingerprint: str  # a hash of the weights and of the row
+    fingerprint: str  # a hash of the weights, of the row and of this file
     parameters: int
     protocol: dict  # the row; "texts_cut" counts the texts that lost their tail
 
@@ -257,14 +258,16 @@ def make_model(row, network, tokenizer, image_processor, **parts):
     for token in placeholders.values():
         if token not in tokenizer.get_vocab():
             raise ValueError(f"{row.hub_id}: the tokenizer has no token {token}")
-    weights = fingerprint_weights(network.state_dict())
-    settings = json.dumps(dataclasses.asdict(row), sort_keys=True)
+    # The prompts and the preprocessing are part of what makes a vector: this file as a whole.
+    digest = hashlib.sha256(Path(__file__).read_bytes())
+    digest.update(fingerprint_weights(network.state_dict()).encode())
+    digest.update(json.dumps(dataclasses.asdict(row), sort_keys=True).encode())
     return Mllm(
         row=row,
         network=network,
         tokenizer=tokenizer,
         image_processor=image_processor,
-        fingerprint=f"{weights} {settings}",
+        fingerprint=digest.hexdigest()[:16],
         parameters=sum(p.numel() for p in network.parameters()),
         protocol=dataclasses.asdict(row) | {"texts_cut": 0},
         **parts,
@@ -432,8 +435,9 @@ def embed_items(model, items, make_sample, forward):
 def load_qwen2vl(row, path, device):
     """Load a Qwen2-VL embedder from a checkpoint or adapter folder or a hub id -> Mllm.
 
-    Every tensor must find its place: of an adapter's, PEFT's own loader drops DoRA's magnitudes, or
-    all of them, with no more than a warning. All six models count places in the row on all three
+    An adapter's base is the folder or hub id that its adapter_config.json names. Every tensor must
+    find its place: of these adapters, PEFT's own loader drops all tensors and transformers' drops
+    DoRA's magnitudes, with a warning at most. All six models count places in the row on all three
     axes (positions "1d"): their code never computes M-RoPE, or its rule finds no vision block.
 
     Raises ValueError for a folder of another family and for a tensor that is missing or left over.
@@ -454,8 +458,7 @@ def load_qwen2vl(row, path, device):
         # Merged: DoRA would compute the norms of all its weights again in each forward pass.
         backbone = load_adapter(backbone, path, False).merge_and_unload()
     backbone.requires_grad_(False)
-    has_processor = checkpoint_file(path, "preprocessor_config.json") is not None
-    processor = load_processor(path if has_processor else base, spec)
+    processor = load_processor(base, spec)  # the adapters bring no tokens of their own
     gve = GVE(backbone, processor, spec, base=base, positions="1d").eval()
 
     model = make_model(
