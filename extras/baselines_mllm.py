@@ -73,6 +73,8 @@ class MllmRow:
     video: str = "native"  # one video; "images": a row of as many images
     frames: int = 8  # per video (section 4.1)
     max_length: int = 8192  # tokens of an item (section 4.1)
+    # PAPER: silent. "1d": places in the row, as in the models' own code; "mrope": Qwen2-VL only.
+    positions: str = "1d"
     # PAPER: asks for fewer than 200 vision tokens a frame, and says nothing of images.
     frame_tokens: int = 200  # Qwen2-VL: most vision tokens per frame or image
     frame_side: int = 0  # LLaVA: pixels along the side of a frame, squashed to a square
@@ -225,6 +227,15 @@ PROMPTS = {
 }
 
 
+def show_prompts(row):
+    """Render a row's prompts for results.json: a query of video and text, a corpus video."""
+    render = PROMPTS[row.prompt]
+    return {
+        "query_prompt": render(Turn("video", ["{video}"], "{text}", "{instruction}")),
+        "corpus_prompt": render(Turn("video", ["{video}"], "", "")),
+    }
+
+
 # What the families share
 
 
@@ -242,7 +253,7 @@ class Mllm:
     dim: int
     fingerprint: str  # a hash of the weights, of the row and of this file
     parameters: int
-    protocol: dict  # the row; "texts_cut" counts the texts that lost their tail
+    protocol: dict  # the row and its prompts; "texts_cut" counts the texts that lost their tail
 
     def prepare(self, pixels):
         """Shrink frames (F, H, W, 3) uint8, or one image (1, H, W, 3), to the model's size."""
@@ -269,7 +280,7 @@ def make_model(row, network, tokenizer, image_processor, **parts):
         image_processor=image_processor,
         fingerprint=digest.hexdigest()[:16],
         parameters=sum(p.numel() for p in network.parameters()),
-        protocol=dataclasses.asdict(row) | {"texts_cut": 0},
+        protocol=dataclasses.asdict(row) | show_prompts(row) | {"texts_cut": 0},
         **parts,
     )
 
@@ -338,14 +349,16 @@ def take_medium(model, item):
     Raises ValueError for both at once and for another number of frames than the row's: a video is
     never embedded as a single frame.
     """
-    if "image" in item and "video" in item:
+    has_image = item.get("image") is not None
+    has_video = item.get("video") is not None
+    if has_image and has_video:
         raise ValueError("an item may hold an image or a video, not both")
-    if "image" in item:
+    if has_image:
         pixels = np.asarray(item["image"])
         if pixels.ndim == 3:
             pixels = pixels[None]
         return "image", model.prepare(pixels)
-    if "video" in item:
+    if has_video:
         frames = np.asarray(item["video"])
         if len(frames) != model.row.frames:
             raise ValueError(f"{len(frames)} frames in place of {model.row.frames}")
@@ -459,7 +472,7 @@ def load_qwen2vl(row, path, device):
         backbone = load_adapter(backbone, path, False).merge_and_unload()
     backbone.requires_grad_(False)
     processor = load_processor(base, spec)  # the adapters bring no tokens of their own
-    gve = GVE(backbone, processor, spec, base=base, positions="1d").eval()
+    gve = GVE(backbone, processor, spec, base=base, positions=row.positions).eval()
 
     model = make_model(
         row,

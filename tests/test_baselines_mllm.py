@@ -360,7 +360,7 @@ def test_bge_vl_shows_a_video_as_eight_images(models):
     # By hand: 8 placeholders of 2 x 2 tokens, a frame's pooled tile in each.
     text = "[INST] \n <instruct> Find it. <query>  and then? \n" + (" " + "<image>" * 4) * 8
     ids = model.tokenizer(f"<s>{text} [/INST]", return_tensors="pt").input_ids
-    frames = [np.asarray(Image.fromarray(f).resize((SIDE, SIDE), 3)) for f in VIDEO]
+    frames = [np.array(Image.fromarray(f).resize((SIDE, SIDE), 3)) for f in VIDEO]
     processor = model.image_processor
     pixels = processor(images=frames, return_tensors="pt")["pixel_values"][:, 0]  # base tiles
     core = model.network.model
@@ -579,7 +579,6 @@ def dora_adapter(folder, base, seed=3):
         lora_alpha=64,
         target_modules=targets.split(","),
         use_dora=True,
-        task_type="FEATURE_EXTRACTION",
         init_lora_weights="gaussian",
     )
     network = Qwen2VLModel.from_pretrained(base)
@@ -679,6 +678,17 @@ def test_a_folder_that_does_not_fit_says_what_is_wrong(family, request, tmp_path
         load(row, tmp_path, "cpu")
     with pytest.raises(ValueError, match="nobody/nothing: no config.json"):
         load(row, "nobody/nothing", "cpu")
+
+
+def test_positions_and_prompts_stand_in_the_protocol(models):
+    model = models["GME-2B"]
+    assert model.protocol["positions"] == "1d" and model.network.positions == "1d"
+    assert model.protocol["query_prompt"] == (
+        "<|im_start|>system\n{instruction}<|im_end|>\n<|im_start|>user\n<|vision_start|>{video}"
+        "<|vision_end|>{text}<|im_end|>\n<|im_start|>assistant\n<|endoftext|>"
+    )
+    assert models["BGE-VL"].protocol["frame_pool"] == 2
+    json.dumps(model.protocol)
 
 
 def test_the_rows_name_models_of_the_paper():
