@@ -241,7 +241,7 @@ class Collator:
         if max_tokens < min_tokens or min_tokens < 1 or prompt_style not in PROMPT_STYLES:
             raise ValueError(
                 f"max_tokens {max_tokens} (at least min_tokens, {min_tokens}), min_tokens (at "
-                f"least 1), prompt_style {prompt_style!r} ({', '.join(PROMPT_STYLES)})"
+                f"least 1), prompt_style {prompt_style!r} ({' or '.join(PROMPT_STYLES)})"
             )
         self.processor = processor
         self.tokenizer = processor.tokenizer
