@@ -64,7 +64,9 @@ def system_prompt(media, text, instruction):
 
 def user_prompt(media, text, instruction):
     """Put the instruction at the head of the user turn."""
-    lead = f"{instruction}\n" if instruction else ""
+    lead = ""
+    if instruction:
+        lead = f"{instruction}\n"
     head = f"{SYSTEM_START}{DEFAULT_INSTRUCTION}{TURN_END}{USER_START}{lead}"
     return head + "".join(media.values()), f"{TURN_END}{ANSWER_START}{END}"
 
@@ -309,17 +311,18 @@ class Collator:
         Patches stay uint8, a quarter of what must travel between processes; `normalise` turns them
         into floats later.
         """
+        counted = 1  # frames that the processor's limits are for
         if kind == "image":
             processor = self.processor.image_processor
             options = {}
             pixels = load_image(media)  # (H, W, 3)
-            counted = 1
         else:
             processor = self.processor.video_processor
             options = {"do_sample_frames": False, "cap_pixels_per_frame": False}
             clip = open_clip(media, self.frames)
             pixels = clip.pixels  # (F, H, W, 3)
-            counted = self.frames if self.timed_grids else 1
+            if self.timed_grids:
+                counted = self.frames
 
         # A copy: Pillow's buffer is read-only.
         pixels = torch.from_numpy(np.array(pixels)).movedim(-1, -3)  # (..., 3, H, W)

@@ -468,7 +468,9 @@ def test_an_unknown_model_type_is_an_error_that_names_the_accepted_ones(tiny, tm
     config = json.loads((folder / "config.json").read_text())
     for model_type in ("qwen9_vl", None):
         (folder / "config.json").write_text(json.dumps({**config, "model_type": model_type}))
-        with pytest.raises(ValueError, match=f"x/config.json.*{model_type}.*accepted: qwen2_5_vl"):
+        with pytest.raises(
+            ValueError, match=f"x/config.json.*{model_type}.*accepted: qwen2_vl, qwen2_5_vl"
+        ):
             GVE.from_pretrained(folder)
 
 
