@@ -439,7 +439,7 @@ LIST = r"""
 + lead = f"{instruction} "
 
 @ data.py: test_model::the_pooled_token
-- ids = ids[: len(ids) - tail_length - excess] + ids[-tail_length:]
+- ids = ids[: text_end - excess] + ids[text_end:]
 + ids = ids[: self.max_length]
 
 @ data.py: test_model::vectors_do_not_depend
@@ -529,7 +529,7 @@ LIST = r"""
 + return F.normalize(pooled, dim=0)
 
 @ model.py: test_model::sentence_transformers
-- processor.chat_template = CHAT_TEMPLATE
+- processor.chat_template = make_chat_template(self.spec.timed_grids)
 + pass
 
 @ model.py: test_model::saved_folder
@@ -1053,8 +1053,12 @@ LIST = r"""
 + scale=1.0,
 
 @ kernels/windows.py: test_model::inputs_and_hidden
-- return F.linear(patches.to(weight.dtype), weight)
-+ return F.linear(patches.to(weight.dtype), weight.flip(1))
+- return F.linear(patches.to(weight.dtype), weight, self.proj.bias)
++ return F.linear(patches.to(weight.dtype), weight.flip(1), self.proj.bias)
+
+@ kernels/windows.py: test_backbones::inputs_and_vectors
+- return F.linear(patches.to(weight.dtype), weight, self.proj.bias)
++ return F.linear(patches.to(weight.dtype), weight)
 
 @ kernels/windows.py: test_model::windows_of_one
 - visual.config._attn_implementation = NAME
@@ -1097,8 +1101,62 @@ LIST = r"""
 + seconds_per_grid = clip.seconds / self.frames
 
 @ data.py: test_wiring::a_clip_has
-- "longest_edge": self.max_tokens[kind] * pixels_per_token,
-+ "longest_edge": 200 * pixels_per_token,
+- "longest_edge": self.max_tokens[kind] * pixels_per_token * counted,
++ "longest_edge": 200 * pixels_per_token * counted,
+
+@ data.py: test_backbones::inputs_and_vectors
+- counted = self.frames
++ counted = 1
+
+@ data.py: test_backbones::inputs_and_vectors
+- middles = (times[:, 0] + times[:, -1]) / 2
++ middles = times[:, 0]
+
+@ data.py: test_released::the_prompt_style
+- system = instruction or DEFAULT_INSTRUCTION
++ system = DEFAULT_INSTRUCTION
+
+@ data.py: test_backbones::qwen3_vl_embedding
+- system += "."
++ pass
+
+@ data.py: test_backbones::qwen3_vl_embedding
+- prompt += self.appended
++ pass
+
+@ support/cache.py: test_backbones::a_store_gives
+- names.append("grid_times")
++ pass
+
+@ support/media.py: test_backbones::qwen3_writes
+- times = timeline.times[choose(timeline)] - timeline.times[first]
++ times = timeline.times[choose(timeline)]
+
+@ model.py: test_backbones::qwen2_positions
+- ones = torch.ones(len(video_grid_thw))
++ ones = second_per_grid_ts
+
+@ model.py: test_backbones::qwen3_positions
+- return grid_positions(token_types, attention_mask, image_grid_thw, grids, merge_size=merge_size)
++ return grid_positions(
++     token_types, attention_mask, image_grid_thw, video_grid_thw, merge_size=merge_size
++ )
+
+@ model.py: test_backbones::inputs_and_vectors
+- layers = [torch.cat(out.pooler_output), *out.deepstack_features]
++ layers = [torch.cat(out.pooler_output), *reversed(out.deepstack_features)]
+
+@ model.py: test_backbones::inputs_and_vectors
+- mixed[place[places]] = features.to(mixed)
++ mixed[: len(features)] = features.to(mixed)
+
+@ model.py: test_backbones::qwen3_vl_embedding
+- if name.lower() in Path(path).name.lower():
++ if name.lower() == Path(path).name.lower():
+
+@ support/flops.py: test_backbones::a_step_costs
+- per_patch_pair = 4 * geometry.tower_width
++ per_patch_pair = 4 * text.hidden_size
 
 @ data.py: test_wiring::a_row_is_named
 - return self.sources[k].where(row)
@@ -1831,8 +1889,8 @@ LIST = r"""
 
 @ model.py: test_embed::the_commands_prompt
 - prompt_style=self.prompt_style,
-- **options,
-+ **options,
+- timed_grids=self.spec.timed_grids,
++ timed_grids=self.spec.timed_grids,
 
 @ model.py: test_model::an_adapter_on
 - if wrong_base and not base:
@@ -1847,7 +1905,7 @@ LIST = r"""
 + tally[sample["decoder"]] = 1
 
 @ data.py: test_model::small_frames
-- "shortest_edge": self.min_tokens[kind] * pixels_per_token,
+- "shortest_edge": self.min_tokens[kind] * pixels_per_token * counted,
 + "shortest_edge": 4 * pixels_per_token,
 
 @ data.py: test_model::stored_features
