@@ -77,8 +77,9 @@ class MllmRow:
     positions: str = "1d"
     # PAPER: asks for fewer than 200 vision tokens a frame, and says nothing of images.
     frame_tokens: int = 200  # Qwen2-VL: most vision tokens per frame or image
-    frame_side: int = 0  # LLaVA: pixels along the side of a frame, squashed to a square
-    image_side: int = 0  # LLaVA: likewise of an image, before the processor tiles it
+    # LLaVA squashes a frame to the square of one tile, and an image to this side before it is cut
+    # into tiles; 0: to a tile's.
+    image_side: int = 0
     frame_pool: int = 1  # LLaVA-NeXT: a frame's features are averaged in squares of this side
 
 
@@ -116,7 +117,6 @@ MLLMS = {
         licence="MIT",
         prompt="bge_vl",
         video="images",
-        frame_side=336,
         image_side=512,
         frame_pool=2,
     ),
@@ -125,8 +125,6 @@ MLLMS = {
         hub_id="DeepGlint-AI/UniME-LLaVA-OneVision-7B",
         licence="MIT (its code)",
         prompt="unime",
-        frame_side=384,
-        image_side=384,
     ),
 }
 
@@ -250,6 +248,7 @@ class Mllm:
     video_processor: object  # Qwen2-VL's; None: videos need no processor
     placeholders: dict  # {"image": token, "video": token}
     start: list  # ids before every prompt
+    frame_side: int  # LLaVA: pixels along the side of a tile (336 and 384); Qwen2-VL: 0
     dim: int
     fingerprint: str  # a hash of the weights, of the row and of this file
     parameters: int
@@ -257,9 +256,10 @@ class Mllm:
 
     def prepare(self, pixels):
         """Shrink frames (F, H, W, 3) uint8, or one image (1, H, W, 3), to the model's size."""
-        if self.row.frame_side:
-            side = self.row.image_side if len(pixels) == 1 else self.row.frame_side
-            return squash(pixels, side)
+        if self.frame_side and len(pixels) == 1:
+            return squash(pixels, self.row.image_side or self.frame_side)
+        if self.frame_side:
+            return squash(pixels, self.frame_side)
         return resize_to_tokens(pixels, self.image_processor, self.row.frame_tokens)
 
 
@@ -482,6 +482,7 @@ def load_qwen2vl(row, path, device):
         video_processor=processor.video_processor,
         placeholders={"image": "<|image_pad|>", "video": "<|video_pad|>"},
         start=[],
+        frame_side=0,
         dim=gve.dim,
     )
     gve.to(device)
@@ -571,6 +572,7 @@ def load_llava(row, path, device):
         video_processor=None,
         placeholders=placeholders,
         start=start,
+        frame_side=network.config.vision_config.image_size,
         dim=network.config.text_config.hidden_size,
     )
     network.to(device)
