@@ -1650,6 +1650,36 @@ LIST = r"""
 - dd += gradient(others, first).T @ q[others].double()
 + dd = gradient(others, first).T @ q[others].double()
 
+# extras/baselines_mllm.py: the baselines on language models
+
+@ extras/baselines_mllm.py: test_baselines_mllm::a_dora_adapter
+- backbone = load_adapter(backbone, path, False).merge_and_unload()
++ backbone = load_adapter(backbone, path, False).unload()
+
+@ extras/baselines_mllm.py: test_baselines_mllm::qwen2vl_equals_transformers
+- gve = GVE(backbone, processor, spec, base=base, positions=row.positions).eval()
++ gve = GVE(backbone, processor, spec, base=base).eval()
+
+@ extras/baselines_mllm.py: test_baselines_mllm::llava_next_equals
+- features = states[core.config.vision_feature_layer][:, 1:]  # (n, P, C), no class token
++ features = states[-1][:, 1:]
+
+@ extras/baselines_mllm.py: test_baselines_mllm::unime_equals
+- return [torch.cat([features, core.image_newline[None]])]
++ return [torch.cat([features, features[-1:]])]
+
+@ extras/baselines_mllm.py: test_baselines_mllm::a_video_is_never
+- if len(frames) != model.row.frames:
++ if len(frames) < 1:
+
+@ extras/baselines_mllm.py: test_baselines_mllm::frames_become_pixels
+- mean = torch.tensor(processor.image_mean)[:, None, None]
++ mean = torch.tensor(processor.image_mean).flip(0)[:, None, None] + 0.01
+
+@ extras/baselines_mllm.py: test_baselines_mllm::a_long_text
+- kept = bisect.bisect_right(range(len(turn.text)), limit, key=count_tokens) - 1
++ kept = bisect.bisect_right(range(len(turn.text)), limit, key=count_tokens)
+
 # support/flops.py: what a step costs
 
 @ support/flops.py: test_flops::a_forward_pass_alone
@@ -2217,35 +2247,6 @@ LIST = r"""
 - offsets = torch.arange(n, device=query.device)
 + offsets = torch.arange(n)
 
-# extras/baselines_mllm.py: the baselines on language models
-
-@ extras/baselines_mllm.py: test_baselines_mllm::a_dora_adapter
-- backbone = load_adapter(backbone, path, False).merge_and_unload()
-+ backbone = load_adapter(backbone, path, False).unload()
-
-@ extras/baselines_mllm.py: test_baselines_mllm::qwen2vl_equals_transformers
-- gve = GVE(backbone, processor, spec, base=base, positions=row.positions).eval()
-+ gve = GVE(backbone, processor, spec, base=base).eval()
-
-@ extras/baselines_mllm.py: test_baselines_mllm::llava_next_equals
-- features = states[core.config.vision_feature_layer][:, 1:]  # (n, P, C), no class token
-+ features = states[-1][:, 1:]
-
-@ extras/baselines_mllm.py: test_baselines_mllm::unime_equals
-- return [torch.cat([features, core.image_newline[None]])]
-+ return [torch.cat([features, features[-1:]])]
-
-@ extras/baselines_mllm.py: test_baselines_mllm::a_video_is_never
-- if len(frames) != model.row.frames:
-+ if len(frames) < 1:
-
-@ extras/baselines_mllm.py: test_baselines_mllm::frames_become_pixels
-- mean = torch.tensor(processor.image_mean)[:, None, None]
-+ mean = torch.tensor(processor.image_mean).flip(0)[:, None, None] + 0.01
-
-@ extras/baselines_mllm.py: test_baselines_mllm::a_long_text
-- kept = bisect.bisect_right(range(len(turn.text)), limit, key=count_tokens) - 1
-+ kept = bisect.bisect_right(range(len(turn.text)), limit, key=count_tokens)
 """
 
 
