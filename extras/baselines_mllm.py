@@ -64,7 +64,7 @@ BATCH_TOKENS = 16384  # tokens of a forward pass, padding included
 
 @dataclasses.dataclass(frozen=True)
 class MllmRow:
-    """What distinguishes one of the models; every field stands in results.json's protocol."""
+    """What distinguishes one of the models; what is set stands in results.json's protocol."""
 
     hub_id: str
     licence: str
@@ -75,12 +75,13 @@ class MllmRow:
     max_length: int = 8192  # tokens of an item (section 4.1)
     # PAPER: silent. "1d": places in the row, as in the models' own code; "mrope": Qwen2-VL only.
     positions: str = "1d"
-    # PAPER: asks for fewer than 200 vision tokens a frame, and says nothing of images.
-    frame_tokens: int = 200  # Qwen2-VL: most vision tokens per frame or image
+    # Qwen2-VL: most vision tokens per frame or image. LLaVA's tiles have a fixed number: 0.
+    # PAPER: asks for fewer than 200 per frame, and says nothing of images.
+    frame_tokens: int = 200
     # LLaVA squashes a frame to the square of one tile, and an image to this side before it is cut
     # into tiles; 0: to a tile's.
     image_side: int = 0
-    frame_pool: int = 1  # LLaVA-NeXT: a frame's features are averaged in squares of this side
+    frame_pool: int = 0  # LLaVA-NeXT: features are averaged in squares of this side
 
 
 # PAPER: gives the queries' instructions (Table 5) and not how a baseline receives them, nor any
@@ -108,23 +109,25 @@ MLLMS = {
     ),
     "VLM2Vec-V2": MllmRow(hub_id="VLM2Vec/VLM2Vec-V2.0", licence="Apache-2.0", prompt="vlm2vec"),
     # B3 was trained on images alone, but its code takes videos.
-    "B3-7B": MllmRow(hub_id="raghavlite/B3_Qwen2_7B", licence="Apache-2.0 (its code)", prompt="b3"),
+    "B3-7B": MllmRow(hub_id="raghavlite/B3_Qwen2_7B", licence="code: Apache-2.0", prompt="b3"),
     # A frame is one tile, 576 tokens; averaged in 2x2 squares it is 144, as the paper's rule asks.
-    # Such features are not what the model was trained on: frame_pool=1 may score better, with
+    # Such features are not what the model was trained on: frame_pool=0 may score better, with
     # 4,608 tokens per video.
     "BGE-VL": MllmRow(
         hub_id="BAAI/BGE-VL-v1.5-mmeb",
         licence="MIT",
         prompt="bge_vl",
         video="images",
+        frame_tokens=0,
         image_side=512,
         frame_pool=2,
     ),
     # The model pools a frame to 14x14 tokens by itself. It was trained on images of a single tile.
     "UniME-7B": MllmRow(
         hub_id="DeepGlint-AI/UniME-LLaVA-OneVision-7B",
-        licence="MIT (its code)",
+        licence="code: MIT",
         prompt="unime",
+        frame_tokens=0,
     ),
 }
 
@@ -269,6 +272,8 @@ def make_model(row, network, tokenizer, image_processor, **parts):
     for token in placeholders.values():
         if token not in tokenizer.get_vocab():
             raise ValueError(f"{row.hub_id}: the tokenizer has no token {token}")
+    protocol = {name: value for name, value in dataclasses.asdict(row).items() if value}
+    protocol |= show_prompts(row) | {"texts_cut": 0}
     # The prompts and the preprocessing are part of what makes a vector: this file as a whole.
     digest = hashlib.sha256(Path(__file__).read_bytes())
     digest.update(fingerprint_weights(network.state_dict()).encode())
@@ -280,7 +285,7 @@ def make_model(row, network, tokenizer, image_processor, **parts):
         image_processor=image_processor,
         fingerprint=digest.hexdigest()[:16],
         parameters=sum(p.numel() for p in network.parameters()),
-        protocol=dataclasses.asdict(row) | show_prompts(row) | {"texts_cut": 0},
+        protocol=protocol,
         **parts,
     )
 
@@ -653,7 +658,7 @@ def encode_tiles(core, pixels, pool):
     """Encode LLaVA-NeXT's tiles (n, 3, H, W) without a grid -> (n, V, D).
 
     pool: features are averaged in squares of this side ahead of the projector, as transformers'
-    LLaVA-NeXT-Video does; 1: not at all.
+    LLaVA-NeXT-Video does; 0: not at all.
     """
     states = core.vision_tower(pixels, output_hidden_states=True).hidden_states
     features = states[core.config.vision_feature_layer][:, 1:]  # (n, P, C), no class token

@@ -270,7 +270,7 @@ def test_llava_next_equals_the_upstream_module():
     equal(vectors[0], F.normalize(golden["h"][0, -1], dim=0))
     equal(vectors[1], F.normalize(golden["h"][0, 1], dim=0))  # causal: as in the longer row
 
-    tiles = mllm.encode_tiles(core, golden["pixels"][0, :1], 1)
+    tiles = mllm.encode_tiles(core, golden["pixels"][0, :1], 0)
     equal(tiles[0], features[0][:4])  # the base tile
 
 
@@ -687,6 +687,7 @@ def test_positions_and_prompts_stand_in_the_protocol(models):
         "<|im_start|>system\n{instruction}<|im_end|>\n<|im_start|>user\n<|vision_start|>{video}"
         "<|vision_end|>{text}<|im_end|>\n<|im_start|>assistant\n<|endoftext|>"
     )
+    assert "frame_pool" not in model.protocol
     assert models["BGE-VL"].protocol["frame_pool"] == 2
     json.dumps(model.protocol)
 
