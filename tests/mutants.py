@@ -1104,7 +1104,7 @@ LIST = r"""
 - "longest_edge": self.max_tokens[kind] * pixels_per_token * counted,
 + "longest_edge": 200 * pixels_per_token * counted,
 
-@ data.py: test_backbones::inputs_and_vectors
+@ data.py: test_backbones::limits_hold
 - counted = self.frames
 + counted = 1
 
@@ -1112,13 +1112,17 @@ LIST = r"""
 - middles = (times[:, 0] + times[:, -1]) / 2
 + middles = times[:, 0]
 
-@ data.py: test_released::the_prompt_style
+@ data.py: test_model::inputs_and_hidden
 - system = instruction or DEFAULT_INSTRUCTION
 + system = DEFAULT_INSTRUCTION
 
 @ data.py: test_backbones::qwen3_vl_embedding
 - system += "."
 + pass
+
+@ data.py: test_backbones::qwen3_writes
+- return [f"<{time:.1f} seconds>{VISION_BLOCK[kind]}" for time in times]
++ return [f"<{time:.2f} seconds>{VISION_BLOCK[kind]}" for time in times]
 
 @ data.py: test_backbones::qwen3_vl_embedding
 - prompt += self.appended

@@ -28,6 +28,7 @@ from transformers import (
 )
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from data import Collator
 from model import GVE
 from support.cache import FeatureStore
 from support.files import load_jsonl
@@ -312,6 +313,16 @@ def test_geometry_is_the_processor_s_and_the_tower_s(models, media, family):
     assert gve.geometry.feature_layers == features[0][0].numel() // 64
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_limits_hold_for_each_frame(models, media, family):
+    """wide.mp4 has 3 x 6 vision tokens a frame."""
+    gve = models[family]
+    item = {"video": str(media / "wide.mp4")}
+    for limits, sides in (({"max_tokens": 8}, (2, 4)), ({"min_tokens": 32}, (4, 8))):
+        collate = Collator(gve.processor, timed_grids=gve.spec.timed_grids, **limits)
+        assert collate([item])["video_grid_thw"].tolist() == [[4, 2 * sides[0], 2 * sides[1]]]
+
+
 # The prompt of Qwen3-VL-Embedding
 
 
@@ -469,9 +480,15 @@ def test_a_store_gives_the_same_vectors_and_decodes_nothing_twice(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_step_costs_what_torch_counts_and_at_most_a_tenth_more(folders, media, family):
+def test_a_step_costs_what_torch_counts_and_at_most_a_tenth_more(folders, media, tmp_path, family):
+    # The large picture's cost is attention in the tower, for the most part.
+    Image.new("RGB", (448, 448)).save(tmp_path / "large.png")
     gve = GVE.from_pretrained(folders[family], lora={"lora_dropout": 0.0}).train()
-    for item in ({"video": str(media / "wide.mp4"), "text": "x"}, {"image": str(media / "i.png")}):
+    items = [
+        {"video": str(media / "wide.mp4"), "text": "x"},
+        {"image": str(tmp_path / "large.png")},
+    ]
+    for item in items:
         batch = gve.collator()([item])
         assert 1 < step_flops(gve)(batch) / counted_by_torch(gve, batch) < 1.1
 
