@@ -16,6 +16,9 @@ An item holds a text, or pixels, or both: its "video" is a uint8 array (F, H, W,
 (H, W, 3). `model.prepare` shrinks either to the size that the model sees; a process that decodes
 may do it earlier, since what is shrunk once stays as it is.
 
+None of this was tried with the released weights: no hub was in reach. Tests compare the forwards
+with golden values of upstream's modules and with transformers' own models, tiny and random.
+
 Legend: B batch, T tokens, D embedding dim, F frames, V vision tokens.
 """
 
