@@ -47,6 +47,46 @@ VISION_BLOCK = {
 }
 END = "<|endoftext|>"  # the pooled token
 
+
+# The ways to put an item into a prompt. Each is a function of the item's media, {kind: the text
+# that stands for it} in their order, of its text and of the instruction, "" where there is none.
+# It returns what stands before the text and after it; only the text is ever cut.
+
+
+def system_prompt(media, text, instruction):
+    """Put the instruction into the system turn, as GVE and GME do."""
+    # PAPER: Figure 4 draws prompt, text, image, video. A system turn, and media before text, are
+    # how MTEB and the released code do it.
+    system = instruction or DEFAULT_INSTRUCTION
+    head = f"{SYSTEM_START}{system}{TURN_END}{USER_START}{''.join(media.values())}"
+    return head, f"{TURN_END}{ANSWER_START}{END}"
+
+
+def user_prompt(media, text, instruction):
+    """Put the instruction at the head of the user turn."""
+    lead = ""
+    if instruction:
+        lead = f"{instruction}\n"
+    head = f"{SYSTEM_START}{DEFAULT_INSTRUCTION}{TURN_END}{USER_START}{lead}"
+    return head + "".join(media.values()), f"{TURN_END}{ANSWER_START}{END}"
+
+
+def represent_prompt(media, text, instruction):
+    """Write the prompt of Qwen3-VL-Embedding (its repository, src/models/qwen3_vl_embedding.py).
+
+    It has a default instruction of its own, ends an instruction with a full stop, and pools the
+    last token, which is the one that its tokenizer appends to every text, if it appends one.
+    """
+    system = instruction.strip() or "Represent the user's input."
+    if not unicodedata.category(system[-1]).startswith("P"):
+        system += "."
+    head = f"{SYSTEM_START}{system}{TURN_END}{USER_START}{''.join(media.values())}"
+    return head, f"{TURN_END}{ANSWER_START}"
+
+
+# gve.json names a checkpoint's prompt style.
+PROMPT_STYLES = {"system": system_prompt, "user": user_prompt, "represent": represent_prompt}
+
 IMAGE_TOKENS = 256  # most vision tokens per image (the released processor's limit)
 MIN_TOKENS = 4  # least vision tokens per image (likewise) and, by default, per video frame
 TASKS = "T2T T2I TI2I TI2T TI2TI I2I I2T T2TI T2V I2V V2V TI2V TV2V".split()
@@ -179,7 +219,9 @@ class Collator:
     min_tokens    least vision tokens per video frame: smaller frames are enlarged
     max_length    most tokens of the whole prompt
     padding_side  "left" or "right"; None: the tokenizer's
-    prompt_style  "system": the instruction is the system turn; "user": it heads the user turn
+    prompt_style  a name in PROMPT_STYLES
+    timed_grids   Qwen3-VL's videos: each temporal grid is a vision block of its own after its time
+                  as text, and the video processor's limits count all frames together
     store         support.cache.FeatureStore with the frozen vision tower's output for each medium,
                   read here and filled after GVE.encode_vision; None: decode every time
     """
@@ -194,13 +236,14 @@ class Collator:
         max_length=8192,
         padding_side=None,
         prompt_style="system",
+        timed_grids=False,
         store=None,
     ):
         sample_indices(1, frames)  # rejects odd counts early
-        if max_tokens < min_tokens or min_tokens < 1 or prompt_style not in ("system", "user"):
+        if max_tokens < min_tokens or min_tokens < 1 or prompt_style not in PROMPT_STYLES:
             raise ValueError(
                 f"max_tokens {max_tokens} (at least min_tokens, {min_tokens}), min_tokens (at "
-                f"least 1), prompt_style {prompt_style!r} (system or user)"
+                f"least 1), prompt_style {prompt_style!r} ({' or '.join(PROMPT_STYLES)})"
             )
         self.processor = processor
         self.tokenizer = processor.tokenizer
@@ -210,6 +253,7 @@ class Collator:
         self.max_length = max_length
         self.padding_side = padding_side or self.tokenizer.padding_side
         self.prompt_style = prompt_style
+        self.timed_grids = timed_grids
         self.store = store
 
         # Stored features depend on every setting of the processors.
@@ -218,6 +262,7 @@ class Collator:
             processor.video_processor.to_json_string(),
         ]
         self.end = self.tokenizer.convert_tokens_to_ids(END)
+        self.appended = self.tokenizer.encode("")  # what the tokenizer ends every text with
         self.image_pad = self.tokenizer.convert_tokens_to_ids("<|image_pad|>")
         self.video_pad = self.tokenizer.convert_tokens_to_ids("<|video_pad|>")
 
@@ -233,6 +278,7 @@ class Collator:
         image_, video_features      (V, D) instead, or else
         image_, video_file          the store's file for the features that are to be computed
         second_per_grid_ts          (1,) float32, seconds between a video's temporal grids
+        grid_times                  (1, temporal grids) float64, seconds, with timed_grids
         decoder, note               how a video was decoded, and what is missing of a damaged one
 
         Raises MediaError, ValueError or FileNotFoundError, naming the file.
@@ -265,6 +311,7 @@ class Collator:
         Patches stay uint8, a quarter of what must travel between processes; `normalise` turns them
         into floats later.
         """
+        counted = 1  # frames that the processor's limits are for
         if kind == "image":
             processor = self.processor.image_processor
             options = {}
@@ -274,14 +321,16 @@ class Collator:
             options = {"do_sample_frames": False, "cap_pixels_per_frame": False}
             clip = open_clip(media, self.frames)
             pixels = clip.pixels  # (F, H, W, 3)
+            if self.timed_grids:
+                counted = self.frames
 
         # A copy: Pillow's buffer is read-only.
         pixels = torch.from_numpy(np.array(pixels)).movedim(-1, -3)  # (..., 3, H, W)
 
         pixels_per_token = (processor.patch_size * processor.merge_size) ** 2
         size = {
-            "shortest_edge": self.min_tokens[kind] * pixels_per_token,
-            "longest_edge": self.max_tokens[kind] * pixels_per_token,
+            "shortest_edge": self.min_tokens[kind] * pixels_per_token * counted,
+            "longest_edge": self.max_tokens[kind] * pixels_per_token * counted,
         }
         try:
             inputs = processor(
@@ -303,6 +352,11 @@ class Collator:
         if kind == "video":
             seconds_per_grid = processor.temporal_patch_size * clip.seconds / self.frames
             sample["second_per_grid_ts"] = torch.tensor([seconds_per_grid])
+            if self.timed_grids:
+                # As Qwen3-VL's processor has it: halfway between a grid's first and last frame.
+                times = clip.times.reshape(-1, processor.temporal_patch_size)
+                middles = (times[:, 0] + times[:, -1]) / 2
+                sample["grid_times"] = torch.from_numpy(middles)[None]
             sample["decoder"] = clip.decoder
             if clip.note:
                 sample["note"] = clip.note
@@ -321,45 +375,53 @@ class Collator:
         text = text.replace("<|", "< |")
         instruction = instruction.replace("<|", "< |")
 
-        # PAPER: Figure 4 draws prompt, text, image, video. A system turn, and media before text,
-        # are how MTEB and the released code do it.
-        system = DEFAULT_INSTRUCTION
-        lead = ""
-        if instruction and self.prompt_style == "system":
-            system = instruction
-        elif instruction:
-            lead = f"{instruction}\n"
         kinds = [kind for kind in ("video", "image") if f"{kind}_grid_thw" in sample]
-        vision = "".join(VISION_BLOCK[kind] for kind in kinds)
-        head = f"{SYSTEM_START}{system}{TURN_END}{USER_START}{lead}{vision}"
-        tail = f"{TURN_END}{ANSWER_START}{END}"
-        ids = self.tokenizer.encode(head + text + tail, add_special_tokens=False, verbose=False)
+        blocks = {kind: self.vision_blocks(kind, sample) for kind in kinds}
+        media = {kind: "".join(blocks[kind]) for kind in kinds}
+        head, tail = PROMPT_STYLES[self.prompt_style](media, text, instruction)
+        prompt = self.encode(head + text + tail)
+        tail_length = len(self.encode(tail))
+        if not tail.endswith(END):
+            prompt += self.appended
+            tail_length += len(self.appended)
 
-        # The prompt holds one placeholder per medium; the model wants one per vision token.
+        # The prompt holds one placeholder per block; the model wants one per vision token.
+        tokens_of = {}  # placeholder: vision tokens of a block
         vision_tokens = 0
         for kind in kinds:
             patches = int(sample[f"{kind}_grid_thw"].prod())
             count = patches // self.processor.image_processor.merge_size**2
             pad = self.video_pad if kind == "video" else self.image_pad
-            place = ids.index(pad)
-            ids[place : place + 1] = [pad] * count
+            tokens_of[pad] = count // len(blocks[kind])
             vision_tokens += count
+        ids = []
+        for token in prompt:
+            ids += [token] * tokens_of.get(token, 1)
 
         excess = len(ids) - self.max_length
         if excess > 0:
-            head_length = len(self.tokenizer.encode(head, add_special_tokens=False))
-            tail_length = len(self.tokenizer.encode(tail, add_special_tokens=False))
-            fixed = head_length - len(kinds) + vision_tokens + tail_length
+            text_length = len(prompt) - len(self.encode(head)) - tail_length
+            fixed = len(ids) - text_length
             if fixed > self.max_length:
                 raise ValueError(
                     f"{fixed} tokens before any text exceed max_length {self.max_length}: the "
                     f"prompt and {vision_tokens} vision tokens ({self.frames} frames x at most "
                     f"{self.max_tokens['video']} tokens per video)"
                 )
-            ids = ids[: len(ids) - tail_length - excess] + ids[-tail_length:]
-
-        assert ids[-1] == self.end, f"the pooled token must be {END}"
+            text_end = len(ids) - tail_length
+            ids = ids[: text_end - excess] + ids[text_end:]
         return ids
+
+    def encode(self, text):
+        """Return the ids of a part of the prompt, a list of int."""
+        return self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
+
+    def vision_blocks(self, kind, sample):
+        """Return the texts that stand for a medium, each with one placeholder, a list of str."""
+        if kind == "image" or not self.timed_grids:
+            return [VISION_BLOCK[kind]]
+        times = sample["grid_times"][0].tolist()
+        return [f"<{time:.1f} seconds>{VISION_BLOCK[kind]}" for time in times]
 
     def batch(self, samples, raw=False):
         """Pad and stack prepared samples -> batch, the dict that GVE.forward takes.
@@ -369,6 +431,7 @@ class Collator:
         pixel_values(_videos)            (P, S) float32; raw: uint8, for GVE.encode_vision
         image_grid_thw, video_grid_thw   (n, 3) int64, a row for each medium, in the samples' order
         second_per_grid_ts               (n,) float32, an entry for each video
+        grid_times                       (n, temporal grids) float64, with timed_grids
         image_features, video_features   with a store: list with an entry for each medium, or None
         image_file, video_file           likewise: the files of those that the store lacks
 
@@ -390,7 +453,7 @@ class Collator:
             "mm_token_type_ids": is_image + 2 * is_video,
         }
 
-        grids = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+        grids = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts", "grid_times")
         for key in (*PIXELS_KEY.values(), *grids):
             tensors = [sample[key] for sample in samples if key in sample]
             if tensors:

@@ -41,7 +41,14 @@ from tqdm import tqdm
 
 from data import IMAGE_TOKENS, Collator
 from kernels.infonce import CPU_BLOCK, WORKSPACE
-from model import add_adapter, checkpoint_file, find_base, find_spec, load_processor
+from model import (
+    BACKBONES,
+    add_adapter,
+    checkpoint_file,
+    find_base,
+    find_spec,
+    load_processor,
+)
 from support.files import parse_json
 
 CARD = 79.2 * 2**30  # bytes that an 80 GB card has for programs
@@ -245,9 +252,9 @@ def lora_rank(model):
 
 def tower_bytes(model):
     """Count the vision tower at its peak -> bytes per patch (of pixels, of its working arrays)."""
-    vision = model.config.vision_config
+    geometry = read_geometry(model)
     width = model.dtype.itemsize
-    values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    values = geometry.patch_values
 
     # uint8 from the disk, the same as float32, and converted for a half-precision tower
     pixels = values * (1 + FLOAT)
@@ -259,15 +266,23 @@ def tower_bytes(model):
     # float32: qkv, residual stream, norm (5), and six float32 arrays.
     in_attention = 12 * width
     in_rotation = 5 * width + 6 * FLOAT
-    tower = vision.hidden_size * max(in_attention, in_rotation)
-    tower += 2 * vision.hidden_size // vision.num_heads * FLOAT  # cos and sin
+    tower = geometry.tower_width * max(in_attention, in_rotation)
+    heads = model.config.vision_config.num_heads
+    tower += 2 * geometry.tower_width // heads * FLOAT  # cos and sin
     return pixels, tower
 
 
 def feature_bytes(model, shape):
     """Count the vision tower's output."""
-    tokens = shape.patches // model.config.vision_config.spatial_merge_size**2
-    return tokens * model.config.text_config.hidden_size * model.dtype.itemsize
+    geometry = read_geometry(model)
+    tokens = shape.patches // geometry.merge_size**2
+    per_token = geometry.feature_layers * model.config.text_config.hidden_size
+    return tokens * per_token * model.dtype.itemsize
+
+
+def read_geometry(model):
+    """Return the sizes of a backbone's vision input and tower (model.Geometry)."""
+    return BACKBONES[model.config.model_type].read_geometry(model.config)
 
 
 def loss_bytes(rows, candidates, dim, *, ranks=1, workspace=None):

@@ -48,6 +48,14 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLModel,
     Qwen2_5_VLProcessor,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLModel,
+    Qwen2VLProcessor,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLModel,
+    Qwen3VLProcessor,
 )
 from transformers.utils import cached_file
 
@@ -78,6 +86,7 @@ LORA = {
     "task_type": "FEATURE_EXTRACTION",
 }
 FRAME_TOKENS = 200  # most vision tokens per video frame (section 4.1)
+FRAMES = 8  # per video (section 4.1)
 # PAPER: names no least number of vision tokens per video frame. The released processor leaves
 # qwen-vl-utils' 128 in force, so a checkpoint that says nothing of its own (no gve.json) gets it.
 RELEASED_MIN_TOKENS = 128
@@ -168,8 +177,61 @@ def mrope_positions(
     return torch.where(vision, base_of_block + inside, base) * attention_mask.long()
 
 
-# The table of backbones: everything in which one Qwen-VL family differs from another, except the
-# prompt (data.py) and the count of FLOPs (support/flops.py).
+def grid_positions(
+    token_types,
+    attention_mask,
+    image_grid_thw=None,
+    video_grid_thw=None,
+    second_per_grid_ts=None,
+    *,
+    tokens_per_second=1,
+    merge_size=2,
+):
+    """Compute Qwen2-VL's rotary positions: temporal grids count up by one, whatever their times.
+
+    Arguments and result as in mrope_positions; the two about time have no effect. The text after a
+    video goes on at its largest position plus one, as up to transformers 4.51.3; later versions let
+    it begin inside the video's time range if the video has more temporal grids than rows and
+    columns.
+    """
+    ones = None
+    if video_grid_thw is not None:
+        ones = torch.ones(len(video_grid_thw))
+    return mrope_positions(
+        token_types,
+        attention_mask,
+        image_grid_thw,
+        video_grid_thw,
+        ones,
+        tokens_per_second=1,
+        merge_size=merge_size,
+    )
+
+
+def timed_grid_positions(
+    token_types,
+    attention_mask,
+    image_grid_thw=None,
+    video_grid_thw=None,
+    second_per_grid_ts=None,
+    *,
+    tokens_per_second=1,
+    merge_size=2,
+):
+    """Compute Qwen3-VL's rotary positions: every temporal grid of a video counts like an image.
+
+    Arguments and result as in mrope_positions; the two about time have no effect: the times stand
+    in the prompt as text. (That the axes are interleaved in a head is the language model's matter.)
+    """
+    grids = video_grid_thw
+    if grids is not None:
+        grids = grids.repeat_interleave(grids[:, 0], dim=0)  # a sync point on a GPU
+        grids = grids * grids.new_tensor([0, 1, 1]) + grids.new_tensor([1, 0, 0])  # t = 1
+    return grid_positions(token_types, attention_mask, image_grid_thw, grids, merge_size=merge_size)
+
+
+# The table of backbones: everything in which one Qwen-VL family differs from another, except how
+# data.Collator writes a video (timed_grids).
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,6 +244,9 @@ class Geometry:
     merge_size: int  # patches along the side of a vision token
     token_side: int  # pixels along the side of a vision token
     window_size: int  # pixels along the side of the vision tower's windows; 0: no windows
+    frame_layers: int  # layers of the vision tower that attend within a whole frame
+    tower_width: int  # channels inside the vision tower
+    feature_layers: int  # layers of the vision tower whose features the language model gets
     tokens_per_second: float  # temporal positions per second of video
 
 
@@ -189,7 +254,8 @@ class Geometry:
 class BackboneSpec:
     """A row of BACKBONES: everything that one family of Qwen-VL does in its own way.
 
-    A family whose vision features enter the language model at several layers returns them as
+    A family whose vision features enter the language model at several layers returns them all in
+    one tensor per medium from `encode_media`, so that they travel and are stored as one, and as
     further keyword arguments from `language_inputs`.
     """
 
@@ -202,9 +268,10 @@ class BackboneSpec:
     tokens_per_second: float  # as in Geometry, where the config has no such field
     lora_targets: str  # regular expression that matches the adapted modules' full names
     positions: Callable  # with the arguments and the result of mrope_positions
-    encode_media: Callable  # (core, kind, pixels, grids) -> one (V, D) tensor per medium
+    encode_media: Callable  # (core, kind, pixels, grids) -> one (V, ...) tensor per medium
     language_inputs: Callable  # (core, batch) -> the language model's keyword arguments
     install_fixes: Callable  # (vision tower) -> None: change it in place after loading
+    timed_grids: bool = False  # see data.Collator
 
     def read_geometry(self, config):
         """Read the sizes of the vision input from a checkpoint's config."""
@@ -217,6 +284,9 @@ class BackboneSpec:
             merge_size=vision.spatial_merge_size,
             token_side=vision.patch_size * vision.spatial_merge_size,
             window_size=getattr(vision, "window_size", 0),
+            frame_layers=len(getattr(vision, "fullatt_block_indexes", range(vision.depth))),
+            tower_width=getattr(vision, "embed_dim", vision.hidden_size),
+            feature_layers=1 + len(getattr(vision, "deepstack_visual_indexes", ())),
             tokens_per_second=getattr(vision, "tokens_per_second", self.tokens_per_second),
         )
 
@@ -252,8 +322,68 @@ def embeds_with_features(core, batch):
     return {"inputs_embeds": embeds}
 
 
+def encode_media_deepstack(core, kind, pixels, grids):
+    """Run Qwen3-VL's vision tower over a batch's images or videos.
+
+    Arguments as in encode_media -> n tensors (V, L, D): the features of the tower's end and those
+    of L - 1 of its inner layers, which enter after the language model's first L - 1 layers.
+    """
+    out = core.get_image_features(pixels, grids)  # which serves videos, too
+    layers = [torch.cat(out.pooler_output), *out.deepstack_features]
+    features = torch.stack(layers, 1)  # (V of all media, L, D)
+    return features.split([len(media) for media in out.pooler_output])
+
+
+@torch.no_grad()
+def embeds_with_deepstack(core, batch):
+    """Prepare Qwen3-VL's language model's inputs; arguments as in embeds_with_features.
+
+    -> {"inputs_embeds": (B, T, D)} and, where there are media, "visual_pos_masks" (B, T) with the
+    places of vision tokens and "deepstack_visual_embeds": L - 1 tensors (V, D) in their order
+    """
+    last = dict(batch)
+    inner = []  # (places (B, T), features (V, L - 1, D)) of images and of videos
+    ids = batch["input_ids"]
+    placeholders = {"image": core.config.image_token_id, "video": core.config.video_token_id}
+    for kind, token in placeholders.items():
+        if f"{kind}_features" not in batch:
+            continue
+        last[f"{kind}_features"] = [media[:, 0] for media in batch[f"{kind}_features"]]
+        features = torch.cat([media[:, 1:] for media in batch[f"{kind}_features"]])
+        inner.append((ids == token, features))
+    inputs = embeds_with_features(core, last)
+    if not inner:
+        return inputs
+
+    # Images and videos alternate in a batch; the language model wants them in one order.
+    places = torch.stack([place for place, _ in inner]).any(0)  # (B, T)
+    shape = inner[0][1].shape[1:]
+    mixed = inputs["inputs_embeds"].new_zeros(len(places.nonzero()), *shape)  # a sync point
+    for place, features in inner:
+        mixed[place[places]] = features.to(mixed)
+    return inputs | {"visual_pos_masks": places, "deepstack_visual_embeds": mixed.unbind(1)}
+
+
+# Table 9: q, k, v, up, gate, down of the language model; o_proj is not in its list. The pattern
+# names the language model because some vision towers' MLPs have the same projections.
+LORA_TARGETS = r".*language_model\.layers\.\d+\.(self_attn\.[qkv]_proj|mlp\.(up|gate|down)_proj)"
+
 # By the model_type of a checkpoint's config.json.
 BACKBONES = {
+    "qwen2_vl": BackboneSpec(
+        name="Qwen2-VL",
+        config_class=Qwen2VLConfig,
+        model_class=Qwen2VLModel,
+        generation_class=Qwen2VLForConditionalGeneration,
+        processor_class=Qwen2VLProcessor,
+        token_side=28,
+        tokens_per_second=1,
+        lora_targets=LORA_TARGETS,
+        positions=grid_positions,
+        encode_media=encode_media,
+        language_inputs=embeds_with_features,
+        install_fixes=windows.install,
+    ),
     "qwen2_5_vl": BackboneSpec(
         name="Qwen2.5-VL",
         config_class=Qwen2_5_VLConfig,
@@ -262,17 +392,31 @@ BACKBONES = {
         processor_class=Qwen2_5_VLProcessor,
         token_side=28,
         tokens_per_second=2,
-        # Table 9: q, k, v, up, gate, down of the language model; o_proj is not in its list. The
-        # pattern names the language model because the vision tower's MLP has the same projections.
-        lora_targets=(
-            r".*language_model\.layers\.\d+\.(self_attn\.[qkv]_proj|mlp\.(up|gate|down)_proj)"
-        ),
+        lora_targets=LORA_TARGETS,
         positions=mrope_positions,
         encode_media=encode_media,
         language_inputs=embeds_with_features,
         install_fixes=windows.install,
-    )
+    ),
+    "qwen3_vl": BackboneSpec(
+        name="Qwen3-VL",
+        config_class=Qwen3VLConfig,
+        model_class=Qwen3VLModel,
+        generation_class=Qwen3VLForConditionalGeneration,
+        processor_class=Qwen3VLProcessor,
+        token_side=32,
+        tokens_per_second=1,
+        lora_targets=LORA_TARGETS,
+        positions=timed_grid_positions,
+        encode_media=encode_media_deepstack,
+        language_inputs=embeds_with_deepstack,
+        install_fixes=windows.install,
+        timed_grids=True,
+    ),
 }
+
+# Prompt styles of released checkpoints that have no gve.json, by a part of their names.
+RELEASED_STYLES = {"Qwen3-VL-Embedding": "represent"}
 
 
 class GVE(nn.Module):
@@ -425,7 +569,8 @@ class GVE(nn.Module):
         """Replace a batch's pixels by the features that the frozen vision tower gives.
 
         batch: from data.Collator, raw or not. Returns a new dict with `image_features` and
-        `video_features`, lists of one (V, D) tensor per medium. Features that the collator found in
+        `video_features`, lists of one tensor per medium, (V, D) or, where several layers' features
+        enter the language model, (V, layers, D). Features that the collator found in
         its store are kept, and a batch that was encoded before comes back as it is.
         """
         batch = dict(batch)
@@ -475,6 +620,7 @@ class GVE(nn.Module):
             self.processor,
             min_tokens=self.min_tokens,
             prompt_style=self.prompt_style,
+            timed_grids=self.spec.timed_grids,
             **options,
         )
 
@@ -553,15 +699,16 @@ class GVE(nn.Module):
 
         # With these settings, other loaders write prompts and resize as our Collator does.
         processor = copy.deepcopy(self.processor)
-        processor.chat_template = CHAT_TEMPLATE
+        processor.chat_template = make_chat_template(self.spec.timed_grids)
         token_pixels = self.geometry.token_side**2
         processor.image_processor.size = {
             "shortest_edge": MIN_TOKENS * token_pixels,
             "longest_edge": IMAGE_TOKENS * token_pixels,
         }
+        counted = FRAMES if self.spec.timed_grids else 1  # frames that the limits are for
         processor.video_processor.size = {
-            "shortest_edge": self.min_tokens * token_pixels,
-            "longest_edge": FRAME_TOKENS * token_pixels,
+            "shortest_edge": self.min_tokens * token_pixels * counted,
+            "longest_edge": FRAME_TOKENS * token_pixels * counted,
         }
         processor.save_pretrained(staging)
         write_sentence_transformers(staging, self.dim, self.pooling)
@@ -714,7 +861,7 @@ def choose_settings(given, saved, path):
     """
     settings = {
         "pooling": "last_token",
-        "prompt_style": "system",
+        "prompt_style": released_style(path),
         "min_tokens": MIN_TOKENS if saved else RELEASED_MIN_TOKENS,
         "positions": "mrope",
     }
@@ -728,6 +875,14 @@ def choose_settings(given, saved, path):
                 f"{path}: {name} {value!r} is unknown; accepted: {', '.join(accepted)}"
             )
     return settings
+
+
+def released_style(path):
+    """Return the prompt style of a checkpoint that names none."""
+    for name, style in RELEASED_STYLES.items():
+        if name.lower() in Path(path).name.lower():
+            return style
+    return "system"
 
 
 def find_base(adapter, base=None):
@@ -950,17 +1105,19 @@ def first_line(error):
 # Saving for other programs
 
 
-def make_chat_template():
+def make_chat_template(timed_grids=False):
     """Write data.py's prompt as a Jinja template, the pooled token at its very end.
 
     The checkpoints were trained on a user turn of video, image and text, in this order.
+    timed_grids: as in data.Collator. There transformers' processor writes all blocks of a video in
+    place of its token alone; a block around the token would stay (vllm-project/vllm#46817).
     """
     before_role, after_role = USER_START.split("user")
     pieces = {
         "SYSTEM": SYSTEM_START + DEFAULT_INSTRUCTION + TURN_END,
         "BEFORE_ROLE": before_role,
         "AFTER_ROLE": after_role,
-        "VIDEO": VISION_BLOCK["video"],
+        "VIDEO": "<|video_pad|>" if timed_grids else VISION_BLOCK["video"],
         "IMAGE": VISION_BLOCK["image"],
         "TURN_END": TURN_END,
         "ANSWER": ANSWER_START + END,

@@ -1,15 +1,16 @@
-"""Qwen2.5-VL's vision tower without flash-attention: few attention calls and no convolution.
+"""Qwen-VL's vision tower without flash-attention: few attention calls and no convolution.
 
-transformers' sdpa makes one call per window and layer. The windows of any batch have few distinct
-lengths, and windows of one length can share a call.
+transformers' sdpa makes one call per window and layer; in a tower without windows (Qwen2-VL,
+Qwen3-VL), a frame is the window. The windows of any batch have few distinct lengths, and windows of
+one length can share a call.
 
 Legend: P patches, H heads, d head dim, W windows of one length n.
 """
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionPatchEmbed
 
 
 def window_attention(
@@ -48,16 +49,17 @@ NAME = "flash_windows"
 ALL_ATTENTION_FUNCTIONS.register(NAME, window_attention)
 
 
-class PatchEmbed(Qwen2_5_VisionPatchEmbed):
+class PatchEmbed(nn.Module):
     """The projection of patches as one matrix product.
 
     Its convolution has a kernel as large as the input, and conv3d is slower than the product.
+    `install` makes an object of this class from the tower's own, so `proj` is the tower's.
     """
 
     def forward(self, patches):
         """Project flattened patches: (P, channels x frames x height x width) -> (P, width)."""
         weight = self.proj.weight.flatten(1)
-        return F.linear(patches.to(weight.dtype), weight)
+        return F.linear(patches.to(weight.dtype), weight, self.proj.bias)
 
 
 def install(visual):

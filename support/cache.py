@@ -273,6 +273,8 @@ class FeatureStore:
                 names = [f"{kind}_grid_thw"]
                 if kind == "video":
                     names.append("second_per_grid_ts")
+                if kind == "video" and "grid_times" in batch:
+                    names.append("grid_times")
                 tensors = {name: batch[name][i : i + 1] for name in names}
                 tensors[f"{kind}_features"] = batch[f"{kind}_features"][i].contiguous()
                 self.write(file, tensors)

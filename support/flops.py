@@ -52,6 +52,7 @@ def step_flops(gve, backward=True):
     """
     text = gve.core.config.text_config
     vision = gve.core.config.vision_config
+    geometry = gve.geometry
     layers = gve.core.language_model.layers
 
     # Language model, per weight and token: 2 forward, 2 for the gradient of the input,
@@ -73,15 +74,15 @@ def step_flops(gve, backward=True):
     # Vision tower, forward only. The merger sees one token where the blocks see several patches.
     per_patch = 0
     for name, weight in gve.core.visual.named_parameters():
-        if weight.dim() > 1:
-            patches = vision.spatial_merge_size**2 if name.startswith("merger") else 1
+        if weight.dim() > 1 and not name.startswith("pos_embed"):  # a table is no product
+            patches = geometry.merge_size**2 if "merger" in name else 1
             per_patch += 2 * weight.numel() / patches
-    per_patch_pair = 4 * vision.hidden_size
+    per_patch_pair = 4 * geometry.tower_width
 
     # Some layers attend within a whole frame, the others within windows of it.
-    frame_layers = len(vision.fullatt_block_indexes)
+    frame_layers = geometry.frame_layers
     window_layers = vision.depth - frame_layers
-    side = vision.window_size // vision.patch_size  # of a window, in patches
+    side = geometry.window_size // geometry.patch_size  # of a window, in patches
 
     def flops(batch):
         tokens = batch["attention_mask"].sum(1).double()  # (B,)

@@ -515,6 +515,7 @@ class Clip:
     """Uniform frames of a video or of a window of it."""
 
     pixels: np.ndarray  # (F, H, W, 3) uint8
+    times: np.ndarray  # (F,) float64: seconds from the first frame of the clip or window
     seconds: float  # length of the clip or window
     decoder: str  # "seek" or "pass" (Frames), or "folder"
     note: str  # a sentence on a damaged file that gave only a part of its frames; else empty
@@ -561,8 +562,9 @@ def open_clip(video, frames=8):
     sizes = sorted({picture.shape[:2] for picture in pictures})
     if len(sizes) > 1:
         raise MediaError(f"{path}: frames of different sizes {sizes}")
-    _, _, seconds = window(timeline)
-    return Clip(np.stack(pictures), seconds, decoder, note)
+    first, _, seconds = window(timeline)
+    times = timeline.times[choose(timeline)] - timeline.times[first]
+    return Clip(np.stack(pictures), times, seconds, decoder, note)
 
 
 def load_video(video, frames=8):

@@ -443,7 +443,7 @@ LIST = r"""
 + lead = f"{instruction} "
 
 @ data.py: test_model::the_pooled_token
-- ids = ids[: len(ids) - tail_length - excess] + ids[-tail_length:]
+- ids = ids[: text_end - excess] + ids[text_end:]
 + ids = ids[: self.max_length]
 
 @ data.py: test_model::vectors_do_not_depend
@@ -533,7 +533,7 @@ LIST = r"""
 + return F.normalize(pooled, dim=0)
 
 @ model.py: test_model::sentence_transformers
-- processor.chat_template = CHAT_TEMPLATE
+- processor.chat_template = make_chat_template(self.spec.timed_grids)
 + pass
 
 @ model.py: test_model::saved_folder
@@ -1101,8 +1101,12 @@ LIST = r"""
 + scale=1.0,
 
 @ kernels/windows.py: test_model::inputs_and_hidden
-- return F.linear(patches.to(weight.dtype), weight)
-+ return F.linear(patches.to(weight.dtype), weight.flip(1))
+- return F.linear(patches.to(weight.dtype), weight, self.proj.bias)
++ return F.linear(patches.to(weight.dtype), weight.flip(1), self.proj.bias)
+
+@ kernels/windows.py: test_backbones::inputs_and_vectors
+- return F.linear(patches.to(weight.dtype), weight, self.proj.bias)
++ return F.linear(patches.to(weight.dtype), weight)
 
 @ kernels/windows.py: test_model::windows_of_one
 - visual.config._attn_implementation = NAME
@@ -1145,8 +1149,66 @@ LIST = r"""
 + seconds_per_grid = clip.seconds / self.frames
 
 @ data.py: test_wiring::a_clip_has
-- "longest_edge": self.max_tokens[kind] * pixels_per_token,
-+ "longest_edge": 200 * pixels_per_token,
+- "longest_edge": self.max_tokens[kind] * pixels_per_token * counted,
++ "longest_edge": 200 * pixels_per_token * counted,
+
+@ data.py: test_backbones::limits_hold
+- counted = self.frames
++ counted = 1
+
+@ data.py: test_backbones::inputs_and_vectors
+- middles = (times[:, 0] + times[:, -1]) / 2
++ middles = times[:, 0]
+
+@ data.py: test_model::inputs_and_hidden
+- system = instruction or DEFAULT_INSTRUCTION
++ system = DEFAULT_INSTRUCTION
+
+@ data.py: test_backbones::qwen3_vl_embedding
+- system += "."
++ pass
+
+@ data.py: test_backbones::qwen3_writes
+- return [f"<{time:.1f} seconds>{VISION_BLOCK[kind]}" for time in times]
++ return [f"<{time:.2f} seconds>{VISION_BLOCK[kind]}" for time in times]
+
+@ data.py: test_backbones::qwen3_vl_embedding
+- prompt += self.appended
++ pass
+
+@ support/cache.py: test_backbones::a_store_gives
+- names.append("grid_times")
++ pass
+
+@ support/media.py: test_backbones::qwen3_writes
+- times = timeline.times[choose(timeline)] - timeline.times[first]
++ times = timeline.times[choose(timeline)]
+
+@ model.py: test_backbones::qwen2_positions
+- ones = torch.ones(len(video_grid_thw))
++ ones = second_per_grid_ts
+
+@ model.py: test_backbones::qwen3_positions
+- return grid_positions(token_types, attention_mask, image_grid_thw, grids, merge_size=merge_size)
++ return grid_positions(
++     token_types, attention_mask, image_grid_thw, video_grid_thw, merge_size=merge_size
++ )
+
+@ model.py: test_backbones::inputs_and_vectors
+- layers = [torch.cat(out.pooler_output), *out.deepstack_features]
++ layers = [torch.cat(out.pooler_output), *reversed(out.deepstack_features)]
+
+@ model.py: test_backbones::inputs_and_vectors
+- mixed[place[places]] = features.to(mixed)
++ mixed[: len(features)] = features.to(mixed)
+
+@ model.py: test_backbones::qwen3_vl_embedding
+- if name.lower() in Path(path).name.lower():
++ if name.lower() == Path(path).name.lower():
+
+@ support/flops.py: test_backbones::a_step_costs
+- per_patch_pair = 4 * geometry.tower_width
++ per_patch_pair = 4 * text.hidden_size
 
 @ data.py: test_wiring::a_row_is_named
 - return self.sources[k].where(row)
@@ -1636,6 +1698,36 @@ LIST = r"""
 - dd += gradient(others, first).T @ q[others].double()
 + dd = gradient(others, first).T @ q[others].double()
 
+# extras/baselines_mllm.py: the baselines on language models
+
+@ extras/baselines_mllm.py: test_baselines_mllm::a_dora_adapter
+- backbone = load_adapter(backbone, path, False).merge_and_unload()
++ backbone = load_adapter(backbone, path, False).unload()
+
+@ extras/baselines_mllm.py: test_baselines_mllm::qwen2vl_equals_transformers
+- gve = GVE(backbone, processor, spec, base=base, positions=row.positions).eval()
++ gve = GVE(backbone, processor, spec, base=base).eval()
+
+@ extras/baselines_mllm.py: test_baselines_mllm::llava_next_equals
+- features = states[core.config.vision_feature_layer][:, 1:]  # (n, P, C), no class token
++ features = states[-1][:, 1:]
+
+@ extras/baselines_mllm.py: test_baselines_mllm::unime_equals
+- return [torch.cat([features, core.image_newline[None]])]
++ return [torch.cat([features, features[-1:]])]
+
+@ extras/baselines_mllm.py: test_baselines_mllm::a_video_is_never
+- if len(frames) != model.row.frames:
++ if len(frames) < 1:
+
+@ extras/baselines_mllm.py: test_baselines_mllm::frames_become_pixels
+- mean = torch.tensor(processor.image_mean)[:, None, None]
++ mean = torch.tensor(processor.image_mean).flip(0)[:, None, None] + 0.01
+
+@ extras/baselines_mllm.py: test_baselines_mllm::a_long_text
+- kept = bisect.bisect_right(range(len(turn.text)), limit, key=count_tokens) - 1
++ kept = bisect.bisect_right(range(len(turn.text)), limit, key=count_tokens)
+
 # support/flops.py: what a step costs
 
 @ support/flops.py: test_flops::a_forward_pass_alone
@@ -1875,8 +1967,8 @@ LIST = r"""
 
 @ model.py: test_embed::the_commands_prompt
 - prompt_style=self.prompt_style,
-- **options,
-+ **options,
+- timed_grids=self.spec.timed_grids,
++ timed_grids=self.spec.timed_grids,
 
 @ model.py: test_model::an_adapter_on
 - if wrong_base and not base:
@@ -1891,7 +1983,7 @@ LIST = r"""
 + tally[sample["decoder"]] = 1
 
 @ data.py: test_model::small_frames
-- "shortest_edge": self.min_tokens[kind] * pixels_per_token,
+- "shortest_edge": self.min_tokens[kind] * pixels_per_token * counted,
 + "shortest_edge": 4 * pixels_per_token,
 
 @ data.py: test_model::stored_features
@@ -2260,6 +2352,7 @@ LIST = r"""
 @ extras/baselines.py: test_baselines::a_missing
 - if name not in used and not re.fullmatch(unused, name):
 + if False:
+
 """
 
 

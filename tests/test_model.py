@@ -468,7 +468,9 @@ def test_an_unknown_model_type_is_an_error_that_names_the_accepted_ones(tiny, tm
     config = json.loads((folder / "config.json").read_text())
     for model_type in ("qwen9_vl", None):
         (folder / "config.json").write_text(json.dumps({**config, "model_type": model_type}))
-        with pytest.raises(ValueError, match=f"x/config.json.*{model_type}.*accepted: qwen2_5_vl"):
+        with pytest.raises(
+            ValueError, match=f"x/config.json.*{model_type}.*accepted: qwen2_vl, qwen2_5_vl"
+        ):
             GVE.from_pretrained(folder)
 
 
@@ -480,6 +482,9 @@ def test_geometry_is_read_from_the_config(gve):
         spatial_merge_size=3,
         window_size=96,
         tokens_per_second=5,
+        depth=6,
+        hidden_size=48,
+        fullatt_block_indexes=[1, 4],
     )
     expected = dict(
         patch_size=16,
@@ -488,17 +493,20 @@ def test_geometry_is_read_from_the_config(gve):
         merge_size=3,
         token_side=48,
         window_size=96,
+        frame_layers=2,
+        tower_width=48,
+        feature_layers=1,
         tokens_per_second=5,
     )
     spec = model.BACKBONES["qwen2_5_vl"]
     config = Qwen2_5_VLConfig(vision_config=vision)
     assert dataclasses.asdict(spec.read_geometry(config)) == expected
 
-    # Qwen2-VL's config has neither of these two.
-    for name in ("window_size", "tokens_per_second"):
+    # Qwen2-VL's config has none of these three.
+    for name in ("window_size", "tokens_per_second", "fullatt_block_indexes"):
         vision.pop(name)
     config = types.SimpleNamespace(vision_config=types.SimpleNamespace(**vision))
-    fallback = {"window_size": 0, "tokens_per_second": 2}
+    fallback = {"window_size": 0, "tokens_per_second": 2, "frame_layers": 6}
     assert dataclasses.asdict(spec.read_geometry(config)) == expected | fallback
 
 
@@ -548,10 +556,10 @@ def test_another_family_needs_a_row_and_nothing_else(gve, tiny, media, tmp_path,
 
 
 def test_no_size_of_a_patch_is_written_outside_the_table():
-    """1176 = 3 * 2 * 14 * 14 and 28 = 2 * 14 hold for one family only."""
+    """1176 = 3 * 2 * 14 * 14 and 28 = 2 * 14 hold for some families only."""
     lines = Path(model.__file__).read_text().splitlines()
     found = [line for line in lines if {"1176", "14", "28"} & set(re.findall(r"\d+", line))]
-    assert [line.strip() for line in found] == ["token_side=28,"]
+    assert {line.strip() for line in found} == {"token_side=28,"}
 
 
 def test_loading_switches_cudnn_attention_off(tiny, monkeypatch):
