@@ -11,6 +11,7 @@ from conftest import QWEN_TEMPLATE, SPECIAL, byte_tokenizer
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_flops import counted_by_torch
+from test_memory import count_of, count_step
 from test_model import INDICES, assert_close, embed_with_store, items_of, positions_by_hand
 from test_train import ROOT, assert_same_weights, events, flags_for, go, launch, run
 from transformers import (
@@ -29,6 +30,7 @@ from transformers import (
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from data import Collator
+from memory import BatchShape
 from model import GVE
 from support.cache import FeatureStore
 from support.files import load_jsonl
@@ -491,6 +493,32 @@ def test_a_step_costs_what_torch_counts_and_at_most_a_tenth_more(folders, media,
     for item in items:
         batch = gve.collator()([item])
         assert 1 < step_flops(gve)(batch) / counted_by_torch(gve, batch) < 1.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["videos", "texts"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("economical", [False, True])  # checkpointing and GradCache
+@pytest.mark.parametrize("family", FAMILIES)
+def test_memory_is_within_a_twentieth_of_every_storage_that_a_step_makes(
+    folders, tmp_path, family, economical, dtype, kind
+):
+    gve = GVE.from_pretrained(folders[family], dtype=dtype, lora={"lora_dropout": 0.0}).train()
+    if economical:
+        gve.core.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+    items = [{"text": "a" * 150}] * 3 + [{"text": "a" * 151}]
+    if kind == "videos":
+        for i in range(8):
+            Image.new("RGB", (224, 224)).save(tmp_path / f"{i}.png")
+        items = [{"video": str(tmp_path)}] * 3 + [{"video": str(tmp_path), "text": "ab"}]
+    batch = gve.collator()(items)
+    patches = len(batch.get("pixel_values_videos", []))
+    moments = count_of(gve, economical, economical).micro_batch(
+        BatchShape(4, batch["input_ids"].shape[1], patches)
+    )
+    for moment, counted in count_step(gve, batch, economical).items():
+        predicted = sum(moments[moment].values())
+        assert predicted == pytest.approx(counted, rel=0.05), moment
 
 
 # Training
