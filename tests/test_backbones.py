@@ -117,6 +117,11 @@ def write_backbone(folder, family):
     return folder
 
 
+def slow(value):
+    """A parameter of a test that runs with -m slow."""
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     return {
@@ -204,7 +209,7 @@ def by_transformers(folder, family, items, instruction, padding_side):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("kind", ["text", "image", "video", "mixed"])
+@pytest.mark.parametrize("kind", ["mixed", *[slow(kind) for kind in ("text", "image", "video")]])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_inputs_and_vectors_equal_transformers(models, folders, media, family, kind, side):
     gve = models[family]
@@ -378,7 +383,7 @@ def test_lora_lands_on_exactly_the_language_model_s_projections(folders, family)
     assert adapted == expected
 
 
-@pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.parametrize("merge", [slow(False), True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_saved_folder_gives_the_same_vectors(folders, media, tmp_path, family, merge):
     gve = make_lora(folders[family])
