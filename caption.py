@@ -752,7 +752,12 @@ def model_inputs(processor, config, prompts, media):
 def video_metadata(video):
     """Describe a Shown video's timing in the words of transformers' video processors."""
     n = len(video.pixels)
-    return {"fps": n / video.seconds, "total_num_frames": n, "duration": video.seconds}
+    return {
+        "fps": n / video.seconds,
+        "total_num_frames": n,
+        "duration": video.seconds,
+        "frames_indices": list(range(n)),  # Qwen3-VL writes their times into the prompt
+    }
 
 
 def backbone_positions(config, inputs, videos):

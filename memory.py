@@ -206,7 +206,10 @@ def layer_bytes(model, shape, dropout, device_type):
 
     # Each norm computes in float32 and keeps its input so. In a float32 model this is the residual
     # stream itself.
-    norms = 2 * text.hidden_size * max(width, FLOAT)
+    normed = 2 * text.hidden_size
+    if hasattr(attention, "q_norm"):  # Qwen3-VL normalises queries and keys, too
+        normed += (text.num_attention_heads + text.num_key_value_heads) * attention.head_dim
+    norms = normed * max(width, FLOAT)
 
     # LoRA's A keeps its input: the same array for q, k, v and for up, gate, unless dropout makes
     # one for each. Dropout keeps its mask, of bytes on a GPU and of numbers on a CPU.

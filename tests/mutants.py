@@ -2158,8 +2158,8 @@ LIST = r"""
 + is_long = False
 
 @ caption.py: test_wiring::captioner_media
-- return {"fps": n / video.seconds, "total_num_frames": n, "duration": video.seconds}
-+ return {"fps": 24, "total_num_frames": n, "duration": video.seconds}
+- "fps": n / video.seconds,
++ "fps": 24.0,
 
 @ caption.py: test_synth::json_mode
 - "required": names,

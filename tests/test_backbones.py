@@ -11,6 +11,7 @@ from conftest import QWEN_TEMPLATE, SPECIAL, byte_tokenizer
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_flops import counted_by_torch
+from test_memory import count_of, count_step
 from test_model import INDICES, assert_close, embed_with_store, items_of, positions_by_hand
 from test_train import ROOT, assert_same_weights, events, flags_for, go, launch, run
 from transformers import (
@@ -29,6 +30,7 @@ from transformers import (
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from data import Collator
+from memory import BatchShape
 from model import GVE
 from support.cache import FeatureStore
 from support.files import load_jsonl
@@ -113,6 +115,11 @@ def write_backbone(folder, family):
     processor.save_pretrained(folder)
     Path(folder, "gve.json").write_text('{"min_tokens": 4}')
     return folder
+
+
+def slow(value):
+    """A parameter of a test that runs with -m slow."""
+    return pytest.param(value, marks=pytest.mark.slow)
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +209,7 @@ def by_transformers(folder, family, items, instruction, padding_side):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("kind", ["text", "image", "video", "mixed"])
+@pytest.mark.parametrize("kind", ["mixed", *[slow(kind) for kind in ("text", "image", "video")]])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_inputs_and_vectors_equal_transformers(models, folders, media, family, kind, side):
     gve = models[family]
@@ -376,7 +383,7 @@ def test_lora_lands_on_exactly_the_language_model_s_projections(folders, family)
     assert adapted == expected
 
 
-@pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.parametrize("merge", [slow(False), True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_saved_folder_gives_the_same_vectors(folders, media, tmp_path, family, merge):
     gve = make_lora(folders[family])
@@ -491,6 +498,32 @@ def test_a_step_costs_what_torch_counts_and_at_most_a_tenth_more(folders, media,
     for item in items:
         batch = gve.collator()([item])
         assert 1 < step_flops(gve)(batch) / counted_by_torch(gve, batch) < 1.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["videos", "texts"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("economical", [False, True])  # checkpointing and GradCache
+@pytest.mark.parametrize("family", FAMILIES)
+def test_memory_is_within_a_twentieth_of_every_storage_that_a_step_makes(
+    folders, tmp_path, family, economical, dtype, kind
+):
+    gve = GVE.from_pretrained(folders[family], dtype=dtype, lora={"lora_dropout": 0.0}).train()
+    if economical:
+        gve.core.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+    items = [{"text": "a" * 150}] * 3 + [{"text": "a" * 151}]
+    if kind == "videos":
+        for i in range(8):
+            Image.new("RGB", (224, 224)).save(tmp_path / f"{i}.png")
+        items = [{"video": str(tmp_path)}] * 3 + [{"video": str(tmp_path), "text": "ab"}]
+    batch = gve.collator()(items)
+    patches = len(batch.get("pixel_values_videos", []))
+    moments = count_of(gve, economical, economical).micro_batch(
+        BatchShape(4, batch["input_ids"].shape[1], patches)
+    )
+    for moment, counted in count_step(gve, batch, economical).items():
+        predicted = sum(moments[moment].values())
+        assert predicted == pytest.approx(counted, rel=0.05), moment
 
 
 # Training
