@@ -127,7 +127,7 @@ PRESETS = {
         mixture=["runs/mini/train/mixture.json"],
         out="runs/gve-mini",
         features="runs/features",
-        schedule="pyramid-free",
+        schedule="pyramid-free",  # until its study says whether "pyramid" is as good here
         steps=640,
         dropout=0.0,
         micro_tokens=16384,
@@ -196,6 +196,13 @@ SCHEDULES = {
 }
 
 
+def find_schedule(name):
+    """Return the schedule of this name; raise ValueError that names the known ones."""
+    if name not in SCHEDULES:
+        raise ValueError(f"unknown schedule {name!r}; accepted: {', '.join(SCHEDULES)}")
+    return SCHEDULES[name]
+
+
 def source_probabilities(
     schedule, relevance, sigma_t, sizes, levels, *, progress=0.0, candidates=None
 ):
@@ -206,8 +213,7 @@ def source_probabilities(
     rounded. levels (K,): 1..4. progress: how far the run is, in [0, 1). candidates (K,) bool: the
     sources that may be drawn; None: all.
     """
-    if schedule not in SCHEDULES:
-        raise ValueError(f"unknown schedule {schedule!r}; accepted: {', '.join(SCHEDULES)}")
+    weigh = find_schedule(schedule)["weigh"]
     sizes = np.asarray(sizes, float)
     levels = np.asarray(levels)
     if candidates is None:
@@ -215,9 +221,7 @@ def source_probabilities(
     if relevance is not None:
         relevance = np.asarray(relevance, float)[candidates]
 
-    weights = SCHEDULES[schedule]["weigh"](
-        relevance, sigma_t, sizes[candidates], levels[candidates], progress
-    )
+    weights = weigh(relevance, sigma_t, sizes[candidates], levels[candidates], progress)
     p = np.zeros(len(sizes))
     p[candidates] = weights / weights.sum()
     return p
@@ -273,8 +277,10 @@ def draw_epoch(
     The result is a pure function of the arguments. schedule, relevance, sigma_t, sizes, levels: as
     in source_probabilities. quotas (K,): source_quotas of the run; a schedule with quotas draws no
     source beyond its own. taken (K,): steps of each source in earlier epochs; None: none. steps:
-    the epoch's part of the run's steps, a range; None: the whole run.
+    the epoch's part of the run's steps, a range; None: the whole run. Raises ValueError if the
+    quotas are used up before the epoch ends, as they may be where `taken` is another run's.
     """
+    has_quotas = find_schedule(schedule)["quotas"]
     total = int(np.sum(quotas))  # steps of the run
     if steps is None:
         steps = range(total)
@@ -286,8 +292,13 @@ def draw_epoch(
     numbers = []
     share = np.zeros(len(left))
     for step in steps:
-        if SCHEDULES[schedule]["quotas"]:
+        if has_quotas:
             candidates = left > 0
+            if not candidates.any():
+                raise ValueError(
+                    f"step {step} of {total}: all quotas are used up; the run began with another "
+                    "schedule, or with other data"
+                )
         p = source_probabilities(
             schedule,
             relevance,

@@ -58,6 +58,8 @@ def walk_mixture(flags):
         for entry in json.loads(Path(flags.source).read_text()):
             values = [entry[field.name] for field in dataclasses.fields(Entry)]
             sources.append(Entry(*values))
+        if not sources:
+            raise ValueError("it is empty")
         levels = {source.name: (LEVEL[source.task], source.task) for source in sources}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{flags.source}: not a mixture ({error!r})") from error
@@ -84,6 +86,10 @@ def read_log(path):
         sources = events[0]["sources"]
         levels = {name: (source["level"], source["task"]) for name, source in sources.items()}
         epochs = [event for event in events if event["event"] == "epoch"]
+        for event in epochs:
+            missing = {"R", "P", "drawn", "used", "quota", "passes"} - event.keys()
+            if missing:  # a log of an older train.py
+                raise KeyError(*sorted(missing))
     except (ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not a log of this train.py ({error!r})") from error
     if not epochs:

@@ -56,8 +56,12 @@ LIST = r"""
 + return sizes * (levels <= level)
 
 @ train.py: test_train::an_unknown_schedule
-- if schedule not in SCHEDULES:
-+ if schedule is None:
+- if name not in SCHEDULES:
++ if name is None:
+
+@ train.py: test_train::quotas_that_end
+- if not candidates.any():
++ if candidates is None:
 
 @ train.py: test_wiring::a_run_is_the_loop
 - return low + (high - low) * epoch / (epochs - 1)

@@ -32,7 +32,7 @@ from test_train import (
 import train
 from extras import pyramid
 from support import checkpoint
-from support.files import file_lock, load_jsonl
+from support.files import file_lock, load_jsonl, write_jsonl
 
 # Run as a script it is train.py; FATE sends a rank a signal, SLOW slows each clip down.
 RECORD = Path(__file__).with_name("test_train.py")
@@ -468,6 +468,13 @@ def test_the_walk_up_the_pyramid_is_drawn_from_the_log(uninterrupted, tmp_path, 
     p = first["P"]["t2v"]
     assert f"{relevance:7.3f} {error:6.3f} {p:7.3f}" in printed
 
+    older = [dict(event) for event in load_jsonl(log)]
+    for event in events(older, "epoch"):
+        del event["used"]
+    path = tmp_path / "older.jsonl"
+    write_jsonl(path, older)
+    assert "older.jsonl: not a log of this train.py" in pyramid.main([str(path)])
+
     assert pyramid.main([str(tmp_path / "gone")]).startswith("The walk")
     for content in ("", "{", "[1]", '{"event": "start"}', '{"event": "start", "sources": {}}'):
         log.write_text(content)
@@ -486,4 +493,6 @@ def test_the_walk_of_a_mixture_is_shown_before_it_is_trained(tmp_path, capsys):
         assert sum(left[4 * epoch : 4 * epoch + 4]) == 11_163 - ending
     assert path.stat().st_size > 5000
     assert "not a mixture" in pyramid.main([str(path)])
+    (tmp_path / "empty.json").write_text("[]")
+    assert "it is empty" in pyramid.main([str(tmp_path / "empty.json")])
     assert "expected 4 numbers" in pyramid.main(["mixtures/gve-3b.json", "--profile", "0.5"])

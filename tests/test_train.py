@@ -894,7 +894,7 @@ def test_sampler_deals_each_row_once_per_pass_and_is_restored_by_its_position(mi
     assert len(first) > 1
 
 
-# PAPER.md section 6 [CALC]: P for R = .3 / .5 / .7.
+# By hand from the formula: P for R = .3 / .5 / .7.
 @pytest.mark.parametrize(
     "sigma_t, expected",
     [(0.1, [0.02, 0.12, 0.87]), (0.55, [0.22, 0.32, 0.46]), (1.0, [0.27, 0.33, 0.40])],
@@ -910,6 +910,14 @@ def test_source_probabilities_of_the_paper(sigma_t, expected):
 def test_an_unknown_schedule_is_an_error_that_names_the_known_ones():
     with pytest.raises(ValueError, match="'pyramyd'.*" + ", ".join(train.SCHEDULES)):
         train.source_probabilities("pyramyd", [0.3, 0.5], 0.1, [1, 1], [1, 2])
+    with pytest.raises(ValueError, match="'pyramyd'.*" + ", ".join(train.SCHEDULES)):
+        train.draw_epoch("pyramyd", [0.3, 0.5], 0.1, [1, 1], [1, 2], quotas=[1, 1], seed=0)
+
+
+def test_quotas_that_end_before_the_epoch_are_an_error():
+    draw = ("pyramid", [0.3, 0.5], 0.1, [1, 1], [1, 2])
+    with pytest.raises(ValueError, match="step 3 of 4: all quotas are used up"):
+        train.draw_epoch(*draw, quotas=[2, 2], seed=0, taken=[2, 0], steps=range(1, 4))
 
 
 class Rows:
