@@ -106,7 +106,7 @@ def measure_run(name, seed):
         "losses": mean_losses(steps),
         "held_out": measure_forgetting(gve, run, steps),
     }
-    with file_lock(RECORD.with_suffix(".lock")):
+    with file_lock(study.OUT / "record.lock"):
         write_jsonl(RECORD, [*read_record(), line])
     shutil.rmtree(run / "state")  # some 100 MB
 
@@ -327,7 +327,10 @@ def mean_change(lines):
 
 
 def draw(path):
-    """Plot AVG-D along the way, and the losses of the sources under three schedules."""
+    """Plot AVG-D along the way, and the losses of the sources under three schedules.
+
+    Variants with a single run are left out; if there are no others, nothing is drawn.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -337,6 +340,9 @@ def draw(path):
     for line in read_record():
         found[line["variant"]].append(line)
     names = [name for name in VARIANTS if len(found[name]) > 1]
+    if not names:
+        print(f"\nno variant has two runs yet, so {path} is not drawn")
+        return
     size = (16, 4.5)
     picture, (left, *right) = pyplot.subplots(1, 4, figsize=size, layout="constrained")
     for name in names:
@@ -357,7 +363,7 @@ def draw(path):
         for line in found[name]:
             for source, losses in line["losses"].items():
                 curves[source].append(losses)
-        for source, of_seeds in curves.items():
+        for source, of_seeds in sorted(curves.items()):  # one colour per source everywhere
             shown = []  # (part of the run, mean loss)
             for part, values in enumerate(zip(*of_seeds, strict=True)):
                 there = [value for value in values if value is not None]
@@ -365,7 +371,8 @@ def draw(path):
                     shown.append(((part + 0.5) / PARTS, statistics.mean(there)))
             ax.plot(*zip(*shown, strict=True), ".-", linewidth=1, label=source)
         ax.set(title=f"loss by source: {name}", xlabel="share of the run", ylim=(0, None))
-    right[-1].legend(fontsize=5, loc="center left", bbox_to_anchor=(1, 0.5))
+    if curves:
+        ax.legend(fontsize=5, loc="center left", bbox_to_anchor=(1, 0.5))
     picture.savefig(path, dpi=100)
     pyplot.close(picture)
     print(f"\n{path}")

@@ -317,6 +317,11 @@ def test_the_tables_pair_the_seeds_that_all_variants_have(tmp_path, monkeypatch,
         for i, name in enumerate(names):
             lines.append(record_line(name, seed, 0.4 + 0.01 * i + luck * (1 + i % 2)))
     lines[-1]["held_out"]["b"] = {"step": 6, "then": 0.25, "end": 0.75}  # others never drew it
+    write_jsonl(curriculum.RECORD, lines[:1])
+    curriculum.run_study(only_table=True)  # nothing to compare yet
+    assert "no variant has two runs yet" in capsys.readouterr().out
+    assert not (tmp_path / "record.png").exists()
+
     write_jsonl(curriculum.RECORD, lines)
     curriculum.run_study(only_table=True)
     printed = capsys.readouterr().out
